@@ -1,0 +1,2439 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+# SPDX-FileCopyrightText: 2026 the streamproxy authors
+"""A streaming proxy between web pages and an OpenAI-compatible API, in one file.
+
+A page must never hold the API key.  This server holds it: it takes POST {"prompt": "..."},
+asks the API with "stream": true, and hands each piece of text on the moment it arrives.
+
+    OPENAI_API_KEY=sk-... python3 streamproxy.py    serve on http://127.0.0.1:8000
+    python3 streamproxy.py --demo                   the same with a built-in API: no key, no network
+    python3 streamproxy.py --help                   every setting
+
+    import streamproxy                              # does nothing by itself
+    settings = streamproxy.Settings(api_key="sk-...", bind="127.0.0.1:0")
+    with streamproxy.Server(settings) as server:    # serves until the block ends
+        print(server.url)
+    for text in streamproxy.stream_text("Say hello", settings):   # no server at all
+        print(text, end="", flush=True)
+
+It terminates no TLS, stores nothing and knows no users: nginx in front does the first.
+
+Life of a request, and the section of this file for each step:
+
+    Server accepts; a thread takes the connection                        9
+      Handler reads and checks the request                               9
+        Stream has the relay watch the client                            8
+        Upstream.open connects, asks and reads upstream's head           7
+        the thread sleeps; the relay moves what arrives:                 8
+          ChunkedDecoder    upstream's framing to the bytes of the body  5
+          EventParser       bytes to events                              3
+          Answer            events to what the client asked for          4
+          Stream            one chunk, one send                          8
+        the thread wakes, answers with an error if nothing was sent, logs the request
+
+There is a thread a connection for what is short and blocks, and one, the relay, for what is
+long: it owns every clock and waits for nothing but its selector.
+
+Sources: RFC 9110 and 9112 (HTTP), WHATWG HTML section 9.2 (server-sent events).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import codecs
+import collections
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import heapq
+import http.client
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import queue
+import re
+import secrets
+import selectors
+import signal
+import socket
+import socketserver
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+TYPE_CHECKING = False  # typing costs time and memory, and is not needed at run time
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from typing import Any, NoReturn, Self
+
+__version__ = "0.1.0"
+__all__ = ["Event", "EventParser", "ProxyError", "Server", "Settings", "SettingsError", "stream_text"]
+
+log = logging.getLogger("streamproxy")
+
+
+# 1 ------------------------------------------------------------------ Defaults and limits
+
+# Bytes asked of a socket at a time.  What is read at once leaves at once, so this also bounds
+# what waits for a slow client.
+READ_SIZE = 64 * 1024
+
+# Bytes of one event, or of one JSON answer, held until it is whole.  Events of 1 MB are seen in
+# practice (images); an event that never ends must not fill the memory.
+MAX_EVENT_SIZE = 4 * 1024 * 1024
+
+# Bytes of a chunk's size line and of a trailer section; RFC 9112 section 7.1.1 asks for a limit.
+MAX_CHUNK_LINE = 4 * 1024
+MAX_TRAILER_SIZE = 16 * 1024
+
+# Bytes of the next request taken in while an answer is on its way: unless they are read, the end
+# of the connection behind them is not seen.
+MAX_PIPELINED = 64 * 1024
+
+# Bytes of a line of a request's head (http.server's own limit).
+MAX_LINE = 64 * 1024
+
+# Bytes and seconds of reading what a refused client still sends: closing with bytes unread resets
+# the connection, and the client would never see why it was refused.
+MAX_LINGER_SIZE = 1024 * 1024
+LINGER_TIMEOUT = 1.0
+
+# Seconds upstream may take, after a finish_reason, for usage and [DONE].
+END_GRACE = 1.0
+
+# Seconds for aborted streams to end truthfully once the drain is over.
+ABORT_GRACE = 5.0
+
+# Seconds that stand for "no limit" where a wait needs one.
+FOREVER = 86400.0
+
+# Threads that work at a time; those that wait do not count.  More of them starve the relay of the
+# interpreter when a thousand requests arrive at once.
+MAX_WORKING = 16
+
+# Reads of one upstream in a row before other streams get their turn.
+READS_PER_TURN = 4
+
+# Connections that may wait to be accepted (socketserver: 5).
+BACKLOG = 1024
+
+# Upstream statuses that are about the request, so that the client may see them with their message.
+# Any other failure is between upstream and us: 502.
+PASSED_STATUSES = (400, 404, 413, 422, 429)
+
+
+# 2 ------------------------------------------------------------------ Errors
+
+
+class ProxyError(Exception):
+    """Why a request failed: a sentence for the client, a status, and the log's word for the ending.
+
+    ProxyError
+    +-- RequestError           the client asked for what cannot be done
+    +-- UpstreamError          upstream is unreachable or unwilling
+    |   +-- UpstreamTimeout    it took too long
+    |   +-- Truncated          it ended before its last event
+    |   +-- Garbled            it sent what its protocol does not have
+    +-- Aborted                we cut the stream: drain, stalled client
+    +-- Disconnected           the client left
+    """
+
+    status = 500
+    ending = "error"
+
+    def __init__(self, message: str, status: int = 0, *fields: tuple[str, str]) -> None:
+        """fields are header fields that the answer must have."""
+        super().__init__(message)
+        self.message = message
+        self.logged = message  # differs where message quotes upstream, which may quote the prompt
+        self.status = status or self.status
+        self.fields = list(fields)
+
+
+class RequestError(ProxyError):
+    status = 400
+
+
+class UpstreamError(ProxyError):
+    status = 502
+
+
+class UpstreamTimeout(UpstreamError):
+    status = 504
+    ending = "aborted"
+
+
+class Truncated(UpstreamError):
+    ending = "truncated"
+
+
+class Garbled(UpstreamError):
+    pass
+
+
+class Aborted(ProxyError):
+    status = 503
+    ending = "aborted"
+
+
+class Disconnected(ProxyError):
+    status = 499  # as nginx logs it
+    ending = "disconnect"
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the text is one line that says what is allowed."""
+
+
+def place_of(error: BaseException) -> str:
+    """Type and place of an unexpected exception; its text could hold what nobody may read."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return f"{type(error).__name__} in line {trace.tb_lineno if trace else '?'}"
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a system call or a handshake failed, in words that hold no address, path or secret."""
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
+        return reason_of(error.reason)
+    for kind, words in _REASONS:
+        if isinstance(error, kind):
+            return words
+    return os.strerror(error.errno).lower() if isinstance(error, OSError) and error.errno else "it failed"
+
+
+_REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (ssl.SSLCertVerificationError, "its certificate is not trusted"),
+    (ssl.SSLError, "the TLS handshake failed"),
+    (socket.gaierror, "its name was not found"),
+    (http.client.RemoteDisconnected, "it closed the connection without an answer"),
+    (http.client.HTTPException, "its answer is not HTTP"),
+)
+
+
+# 3 ------------------------------------------------------------------ Event streams
+
+
+@dataclasses.dataclass
+class Event:
+    """One server-sent event.  Source: WHATWG HTML section 9.2.6."""
+
+    __slots__ = ("data", "last_event_id", "type")
+    type: str
+    data: str
+    last_event_id: str
+
+
+class EventParser:
+    """Server-sent events from bytes.  Source: WHATWG HTML sections 9.2.5 and 9.2.6."""
+
+    def __init__(self, max_event_size: int = MAX_EVENT_SIZE) -> None:
+        self.retry: int | None = None  # milliseconds, as last set by the stream
+        self._max_event_size = max_event_size
+        self._line: list[bytes] = []  # the unfinished line, in the pieces it came in
+        self._data: list[bytes] = []  # the data lines of the unfinished event
+        self._held = 0  # bytes in both
+        self._type = ""
+        self._last_event_id = ""
+        self._after_cr = False  # a CR ends its line at once; an LF after it is skipped when it comes
+        self._at_start = True
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Return the events that data completes, oldest first.
+
+        data may be cut anywhere: in a UTF-8 sequence, between CR and LF, in a field name.  An
+        event is returned by the call that brings its blank line, never one call later.
+
+        Raises Garbled past max_event_size bytes of one event.
+        """
+        if self._after_cr and data:
+            self._after_cr = False
+            if data.startswith(b"\n"):
+                data = data[1:]
+        events: list[Event] = []
+        if b"\n" in data or b"\r" in data:
+            lines = data.splitlines()  # of bytes: at LF, CR and CRLF, nothing else
+            if self._line:
+                lines[0] = b"".join(self._line) + lines[0]
+                self._line.clear()
+            self._after_cr = data.endswith(b"\r")
+            data = b"" if data.endswith((b"\n", b"\r")) else lines.pop()
+            self._take_lines(lines, events)
+        if data:
+            self._line.append(data)
+            self._held += len(data)
+        if self._held > self._max_event_size and not events:  # with events, the next call says it
+            raise Garbled(f"Upstream sent an event of over {self._max_event_size} bytes.")
+        return events
+
+    def close(self) -> list[Event]:
+        """Return the event, if any, that the stream ended in: its blank line never came.
+
+        The standard drops it.  Servers in wide use leave the last blank line out, so it is for
+        the caller to say whether its data is whole.
+        """
+        events: list[Event] = []
+        line, self._line = b"".join(self._line), []
+        self._take_lines([line, b""] if line else [b""], events)
+        return events
+
+    def _take_lines(self, lines: list[bytes], events: list[Event]) -> None:
+        if self._at_start and lines:
+            self._at_start = False
+            if lines[0].startswith(codecs.BOM_UTF8):
+                lines[0] = lines[0][3:]
+        for line in lines:
+            if line.startswith(b"data:"):
+                self._data.append(line[6:] if line.startswith(b" ", 5) else line[5:])
+            elif line:
+                self._take_field(line)
+            else:
+                if self._data:
+                    data = b"\n".join(self._data).decode("utf-8", "replace")
+                    events.append(Event(self._type or "message", data, self._last_event_id))
+                    self._data.clear()
+                self._type = ""
+        self._held = sum(map(len, self._data))
+
+    def _take_field(self, line: bytes) -> None:
+        name, _, value = line.partition(b":")
+        value = value[1:] if value.startswith(b" ") else value
+        if name == b"data":
+            self._data.append(value)
+        elif name == b"event":
+            self._type = value.decode("utf-8", "replace")
+        elif name == b"id" and b"\0" not in value:
+            self._last_event_id = value.decode("utf-8", "replace")
+        elif name == b"retry" and re.fullmatch(rb"[0-9]{1,15}", value):
+            self.retry = int(value)
+
+
+def encode_event(data: str, type: str = "", last_event_id: str = "") -> bytes:
+    """Return one event.  Line ends in data become data lines of their own (WHATWG HTML 9.2.6)."""
+    head = (f"event: {type}\n" if type else "") + (f"id: {last_event_id}\n" if last_event_id else "")
+    return (head + "".join(f"data: {line}\n" for line in re.split("\r\n|\r|\n", data)) + "\n").encode()
+
+
+# A comment has one line end: with a blank line behind it, SDKs in wide use see an empty event.
+PING = b": ping\n"
+
+
+# 4 ------------------------------------------------------------------ Answers
+
+
+def parse_payload(data: str | bytes, type: str = "message") -> dict[str, Any]:
+    """Return the JSON object in an event or a document of upstream's; {} where data is blank.
+
+    Raises Garbled, and UpstreamError for an error that upstream sent this way.
+    """
+    try:
+        payload = json.loads(data)
+    except (ValueError, RecursionError):
+        if not data.strip():
+            return {}
+        raise Garbled("Upstream sent what is not JSON.") from None
+    if type == "error" or (isinstance(payload, dict) and payload.get("error")):
+        error = payload.get("error") if isinstance(payload, dict) else None
+        code = error.get("code") if isinstance(error, dict) else None
+        raise quoting("Upstream reported an error.", code if code in PASSED_STATUSES else 502, payload)
+    if not isinstance(payload, dict):
+        raise Garbled("Upstream sent JSON that is not an object.")
+    return payload
+
+
+def parse_choice(payload: dict[str, Any], part: str) -> tuple[str, str, str | None]:
+    """Return (text, reasoning, finish_reason) of a chat completion's first choice.
+
+    part is "delta" or "message".  No choices, no delta or a null one, and no content are all sent
+    by servers in wide use, and add nothing.  Raises Garbled.
+    """
+    try:
+        choices = payload.get("choices")
+        if not choices or choices[0].get("index"):  # a further answer, where somebody set n
+            return "", "", None
+        message = choices[0].get(part) or {}
+        content = message.get("content") or ""
+        if not isinstance(content, str):  # typed parts: [{"type": "text", "text": "..."}, ...]
+            content = "".join([item["text"] for item in content if item["type"] == "text"])
+        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+        return content, reasoning if isinstance(reasoning, str) else "", choices[0].get("finish_reason")
+    except (AttributeError, LookupError, TypeError):
+        raise Garbled("Upstream sent JSON that is not a chat completion's.") from None
+
+
+def quoting(words: str, status: int, payload: object) -> UpstreamError:
+    """Return an error that tells the client what upstream says in payload, and the log only words."""
+    while isinstance(payload, dict):
+        payload = payload.get("error") or payload.get("message") or payload.get("detail")
+    error = UpstreamError(words, status)
+    error.message = (" ".join(payload.split())[:1000] if isinstance(payload, str) else "") or words
+    return error
+
+
+def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
+    """Return the error for an upstream answer whose status is not 200."""
+    if status in PASSED_STATUSES:
+        try:
+            payload = json.loads(document)
+        except (ValueError, RecursionError):
+            payload = None
+        error = quoting(f"Upstream refused the request with status {status}.", status, payload)
+        if status == 429:
+            told = re.fullmatch(r"[0-9]{1,9}|[A-Z][a-z]{2}, [0-9A-Za-z :]{20,26}", retry_after)
+            error.fields.append(("Retry-After", told.group() if told else "1"))
+        return error
+    if status in (401, 403):
+        return UpstreamError(f"Upstream refused our API key with status {status}.")
+    if 300 <= status < 400:
+        return UpstreamError(f"Upstream redirects with status {status}, which is not followed.")
+    return UpstreamError(f"Upstream failed with status {status}.")
+
+
+class SurrogateJoiner:
+    """Text to UTF-8, with surrogate pairs that upstream split over two events made whole.
+
+    A tokeniser may cut an emoji in two, and JSON then carries each half as an escape of its own.
+    The first half waits for the second; a half that stays alone becomes U+FFFD.
+    """
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def feed(self, text: str) -> bytes:
+        if not self._half:
+            with contextlib.suppress(UnicodeEncodeError):
+                return text.encode()
+        text = self._half + text
+        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        whole = text[:-1] if self._half else text
+        return whole.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
+
+    def close(self) -> bytes:
+        return "\ufffd".encode() if self._half else b""
+
+
+class TextFormat:
+    """The answer as bare text: byte for byte what the deltas add."""
+
+    content_type = "text/plain; charset=utf-8"
+    pings = False  # any byte would be part of the text
+
+    def ping(self) -> bytes:
+        return b""
+
+    def text(self, text: bytes) -> bytes:
+        return text
+
+    def reasoning(self, text: bytes) -> bytes:
+        return b""
+
+    def done(self, finish_reason: str | None, usage: object) -> bytes:
+        return b""
+
+    def error(self, message: str) -> bytes | None:
+        """What tells the client of a failure; None: nothing can but a body that does not end."""
+        return None
+
+
+class EventFormat(TextFormat):
+    """The answer as server-sent events of our own, the first with an id."""
+
+    content_type = "text/event-stream"
+    pings = True
+
+    def __init__(self, request_id: str, reconnects: bool = False) -> None:
+        """reconnects: the client is an EventSource, which asks again when it is cut off."""
+        self._id = request_id
+        self._tell_id = reconnects
+
+    def ping(self) -> bytes:
+        # One that is cut off after a ping must know an id already, or it would pay again.  A block
+        # of id alone sets it and is no event (WHATWG HTML section 9.2.6).
+        tell, self._tell_id = self._tell_id, False
+        return b"id: %b\n\n" % self._id.encode() + PING if tell else PING
+
+    def text(self, text: bytes) -> bytes:
+        return self._event({"text": text.decode()})
+
+    def reasoning(self, text: bytes) -> bytes:
+        return self._event({"text": text.decode()}, "reasoning")
+
+    def done(self, finish_reason: str | None, usage: object) -> bytes:
+        return self._event({"finish_reason": finish_reason, "usage": usage}, "done")
+
+    def error(self, message: str) -> bytes | None:
+        return self._event({"error": message}, "error")
+
+    def _event(self, payload: dict[str, Any], type: str = "") -> bytes:
+        last_event_id, self._id, self._tell_id = self._id, "", False
+        return encode_event(json.dumps(payload, ensure_ascii=False), type, last_event_id)
+
+
+class Answer:
+    """What the client of one prompt is sent, made from the body that upstream sends.
+
+    done: the end event came, nothing more is waited for.  finish_reason: once set, the answer is
+    complete however the body ends.  failure: it can no longer become complete; what feed returned
+    before, and returns with it, still counts.
+    """
+
+    def __init__(self, format: TextFormat, redact: Callable[[str], str] = str) -> None:
+        """redact takes secrets out of what upstream says of its errors."""
+        self.format = format
+        self.done = False
+        self.failure: UpstreamError | None = None
+        self.finish_reason: str | None = None
+        self.usage: dict[str, Any] | None = None
+        self.events = self.pieces = self.size = 0  # size: bytes of text
+        self._redact = redact
+        self._parser = EventParser()
+        self._document: bytearray | None = None  # instead of events
+        self._refusal: Callable[[bytes], UpstreamError] | None = None
+        self._text, self._reasoning = SurrogateJoiner(), SurrogateJoiner()
+
+    def start(self, status: int, headers: http.client.HTTPMessage) -> None:
+        """Take upstream's head, which says how the body is to be read."""
+        content_type = headers.get_content_type()
+        if status != 200:
+            retry_after = headers.get("Retry-After", "")
+            self._refusal = lambda document: refusal(status, document, retry_after)
+        if status != 200 or content_type == "application/json":
+            self._document = bytearray()
+        elif content_type != "text/event-stream":
+            self.failure = Garbled("Upstream sent neither an event stream nor JSON.")
+        if headers.get("Content-Encoding", "identity").lower() != "identity":
+            self.failure = Garbled("Upstream compressed its answer, although asked not to.")
+
+    def feed(self, body: bytes) -> bytes:
+        """Return what body adds to the answer, for the client."""
+        out: list[bytes] = []
+        if self.failure:
+            return b""
+        if self._document is not None:
+            self.events += 1
+            self._document += body
+            return self.close(None) if len(self._document) > MAX_EVENT_SIZE else b""
+        try:
+            for event in self._parser.feed(body):
+                self._take_event(event, out)
+                if self.done:
+                    break
+        except UpstreamError as error:
+            self._fail(error)
+        return b"".join(out)
+
+    def close(self, cut: UpstreamError | None) -> bytes:
+        """Take the end of the body, and what was wrong with its framing; sets done or failure."""
+        out: list[bytes] = []
+        if self.done or self.failure:
+            return b""
+        try:
+            if self._refusal:
+                raise self._refusal(bytes(self._document or b""))
+            if self._document is not None:
+                payload = parse_payload(bytes(self._document))
+                if not payload.get("choices"):
+                    raise Garbled("Upstream sent JSON that is not a chat completion.")
+                self._take_payload(payload, "message", out)
+                self.done = True
+            for event in self._parser.close():
+                self._take_event(event, out)
+        except Garbled as error:  # also an event that the end cut in two
+            cut = cut or (error if self._document else None)
+        except UpstreamError as error:
+            self._fail(error)
+        if not self.failure and (self.finish_reason is not None or self.done):
+            self.done = True
+        elif not self.failure:
+            self.failure = cut or Truncated("Upstream ended before the end of its answer.")
+        return b"".join(out)
+
+    def end(self) -> bytes:
+        """Return what follows the last text of a complete answer."""
+        reasoning, text = self._reasoning.close(), self._text.close()
+        rest = (self.format.reasoning(reasoning) if reasoning else b"") + (self.format.text(text) if text else b"")
+        return rest + self.format.done(self.finish_reason, self.usage)
+
+    def _take_event(self, event: Event, out: list[bytes]) -> None:
+        self.events += 1
+        if event.data == "[DONE]":
+            self.done = True
+        else:
+            self._take_payload(parse_payload(event.data, event.type), "delta", out)
+
+    def _take_payload(self, payload: dict[str, Any], part: str, out: list[bytes]) -> None:
+        text, reasoning, finish_reason = parse_choice(payload, part)
+        if reasoning:
+            data = self._reasoning.feed(reasoning)
+            out.append(self.format.reasoning(data) if data else b"")
+        if text:
+            data = self._text.feed(text)
+            if data:
+                self.pieces += 1
+                self.size += len(data)
+                out.append(self.format.text(data))
+        if finish_reason:
+            self.finish_reason = finish_reason
+        usage = payload.get("usage")
+        self.usage = usage if isinstance(usage, dict) else self.usage
+
+    def _fail(self, error: UpstreamError) -> None:
+        error.message = self._redact(error.message)
+        self.failure = error
+
+
+# 5 ------------------------------------------------------------------ HTTP framing
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
+_QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'  # section 5.6.4
+_FIELD_VALUE = r"[\t \x21-\x7e\x80-\xff]*"  # section 5.5: no CR, LF or NUL
+
+# The lines of RFC 9112 section 7.1, matched whole: int() would also take "+5", "0x5" and "1_0".
+_CHUNK_SIZE = re.compile(
+    rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*\r\n" % (_TOKEN, _TOKEN, _QUOTED)
+)
+_CHUNK_END = re.compile(rb"\r\n")
+_TRAILER = re.compile(rb"(?:%b:%b)?\r\n" % (_TOKEN, _FIELD_VALUE.encode()))
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def encode_chunk(data: bytes) -> bytes:
+    """Return data as a chunk; nothing for no data, since a chunk of size 0 ends the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+def encode_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
+    """Return a status line and its fields.  Raises ValueError for a value that would forge a line."""
+    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
+    for name, value in fields:
+        if not re.fullmatch(_FIELD_VALUE, value):
+            raise ValueError(f"bad value for header field {name}")
+        lines.append(f"{name}: {value}")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+class BodyDecoder:
+    """The data of a body that the end of the connection ends: only its text can tell if it is whole.
+
+    complete: the body has ended.  failure: its framing is broken; data before that still counts.
+    """
+
+    complete = False
+    failure: UpstreamError | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the body's part of data; bytes past its end are dropped."""
+        return data
+
+    def close(self) -> None:
+        """Take the end of the connection; sets complete or failure."""
+        self.complete = True
+
+
+class LengthDecoder(BodyDecoder):
+    """The data of a body whose length is known.  Source: RFC 9112 section 6.2."""
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.complete = length == 0
+
+    def feed(self, data: bytes) -> bytes:
+        data = data[: self._left]
+        self._left -= len(data)
+        self.complete = self._left == 0
+        return data
+
+    def close(self) -> None:
+        if not (self.complete or self.failure):
+            self.failure = Truncated("Upstream closed the connection within its answer.")
+
+
+class ChunkedDecoder(LengthDecoder):
+    """The data of a chunked body, read strictly; trailers are dropped.  Source: RFC 9112 section 7.1."""
+
+    def __init__(self) -> None:
+        self._left = 0  # bytes of the chunk still to come
+        self._next = _CHUNK_SIZE  # the line that comes next
+        self._line = b""  # what there is of it
+        self._trailer_size = 0
+
+    def feed(self, data: bytes) -> bytes:
+        data, at, out = self._line + data, 0, []
+        while at < len(data) and not self.complete:
+            if self._left:
+                out.append(data[at : at + self._left])
+                at += len(out[-1])
+                self._left -= len(out[-1])
+                continue
+            match = self._next.match(data, at)
+            if not match:
+                break
+            at = match.end()
+            self._take_line(match)
+        self._line = b"" if self.complete or self.failure else data[at:]
+        if b"\n" in self._line or len(self._line) > MAX_CHUNK_LINE or self._trailer_size > MAX_TRAILER_SIZE:
+            self.failure = Garbled("Upstream broke the chunked coding of its answer.")
+        return out[0] if len(out) == 1 else b"".join(out)
+
+    def _take_line(self, match: re.Match[bytes]) -> None:
+        if self._next is _CHUNK_SIZE:
+            self._left = int(match[1], 16)
+            self._next = _CHUNK_END if self._left else _TRAILER
+        elif self._next is _CHUNK_END:
+            self._next = _CHUNK_SIZE
+        else:
+            self.complete = match[0] == b"\r\n"
+            self._trailer_size += len(match[0])
+
+
+def body_decoder(status: int, headers: http.client.HTTPMessage) -> BodyDecoder:
+    """Return the decoder for an answer's body.  Source: RFC 9112 section 6.3.  Raises Garbled."""
+    coding = ", ".join(headers.get_all("Transfer-Encoding", []))
+    lengths = {length.strip() for length in ",".join(headers.get_all("Content-Length", [])).split(",")}
+    if coding.lower().strip() == "chunked":
+        return ChunkedDecoder()
+    if coding:
+        raise Garbled("Upstream sent a transfer coding that is not chunked.")
+    if status in (204, 304) or status < 200:
+        return LengthDecoder(0)
+    if lengths == {""}:
+        return BodyDecoder()
+    length = lengths.pop()
+    if lengths or not re.fullmatch("[0-9]{1,15}", length):
+        raise Garbled("Upstream sent a Content-Length that is not a number.")
+    return LengthDecoder(int(length))
+
+
+# 6 ------------------------------------------------------------------ Settings
+
+
+def is_loopback(host: str) -> bool:
+    """Tell, without a look-up, whether host is this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def parse_address(text: str) -> tuple[str, str, int]:
+    """Return (path of a unix socket, host, port).  Raises ValueError that says what is allowed."""
+    match = re.fullmatch(r"unix:(.+)|(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]]+)):([0-9]{1,5})", text)
+    if not match or int(match[4] or 0) > 65535:
+        raise ValueError("HOST:PORT, [IPv6]:PORT or unix:PATH")
+    return match[1] or "", match[2] or match[3] or "", int(match[4] or 0)
+
+
+# Readers turn a setting's text, or the texts of a repeated one, into its value; their ValueError
+# says what is allowed.
+
+
+def _matching(pattern: str, allowed: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(allowed)
+        return convert(text)
+
+    return read
+
+
+_read_seconds = _matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", "a number of seconds, 0 or more", float)
+_read_count = _matching("[0-9]{1,15}", "a whole number, 0 or more", int)
+_read_size = _matching("[1-9][0-9]{0,14}", "a whole number of bytes, 1 or more", int)
+_read_text = _matching(r"[^\0]+", "some text")
+_read_key = _matching(r"\s*[!-~]+\s*", "one word of visible ASCII characters", str.strip)
+_read_auth_header = _matching(
+    _TOKEN.decode() + r":(?!.*\{key\}.*\{key\})[ -~]*\{key\}[ -~]*", "NAME: VALUE, with {key} once in the value"
+)
+_read_switch = _matching("(?i:1|true|on|yes|0|false|off|no)", "1, true, on, yes, 0, false, off or no", lambda text: (
+    text.lower() in ("1", "true", "on", "yes")
+))
+
+
+def _read_bind(text: str) -> str:
+    parse_address(text)
+    return text
+
+
+def _read_url(text: str) -> str:
+    with contextlib.suppress(ValueError):
+        url = urllib.parse.urlsplit(text)
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        if good and "@" not in url.netloc and not url.fragment and re.fullmatch("[!-~]+", text):
+            return text
+    raise ValueError("an http:// or https:// address without user, password or fragment")
+
+
+def _read_params(texts: Sequence[str]) -> dict[str, Any]:
+    """The defaults, changed by each text in turn; null removes."""
+    params = dict(DEFAULT_PARAMS)
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            changes = json.loads(text) if text.startswith("{") else {name: json.loads(value or "null")}
+        except (ValueError, RecursionError):
+            changes = {"": None}
+        if ("=" not in text and not text.startswith("{")) or not changes.keys().isdisjoint(("", *OWN_PARAMS)):
+            raise ValueError(f"NAME=JSON, or a JSON object, with names other than {', '.join(OWN_PARAMS)}")
+        params.update(changes)
+    return {name: value for name, value in params.items() if value is not None}
+
+
+def _read_client_params(texts: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(name.strip() for text in texts for name in text.split(","))
+    if not all(re.fullmatch(r"\w+", name) and name not in ("prompt", "messages", "stream") for name in names):
+        raise ValueError("NAME, other than prompt, messages and stream")
+    return names
+
+
+# Members of the upstream request that --param does not set.
+OWN_PARAMS = ("model", "messages", "stream")
+
+# What the script that this program replaces asked for.
+DEFAULT_PARAMS = {"max_tokens": 400, "temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0}
+
+
+def _row(default: Any, read: Callable[..., Any], metavar: str, help: str, **more: Any) -> Any:
+    """A row of the settings table.  more: variable, shown (the default in words), repeat, secret."""
+    metadata = {"read": read, "metavar": metavar, "help": help, "shown": str(default), **more}
+    return dataclasses.field(default_factory=lambda: default, repr="secret" not in more, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every setting, declared here once: --help, the variables and README's table follow.
+
+    A value given as text is read as on the command line.  Raises SettingsError.
+    """
+
+    bind: str = _row(
+        "127.0.0.1:8000", _read_bind, "ADDRESS",
+        "listen at HOST:PORT, [IPv6]:PORT or unix:PATH; port 0 takes a free one",
+    )
+    upstream: str = _row(
+        "https://api.openai.com/v1", _read_url, "URL", "base URL of the API; a query part is kept",
+        variable="OPENAI_BASE_URL",
+    )
+    api_key: str = _row(
+        "", _read_key, "", "the API's key, or `OPENAI_API_KEY_FILE`; none is fine for a loopback upstream",
+        variable="OPENAI_API_KEY", secret=True, shown="none",
+    )
+    auth_header: str = _row(
+        "Authorization: Bearer {key}", _read_auth_header, "TEMPLATE", "header field that carries the key"
+    )
+    model: str = _row("gpt-4.1-mini", _read_text, "NAME", "model to ask")
+    param: Mapping[str, Any] = _row(
+        DEFAULT_PARAMS, _read_params, "NAME=JSON",
+        "member of the upstream request, repeatable; NAME= removes one; the variable is a JSON object",
+        repeat=True, shown=" ".join(f"{name}={value}" for name, value in DEFAULT_PARAMS.items()),
+    )
+    system: str = _row("", _read_text, "TEXT", "system message put before every conversation", shown="none")
+    client_param: tuple[str, ...] = _row(
+        (), _read_client_params, "NAME", "member a client may set itself, repeatable", repeat=True, shown="none"
+    )
+    connect_timeout: float = _row(10.0, _read_seconds, "SECONDS", "to connect to upstream, TLS included; 0: no limit")
+    first_byte_timeout: float = _row(120.0, _read_seconds, "SECONDS", "from then to the first event; 0: no limit")
+    idle_timeout: float = _row(60.0, _read_seconds, "SECONDS", "between two events of upstream; 0: no limit")
+    total_timeout: float = _row(3600.0, _read_seconds, "SECONDS", "for a whole answer; 0: no limit")
+    client_timeout: float = _row(
+        30.0, _read_seconds, "SECONDS", "for a client to send its request, and for each stalled write; 0: no limit"
+    )
+    heartbeat: float = _row(15.0, _read_seconds, "SECONDS", "of silence before a comment, in SSE mode; 0: never")
+    max_body: int = _row(1024 * 1024, _read_size, "BYTES", "largest request body")
+    max_streams: int = _row(1024, _read_count, "COUNT", "streams at a time; 0: no limit")
+    allow_anonymous: bool = _row(
+        False, _read_switch, "", "serve anybody, on an address that other machines reach", shown="off"
+    )
+    ca_file: str = _row("", _read_text, "FILE", "certificates (PEM) to trust upstream by", shown="the system's")
+    drain_timeout: float = _row(600.0, _read_seconds, "SECONDS", "for open streams to end after SIGTERM")
+    log_format: str = _row("text", _matching("text|json", "text or json"), "FORMAT", "log lines as text or json")
+    demo: bool = _row(False, _read_switch, "", "answer from a built-in API: no key, no network", shown="off")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, str) and value:
+                object.__setattr__(self, field.name, _read(field, value))
+        path, host, _ = self.address
+        if not (path or is_loopback(host) or self.allow_anonymous):
+            raise SettingsError(
+                f"--bind (STREAMPROXY_BIND): {self.bind!r} lets others spend your money; allowed: a loopback"
+                " address, a unix socket, or any with --allow-anonymous"
+            )
+        if not (self.api_key or self.demo or is_loopback(urllib.parse.urlsplit(self.upstream).hostname or "")):
+            raise SettingsError("no API key: set OPENAI_API_KEY or OPENAI_API_KEY_FILE, or try --demo")
+
+    @property
+    def address(self) -> tuple[str, str, int]:
+        """bind as (path of a unix socket, host, port)."""
+        return parse_address(self.bind)
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Settings:
+        """Return the settings of flags (texts by field name, None: not given), else environ, else the defaults.
+
+        Raises SettingsError.
+        """
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            text = (flags or {}).get(field.name) or environ.get(variable_of(field))
+            if text:
+                values[field.name] = _read(field, text)
+        path = environ.get("OPENAI_API_KEY_FILE")
+        if path and "api_key" in values:
+            raise SettingsError("OPENAI_API_KEY and OPENAI_API_KEY_FILE are both set; allowed: one of them")
+        if path:
+            try:
+                with open(path, encoding="ascii", errors="replace") as file:
+                    values["api_key"] = file.read(MAX_LINE)
+            except OSError as error:
+                raise SettingsError(f"OPENAI_API_KEY_FILE: cannot read {path!r}: {reason_of(error)}") from None
+        return cls(**values)
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """The command-line flag of a setting; secrets have none."""
+    return "" if "secret" in field.metadata else "--" + field.name.replace("_", "-")
+
+
+def variable_of(field: dataclasses.Field[Any]) -> str:
+    """The environment variable of a setting."""
+    return str(field.metadata.get("variable") or "STREAMPROXY_" + field.name.upper())
+
+
+def _read(field: dataclasses.Field[Any], text: Any) -> Any:
+    """The value of a setting from its text, or the texts of a repeated flag."""
+    try:
+        return field.metadata["read"]([text] if "repeat" in field.metadata and isinstance(text, str) else text)
+    except ValueError as error:
+        name = f"{flag_of(field)} ({variable_of(field)})" if flag_of(field) else variable_of(field)
+        shown = "this value" if "secret" in field.metadata else ascii(text)
+        raise SettingsError(f"{name}: {shown} is not allowed; allowed: {error}") from None
+
+
+def redactor(key: str) -> Callable[[str], str]:
+    """Return what takes key, its parts of 6 characters or more and masked keys out of a text."""
+    size = min(6, len(key))
+    parts = {key[at : at + size] for at in range(len(key) - size + 1)} if key else set()
+
+    def redact(text: str) -> str:
+        text = re.sub(r"\S*\*{3}\S*", "[redacted]", text)
+        hidden = {i for at in range(len(text)) if text[at : at + size] in parts for i in range(at, at + size)}
+        runs = itertools.groupby(range(len(text)), hidden.__contains__)
+        return "".join("[redacted]" if secret else "".join(text[i] for i in run) for secret, run in runs)
+
+    return redact
+
+
+def encode_request(asked: Any, settings: Settings) -> bytes:
+    """Return the chat-completion request for what a client asked.  Raises RequestError."""
+    if not isinstance(asked, dict) or ("prompt" in asked) == ("messages" in asked):
+        raise RequestError('The body must be a JSON object with either "prompt" or "messages".')
+    prompt, messages = asked.get("prompt"), asked.get("messages")
+    if "prompt" in asked:
+        if not isinstance(prompt, str) or not prompt:
+            raise RequestError('"prompt" must be a non-empty string.')
+        messages = [{"role": "user", "content": prompt}]
+    elif not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise RequestError('"messages" must be a non-empty array of {"role": ..., "content": ...}.')
+    if settings.system:
+        messages = [{"role": "system", "content": settings.system}, *messages]
+    request = {"model": settings.model, **settings.param}
+    request.update((name, asked[name]) for name in settings.client_param if name in asked)
+    return json.dumps({**request, "messages": messages, "stream": True}).encode()
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+
+
+# 7 ------------------------------------------------------------------ Upstream
+
+
+class Gate(threading.Semaphore):
+    """Lets MAX_WORKING threads work at a time; one that waits steps outside meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__(MAX_WORKING)
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        self.release()
+        try:
+            yield
+        finally:
+            self.acquire()
+
+
+class Lifeline:
+    """Lets the relay cut a connection that a thread is still opening, or waits on.
+
+    shutdown() wakes a thread that is blocked on the socket, within TLS too; close() does not.  The
+    descriptor is a copy, since TLS takes the one of the socket it wraps.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.connected_at: float | None = None  # by clock
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._cut = False
+
+    def hold(self, sock: socket.socket) -> None:
+        """Hold the connection that sock is about to make.  Raises OSError after cut()."""
+        self.release()
+        with self._lock:
+            if self._cut:
+                raise ConnectionAbortedError(errno.ECONNABORTED, "cut")
+            self._socket = sock.dup()
+
+    def connected(self) -> None:
+        self.connected_at = self._clock()
+
+    def cut(self) -> None:
+        with self._lock:
+            self._cut = True
+            if self._socket:
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+    def release(self) -> None:
+        """Let go of the connection, which stays open."""
+        with self._lock:
+            if self._socket:
+                self._socket.close()
+                self._socket = None
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer that is waited for outside the gate, and whose socket can be had."""
+
+    def __init__(self, gate: Gate, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.gate = gate
+        self.socket = sock
+
+    def _read_status(self) -> tuple[str, int, str]:
+        with self.gate.outside():
+            self.fp.peek(1)
+        line = super()._read_status()  # type: ignore[misc]
+        while 101 < line[1] < 200:  # it skips 100 alone, but 103 is no answer either (RFC 9110 section 15.2)
+            http.client.parse_headers(self.fp)
+            line = super()._read_status()  # type: ignore[misc]
+        return line  # type: ignore[no-any-return]
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection that its lifeline can cut at any time, and that waits outside the gate."""
+
+    def __init__(self, host: str, *, gate: Gate, lifeline: Lifeline, **options: Any) -> None:
+        super().__init__(host, **options)
+        self.gate = gate
+        self.lifeline = lifeline
+        self.response_class = functools.partial(_Response, gate)  # type: ignore[assignment]
+        self._create_connection = self._dial
+
+    def connect(self) -> None:
+        with self.gate.outside():
+            super().connect()
+        self.sock.settimeout(None)  # from here on the relay's clocks count
+        self.lifeline.connected()
+
+    def send(self, data: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        with self.gate.outside():
+            super().send(data)
+
+    def _dial(self, address: tuple[str, int], timeout: float | None, *_: object) -> socket.socket:
+        """Connect as socket.create_connection does, with each attempt on the lifeline."""
+        failure = OSError(errno.EADDRNOTAVAIL, "no address")
+        for family, kind, protocol, _name, target in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
+            sock = socket.socket(family, kind, protocol)
+            try:
+                self.lifeline.hold(sock)
+                sock.settimeout(timeout)
+                sock.connect(target)
+                return sock
+            except OSError as error:
+                failure = error
+                sock.close()
+        raise failure
+
+
+class _TLSConnection(_Connection, http.client.HTTPSConnection):
+    pass
+
+
+class _ConnectionHandler(urllib.request.AbstractHTTPHandler):
+    """Opens http and https addresses, through proxies too, on connections of our own kind."""
+
+    def __init__(self, gate: Gate, context: ssl.SSLContext | None) -> None:
+        super().__init__()
+        self._gate = gate
+        self._context = context
+
+    def http_open(self, request: Any) -> Any:
+        return self._open(_Connection, request)
+
+    def https_open(self, request: Any) -> Any:
+        return self._open(_TLSConnection, request, context=self._context)
+
+    def _open(self, kind: Any, request: Any, **options: Any) -> Any:
+        return self.do_open(kind, request, gate=self._gate, lifeline=request.lifeline, **options)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+
+class UpstreamAnswer:
+    """An answer of upstream whose head has come; its body is read without ever waiting."""
+
+    def __init__(self, response: Any) -> None:
+        """Raises Garbled where the body's framing is not HTTP's."""
+        self.status: int = response.status
+        self.headers: http.client.HTTPMessage = response.headers
+        self.socket: socket.socket = response.socket
+        # TLS may hold decrypted bytes that a selector does not see: it is read until it would block.
+        self.hides = isinstance(self.socket, ssl.SSLSocket)
+        self._file = self.socket.makefile("rb", buffering=0)  # keeps the socket open without response
+        try:
+            self.socket.setblocking(False)
+            self._early = _read_now(response.fp.read1)  # what came along with the head
+            self.body = body_decoder(self.status, self.headers)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            response.close()
+
+    def read(self) -> bytes | None:
+        """Return what has arrived, b"" at the end of the connection, None if there is nothing now.  Raises OSError."""
+        early, self._early = self._early, None
+        return early or _read_now(self.socket.recv)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _read_now(read: Callable[[int], bytes | None]) -> bytes | None:
+    try:
+        return read(READ_SIZE)
+    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        return None
+
+
+class Upstream:
+    """The API: opens one answer after another, from any thread."""
+
+    def __init__(self, settings: Settings, gate: Gate) -> None:
+        """Raises SettingsError for certificates that cannot be read."""
+        self.redact = redactor(settings.api_key)
+        self._base = urllib.parse.urlsplit(settings.upstream)
+        # The relay's clock cuts first; this is for systems where that does not wake connect().
+        self._timeout = settings.connect_timeout + 1 if settings.connect_timeout else None
+        self._fields = {
+            "Content-Type": "application/json",
+            "Accept": "text/event-stream, application/json",
+            "User-Agent": f"streamproxy/{__version__}",
+        }
+        if settings.api_key:
+            name, _, template = settings.auth_header.partition(":")
+            self._fields[name] = template.strip().replace("{key}", settings.api_key)
+        context = None  # reading the system's certificates takes time and memory
+        if self._base.scheme == "https":
+            try:
+                context = ssl.create_default_context(cafile=settings.ca_file or None)
+            except OSError:
+                raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {settings.ca_file!r}") from None
+        # Neither redirects nor file: addresses: handlers that are not there.  The built-in upstream is
+        # on this machine, whatever proxy the environment names.
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(urllib.request.ProxyHandler({} if settings.demo else None))
+        self._opener.add_handler(_ConnectionHandler(gate, context))
+
+    def open(self, path: str, body: bytes, lifeline: Lifeline) -> UpstreamAnswer:
+        """Send body to path below the base URL and return the answer, its head read.
+
+        Blocks until the head has come or lifeline is cut.  Raises UpstreamError.
+        """
+        url = self._base._replace(path=self._base.path.rstrip("/") + path).geturl()
+        request = urllib.request.Request(url, body, self._fields, method="POST")
+        request.lifeline = lifeline  # type: ignore[attr-defined]
+        try:
+            return UpstreamAnswer(self._opener.open(request, timeout=self._timeout))
+        except (OSError, http.client.HTTPException) as error:
+            raise UpstreamError(f"Upstream cannot be reached: {reason_of(error)}.") from None
+        finally:
+            lifeline.release()
+
+
+# 8 ------------------------------------------------------------------ Relay
+
+
+class Relay:
+    """One thread that moves the bytes of every stream and owns every clock.
+
+    All but post, start and stop belong to that thread.  A test calls turn() instead.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.streams: set[Stream] = set()
+        self._selector = selectors.DefaultSelector()
+        self._watched: set[socket.socket] = set()
+        self._posts: collections.deque[Callable[[], None]] = collections.deque()
+        self._again: list[Callable[[int], None]] = []
+        self._alarms: list[list[Any]] = []  # a heap of [when, order, callback, or None if cancelled]
+        self._order = itertools.count()  # so that the heap never compares callbacks
+        self._bell, self._rope = socket.socketpair()  # pulling the rope rings the bell, which wakes the selector
+        self._bell.setblocking(False)
+        self._rung = False
+        self._selector.register(self._bell, selectors.EVENT_READ)
+        self._running = True
+        self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, after all that was posted, and with whatever streams are left."""
+        self.post(self._stop)
+        self._thread.join()
+        self.close()
+
+    def close(self) -> None:
+        for resource in (self._selector, self._bell, self._rope):
+            resource.close()
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have the relay's thread make a call.  For any thread."""
+        self._posts.append(call)
+        if not self._rung:
+            self._rung = True
+            self._rope.send(b"!")
+
+    def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
+        """Call back with the events (of selectors) that sock is ready for; for no events, no more."""
+        if not events:
+            if sock in self._watched:
+                self._watched.remove(sock)
+                self._selector.unregister(sock)
+        elif sock in self._watched:
+            self._selector.modify(sock, events, callback)
+        else:
+            self._watched.add(sock)
+            self._selector.register(sock, events, callback)
+
+    def again(self, callback: Callable[[int], None]) -> None:
+        """Call back in the next turn, which will not wait."""
+        self._again.append(callback)
+
+    def set_alarm(self, when: float, callback: Callable[[], None]) -> list[Any]:
+        """Call back at when, by clock.  Setting the last item of what is returned to None cancels it."""
+        alarm = [when, next(self._order), callback]
+        heapq.heappush(self._alarms, alarm)
+        return alarm
+
+    def turn(self, timeout: float | None = None) -> None:
+        """Wait for at most timeout seconds (None: until an alarm), then do all there is to do."""
+        again, self._again = self._again, []
+        if again:
+            timeout = 0.0
+        elif timeout is None and self._alarms:
+            timeout = max(0.0, self._alarms[0][0] - self.clock())
+        for key, events in self._selector.select(timeout):
+            if key.data:
+                self._call(key.data, events)
+            else:
+                self._bell.recv(READ_SIZE)
+                self._rung = False
+        for callback in again:
+            self._call(callback, selectors.EVENT_READ)
+        while self._posts:
+            self._call(self._posts.popleft())
+        while self._alarms and (not self._alarms[0][2] or self._alarms[0][0] <= self.clock()):
+            alarm = heapq.heappop(self._alarms)
+            if alarm[2]:
+                self._call(alarm[2])
+
+    def _run(self) -> None:
+        while self._running:
+            self.turn()
+
+    def _stop(self) -> None:
+        self._running = False
+
+    def _call(self, callback: Callable[..., None], *events: int) -> None:
+        """Make a call; a fault in one stream ends that stream and touches no other."""
+        try:
+            callback(*events)
+        except Exception as error:  # noqa: BLE001
+            log.error("fault in the relay: %s", place_of(error))
+            stream = getattr(getattr(callback, "func", callback), "__self__", None)
+            if isinstance(stream, Stream):
+                stream.drop(ProxyError("Internal error."))
+
+
+class Stream:
+    """One answer on its way: from upstream's socket, through the decoders, to the client's socket.
+
+    The thread that asks makes it and calls open.  All else happens in the relay's thread, and from
+    the start: the client may leave, a clock may run out and, in SSE mode, the head may have to go,
+    before upstream has said a word.
+    """
+
+    def __init__(
+        self, relay: Relay, client: socket.socket, answer: Answer, settings: Settings,
+        head: bytes, chunked: bool, on_end: Callable[[], None],
+    ) -> None:
+        """client must not block; head leaves with the first bytes of the body; on_end is called in the relay."""
+        self.answer = answer
+        self.failure: ProxyError | None = None  # why the answer is not complete
+        self.started = False  # the client was sent something
+        self.intact = False  # the client was sent a body that ends as it should
+        self.first_text_at: float | None = None  # by the relay's clock
+        self.early = bytearray()  # what the client sent meanwhile: its next request
+        self._relay = relay
+        self._client = client
+        self._settings = settings
+        self._head = head
+        self._chunked = chunked
+        self._on_end = on_end
+        self._lifeline = Lifeline(relay.clock)
+        self._upstream: UpstreamAnswer | None = None
+        self._pending = b""  # what the client's socket did not take
+        self._blocked = False  # pending waits for the client, and upstream is not read
+        self._closing = False  # nothing comes after pending
+        self._ended = False
+        self._alarm: list[Any] = [0.0, 0, None]
+        self._began_at = self._event_at = self._write_at = relay.clock()
+        self._settled_at: float | None = None  # when the finish_reason came
+
+    def open(self, upstream: Upstream, path: str, body: bytes) -> None:
+        """Ask upstream, and leave the rest to the relay.  Blocks until upstream's head has come."""
+        self._relay.post(self.begin)
+        call: Callable[[], None]
+        try:
+            call = functools.partial(self.carry, upstream.open(path, body, self._lifeline))
+        except UpstreamError as error:
+            call = functools.partial(self.fail, error)
+        except Exception as error:  # noqa: BLE001
+            log.error("fault in asking upstream: %s", place_of(error))
+            call = functools.partial(self.fail, ProxyError("Internal error."))
+        self._relay.post(call)
+
+    # The rest is called by the relay.
+
+    def begin(self) -> None:
+        """Watch the client and the clocks."""
+        self._relay.streams.add(self)
+        self._relay.watch(self._client, selectors.EVENT_READ, self.on_client)
+        self._set_alarm()
+
+    def carry(self, upstream: UpstreamAnswer) -> None:
+        """Move the body of upstream's answer from now on."""
+        if self._ended or self._closing:
+            upstream.close()
+            return
+        self._upstream = upstream
+        self.answer.start(upstream.status, upstream.headers)
+        if self.answer.failure:
+            self.fail(self.answer.failure)
+        elif upstream.body.complete:
+            self._take(b"")
+        elif not self._blocked:
+            self._relay.watch(upstream.socket, selectors.EVENT_READ, self.on_upstream)
+            self.on_upstream(selectors.EVENT_READ)  # the first bytes may have come with the head
+        self._set_alarm()
+
+    def on_upstream(self, events: int) -> None:
+        """Read what has arrived and pass it on."""
+        for _ in range(READS_PER_TURN):
+            if not self._upstream or self._blocked:
+                return
+            try:
+                data = self._upstream.read()
+            except OSError:
+                data = b""
+            if data is not None:
+                self._take(data)
+            if data is None or not self._upstream or not self._upstream.hides:
+                return
+        self._relay.again(self.on_upstream)
+
+    def on_client(self, events: int) -> None:
+        """Send what waits, and take what the client sends: mostly, that it leaves."""
+        if events & selectors.EVENT_WRITE:
+            self._flush()
+        if events & selectors.EVENT_READ and not self._ended:
+            try:
+                data = self._client.recv(READ_SIZE)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            self.early += data
+            if not data:
+                self.drop(Disconnected("The client left."))
+            elif len(self.early) > MAX_PIPELINED:
+                self.drop(Aborted("The client sent too much while its answer was on its way."))
+
+    def on_alarm(self) -> None:
+        """Do what is due, then wait for what comes next."""
+        self._alarm[2] = None
+        now = self._relay.clock()
+        for due, act in self._clocks(now):
+            if due <= now:
+                act()
+                break
+        self._set_alarm()
+
+    def fail(self, failure: ProxyError) -> None:
+        """End the stream so that the client can tell that the answer is not complete."""
+        if self._ended or self._closing:
+            return
+        self.failure = failure
+        self._close_upstream()
+        told = self.answer.format.error(failure.message) if self.started else None
+        if told is not None:
+            self._write(told, last=True)
+        elif self._pending:
+            self._closing = True
+        else:
+            self._end()
+
+    def drop(self, failure: ProxyError) -> None:
+        """End the stream at once: nobody is there, or able, to take what is left of it."""
+        if not self._ended:
+            self.failure = failure
+            self.intact = False
+            self._end()
+
+    def _take(self, data: bytes) -> None:
+        """Pass on what data adds to the answer; b"" is the end of upstream's connection."""
+        assert self._upstream
+        answer, body, events = self.answer, self._upstream.body, self.answer.events
+        if not data:
+            body.close()
+        out = answer.feed(body.feed(data))
+        if body.complete or body.failure:
+            out += answer.close(body.failure)
+        if answer.done:
+            self._complete(out)
+            return
+        if out:
+            self._write(out)
+        if answer.failure:
+            self.fail(answer.failure)
+        elif answer.events != events:
+            self._event_at = self._relay.clock()
+            if answer.finish_reason is not None and self._settled_at is None:
+                self._settled_at = self._event_at
+                self._set_alarm()
+
+    def _complete(self, out: bytes = b"") -> None:
+        self._close_upstream()
+        self._write(out + self.answer.end(), last=True)
+
+    def _ping(self) -> None:
+        self._write(self.answer.format.ping())
+
+    def _write(self, body: bytes, last: bool = False) -> None:
+        """Send body as one chunk, with the head before the first and the last chunk behind the last."""
+        data = body
+        if self._chunked:
+            data = encode_chunk(body) + LAST_CHUNK if last else encode_chunk(body)
+        if not self.started:
+            self.started = True
+            data = self._head + data
+        self._write_at = self._relay.clock()
+        if self.first_text_at is None and self.answer.pieces:
+            self.first_text_at = self._write_at
+        self._closing = self.intact = last
+        self._pending += data
+        if not self._blocked:
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            sent = self._client.send(self._pending)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.drop(Disconnected("The client left."))
+            return
+        self._pending = self._pending[sent:]
+        if not self._pending and self._closing:
+            self._end()
+        elif self._pending and not self._blocked:
+            self._block()
+        elif self._blocked and sent:
+            self._write_at = self._relay.clock()
+            if not self._pending:
+                self._unblock()
+
+    def _block(self) -> None:
+        """Back-pressure: while the client does not read, neither do we."""
+        self._blocked = True
+        self._relay.watch(self._client, selectors.EVENT_READ | selectors.EVENT_WRITE, self.on_client)
+        if self._upstream:
+            self._relay.watch(self._upstream.socket, 0, self.on_upstream)
+        self._set_alarm()
+
+    def _unblock(self) -> None:
+        self._blocked = False
+        self._event_at = self._write_at  # upstream was not silent: we did not listen
+        self._relay.watch(self._client, selectors.EVENT_READ, self.on_client)
+        if self._upstream:
+            self._relay.watch(self._upstream.socket, selectors.EVENT_READ, self.on_upstream)
+            self.on_upstream(selectors.EVENT_READ)  # TLS may hold what the selector does not see
+        self._set_alarm()
+
+    def _close_upstream(self) -> None:
+        """Nobody pays for what would come from now on."""
+        self._lifeline.cut()
+        if self._upstream:
+            self._relay.watch(self._upstream.socket, 0, self.on_upstream)
+            self._upstream.close()
+            self._upstream = None
+
+    def _end(self) -> None:
+        self._ended = True
+        self._alarm[2] = None
+        self._close_upstream()
+        self._relay.watch(self._client, 0, self.on_client)
+        self._relay.streams.discard(self)
+        self._on_end()
+
+    def _set_alarm(self) -> None:
+        due = min((due for due, _ in self._clocks(self._relay.clock())), default=None)
+        if due is not None and not self._ended and (not self._alarm[2] or due < self._alarm[0]):
+            self._alarm[2] = None
+            self._alarm = self._relay.set_alarm(due, self.on_alarm)
+
+    def _clocks(self, now: float) -> Iterator[tuple[float, Callable[[], None]]]:
+        """What is due when, as things stand; asked again when the first of it is reached."""
+        limits, connected_at = self._settings, self._lifeline.connected_at
+        if limits.total_timeout and not self._closing:
+            yield self._began_at + limits.total_timeout, self._late("to end its answer")
+        if self._blocked:
+            if limits.client_timeout:
+                yield self._write_at + limits.client_timeout, self._stalled
+            return
+        if connected_at is None:
+            if limits.connect_timeout:
+                yield self._began_at + limits.connect_timeout, self._late("to connect")
+            if limits.first_byte_timeout:  # starts when connected: look again before it can be due
+                yield now + limits.first_byte_timeout, self._set_alarm
+        elif not self.answer.events:
+            if limits.first_byte_timeout:
+                yield connected_at + limits.first_byte_timeout, self._late("to start its answer")
+        elif self._settled_at is not None:
+            yield self._settled_at + END_GRACE, self._complete
+        elif limits.idle_timeout:
+            yield self._event_at + limits.idle_timeout, self._late("to go on with its answer")
+        if limits.heartbeat and self.answer.format.pings:
+            yield self._write_at + limits.heartbeat, self._ping
+
+    def _late(self, what: str) -> Callable[[], None]:
+        return lambda: self.fail(UpstreamTimeout(f"Upstream took too long {what}."))
+
+    def _stalled(self) -> None:
+        self.drop(Aborted("The client stopped reading."))
+
+
+# 9 ------------------------------------------------------------------ Server
+
+# A selector with no descriptor of its own, for a wait on one or two sockets.
+_Poll: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+class LogEntry(dict):  # type: ignore[type-arg]
+    """What the log says of one request.  As text: name=value, nothing from the wire unescaped."""
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={self._text(value)}" for name, value in self.items() if value is not None)
+
+    @staticmethod
+    def _text(value: object) -> str:
+        plain = isinstance(value, str) and re.fullmatch("[!#-<>-~]+", value)  # no space, quote or =
+        return str(value) if plain else json.dumps(value, separators=(",", ":"))
+
+
+class ClientReader(io.RawIOBase):
+    """What a client sends, waited for outside the gate and, for one request, client_timeout in all."""
+
+    def __init__(self, server: Server, sock: socket.socket) -> None:
+        self.early = bytearray()  # what the relay has read already
+        self.deadline: float | None = None  # None: between two requests
+        self._server = server
+        self._socket = sock
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what there is into buffer; 0 at the end of the connection.
+
+        Between two requests that is also when the server drains, or nothing comes for
+        client_timeout.  Raises RequestError where a request takes longer than that.
+        """
+        if self.early:
+            size = min(len(buffer), len(self.early))
+            buffer[:size] = self.early[:size]
+            del self.early[:size]
+            return size
+        with self._server.gate.outside():
+            return self._socket.recv_into(buffer) if self._wait() else 0
+
+    def _wait(self) -> bool:
+        timeout, between = self._server.settings.client_timeout or FOREVER, self.deadline is None
+        left = timeout if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        with _Poll() as poll:
+            poll.register(self._socket, selectors.EVENT_READ)
+            if between:
+                poll.register(self._server.drain_signal, selectors.EVENT_READ)
+            ready = any(key.fileobj is self._socket for key, _ in poll.select(left))
+        if between:
+            self.deadline = time.monotonic() + timeout
+        elif not ready:
+            raise RequestError("The request did not arrive in time.", 408)
+        return ready
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: reads requests, answers them, and leaves streams to the relay."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    rbufsize = 0
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.reader = ClientReader(self.server, self.connection)
+        self.rfile = io.BufferedReader(self.reader)
+
+    def handle(self) -> None:
+        with self.server.gate:
+            super().handle()
+
+    def handle_one_request(self) -> None:
+        """Read a request and answer it, whatever happens, with one line in the log."""
+        self.close_connection = True
+        self.command, self.path, self.request_version = "-", "-", self.protocol_version
+        self.request_id, self.status, self.began_at = secrets.token_hex(8), 0, time.monotonic()
+        self.stream: Stream | None = None
+        self.failure: ProxyError | None = None
+        self.unread = True  # bytes of the request may be left
+        self.reader.deadline = None
+        try:
+            self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
+            if not self.raw_requestline:
+                return
+            self.began_at = time.monotonic()
+            self._handle_request()
+        except ProxyError as failure:
+            self._refuse(failure)
+        except OSError:
+            self._refuse(Disconnected("The client left."))
+        except Exception as error:  # noqa: BLE001
+            log.error("fault in request %s: %s", self.request_id, place_of(error))
+            self._refuse(ProxyError("Internal error."))
+        self._log()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server calls for a head that it cannot take."""
+        raise RequestError(f"{message or http.HTTPStatus(code).phrase}.", code)
+
+    def handle_expect_100(self) -> bool:
+        return True  # said when the body is wanted
+
+    # What is asked.
+
+    def _handle_request(self) -> None:
+        if len(self.raw_requestline) > MAX_LINE:
+            raise RequestError("The request line is too long.", 414)
+        if not self.parse_request():
+            raise RequestError("The request line is empty.")
+        if self.request_version == "HTTP/0.9":
+            raise RequestError("This server speaks HTTP/1.1 and HTTP/1.0.")
+        self.close_connection |= self.request_version == "HTTP/1.0"
+        self.unread = "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
+        if re.fullmatch("[0-9A-Za-z._-]{1,64}", self.headers.get("X-Request-Id", "")):
+            self.request_id = self.headers["X-Request-Id"]
+        path, _, query = self.path.partition("?")
+        methods = _ROUTES.get(path)
+        if not methods:
+            raise RequestError("There is nothing at this path.", 404)
+        if self.command not in methods:
+            allowed = ", ".join(methods)
+            raise RequestError(f"This path takes {allowed} only.", 405, ("Allow", allowed))
+        methods[self.command](self, query)
+
+    def post_prompt(self, query: str) -> None:
+        """Answer a JSON body with a stream."""
+        try:
+            asked = json.loads(self._read_body(), parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
+            raise RequestError("Invalid JSON data") from None  # the script's own words
+        format = EventFormat(self.request_id) if self._wants_events() else TextFormat()
+        self._stream(encode_request(asked, self.server.settings), format)
+
+    def get_root(self, query: str) -> None:
+        """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
+        if not self._wants_events():
+            self._answer(200, PAGE, "text/html; charset=utf-8", [("Content-Security-Policy", PAGE_POLICY)])
+        elif "Last-Event-ID" in self.headers:  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
+            self._answer(204, b"")
+        else:
+            try:
+                prompts = urllib.parse.parse_qs(query, errors="strict").get("prompt", [])
+            except ValueError:
+                raise RequestError("The query is not UTF-8.") from None
+            asked = {"prompt": prompts[0] if len(prompts) == 1 else None}
+            self._stream(encode_request(asked, self.server.settings), EventFormat(self.request_id, reconnects=True))
+
+    def get_health(self, query: str) -> None:
+        """Say that the process is alive."""
+        self._answer(200, b"ok\n", "text/plain; charset=utf-8")
+
+    def _wants_events(self) -> bool:
+        ranges = [part.partition(";")[0].strip().lower() for part in self.headers.get("Accept", "").split(",")]
+        return "text/event-stream" in ranges and self.command != "HEAD"
+
+    def _read_body(self) -> bytes:
+        lengths, limit = self.headers.get_all("Content-Length", []), self.server.settings.max_body
+        if "Transfer-Encoding" in self.headers or not lengths:
+            raise RequestError("A body needs a Content-Length.", 411)
+        if len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", lengths[0]):
+            raise RequestError("Content-Length is not a number.")
+        if int(lengths[0]) > limit:
+            raise RequestError(f"The body is larger than {limit} bytes.", 413)
+        if self.headers.get("Expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1":
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = self.rfile.read(int(lengths[0]))
+        if len(body) < int(lengths[0]):
+            raise Disconnected("The client left.")
+        self.unread = False
+        return body
+
+    # How it is answered.
+
+    def _stream(self, body: bytes, format: TextFormat) -> None:
+        """Have upstream's answer relayed, and sleep until it has ended."""
+        server, ended, chunked = self.server, threading.Event(), self.request_version == "HTTP/1.1"
+        framing = [("Transfer-Encoding", "chunked")] if chunked else []
+        head = self._encode_head(200, format.content_type, [*framing, *STREAM_FIELDS])
+        with server.stream_place():
+            self.connection.setblocking(False)
+            answer = Answer(format, server.upstream.redact)
+            self.stream = Stream(server.relay, self.connection, answer, server.settings, head, chunked, ended.set)
+            self.stream.open(server.upstream, "/chat/completions", body)
+            with server.gate.outside():
+                ended.wait()
+        self.reader.early += self.stream.early
+        self.status = 200 if self.stream.started else 0
+        if self.stream.failure:
+            raise self.stream.failure
+
+    def _refuse(self, failure: ProxyError) -> None:
+        """Tell the client that its request failed, as far as that can still be told."""
+        self.failure, self.status = failure, self.status or failure.status
+        if isinstance(failure, Disconnected):
+            self.close_connection = True
+        elif self.stream and self.stream.started:
+            self.close_connection |= not self.stream.intact
+            if not self.stream.intact and self.request_version == "HTTP/1.0":
+                self._reset()  # its body ends where the connection does
+        else:
+            self.close_connection |= self.unread
+            body = json.dumps({"error": failure.message}).encode() + b"\n"
+            with contextlib.suppress(OSError):
+                self._answer(failure.status, body, "application/json", failure.fields)
+                if self.unread:
+                    self._linger()
+
+    def _answer(self, status: int, body: bytes, type: str = "", fields: Iterable[tuple[str, str]] = ()) -> None:
+        self.status = status
+        length = [("Content-Length", str(len(body)))] if body else []
+        head = self._encode_head(status, type, [*length, *fields, ("Cache-Control", "no-store")])
+        self._send(head if self.command == "HEAD" else head + body)
+
+    def _encode_head(self, status: int, type: str, fields: Iterable[tuple[str, str]]) -> bytes:
+        """Return a head with the fields that every answer has, and Connection where it is the last."""
+        self.close_connection |= self.server.draining
+        common = [
+            ("Date", self.date_time_string()),
+            ("X-Request-Id", self.request_id),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Content-Type", type),
+            ("Connection", "close" if self.close_connection else ""),
+        ]
+        return encode_head(status, [field for field in common if field[1]] + [*fields])
+
+    def _send(self, data: bytes) -> None:
+        with self.server.gate.outside():
+            self.connection.settimeout(self.server.settings.client_timeout or None)
+            self.connection.sendall(data)
+
+    def _linger(self) -> None:
+        """Read what the client still sends: closing now would reset the connection under our answer."""
+        deadline, room = time.monotonic() + LINGER_TIMEOUT, MAX_LINGER_SIZE
+        with self.server.gate.outside():
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(LINGER_TIMEOUT)
+            while room > 0 and time.monotonic() < deadline:
+                room -= len(self.connection.recv(READ_SIZE)) or room
+
+    def _reset(self) -> None:
+        """Close so that the client sees an error (SO_LINGER of 0 s), not the end of a body."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
+    def _log(self) -> None:
+        now, stream = time.time(), self.stream
+        entry = LogEntry(
+            time=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03}Z",
+            id=self.request_id,
+            client=self.client_address[0] if self.client_address else "unix",
+            method=self.command,
+            path=self.path.partition("?")[0][:200],  # the query may hold a prompt
+            status=self.status,
+            ending=self.failure.ending if self.failure else "complete",
+            error=self.failure.logged if self.failure else None,
+            seconds=round(time.monotonic() - self.began_at, 3),
+        )
+        if stream:
+            ttft = None if stream.first_text_at is None else round(stream.first_text_at - self.began_at, 3)
+            entry.update(ttft=ttft, pieces=stream.answer.pieces, bytes=stream.answer.size, usage=stream.answer.usage)
+        log.info(entry)
+
+
+# Path, then method.  HEAD is answered as GET without the body.
+_ROUTES: dict[str, dict[str, Callable[[Handler, str], None]]] = {
+    "/": {"GET": Handler.get_root, "HEAD": Handler.get_root, "POST": Handler.post_prompt},
+    "/healthz": {"GET": Handler.get_health, "HEAD": Handler.get_health},
+}
+
+# What keeps nginx, proxies that compress, and whoever knows RFC 10036 from holding text back.
+STREAM_FIELDS = (
+    ("X-Accel-Buffering", "no"),
+    ("Cache-Control", "no-cache, no-transform"),
+    ("Incremental", "?1"),
+)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The proxy: bound once made, serving from start() to stop(), or within a with block."""
+
+    daemon_threads = True
+    request_queue_size = BACKLOG
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises SettingsError, and OSError where the address cannot be bound."""
+        self._demo = Demo() if settings.demo else None
+        self.settings = dataclasses.replace(settings, upstream=self._demo.url) if self._demo else settings
+        self.gate = Gate()
+        self.relay = Relay()
+        self.upstream = Upstream(self.settings, self.gate)
+        self.draining = False
+        self.drain_signal, self._drain_sender = socket.socketpair()  # readable from the start of the drain on
+        self._places = threading.Semaphore(settings.max_streams or sys.maxsize)
+        self._connections: set[socket.socket] = set()
+        self._changed = threading.Condition()  # guards _connections and _hurried
+        self._hurried = False
+        self._listening = False
+        self._accepting = threading.Thread(target=self._accept, name="accept", daemon=True)
+        path, host, port = settings.address
+        found: Any = [(socket.AF_UNIX, 0, 0, "", path)] if path else socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        self.address_family = found[0][0]
+        super().__init__(found[0][4], Handler)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where the server can be reached, with the port that was bound; unix:PATH for a socket."""
+        path, host, _ = self.settings.address
+        host = f"[{host}]" if ":" in host else host
+        return f"unix:{path}" if path else f"http://{host}:{self.server_address[1]}"
+
+    def start(self) -> None:
+        """Serve, in threads of its own."""
+        if self._demo:
+            self._demo.start()
+        self.relay.start()
+        self._accepting.start()
+
+    def stop(self) -> None:
+        """Stop accepting, let what is open end for up to drain_timeout seconds, abort the rest, close."""
+        self.draining = True
+        self._drain_sender.send(b"!")
+        self._accepting.join()
+        if not self._wait_for_connections(self.settings.drain_timeout):
+            self.relay.post(self._abort_streams)
+            self._hurried = False
+            self._wait_for_connections(ABORT_GRACE)
+            for connection in list(self._connections):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+        self.relay.stop()
+        if self._demo:
+            self._demo.stop()
+        self.server_close()
+
+    def abort(self) -> None:
+        """Have stop() wait no longer.  For any thread."""
+        with self._changed:
+            self._hurried = True
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def stream_place(self) -> Iterator[None]:
+        """Hold one of max_streams places.  Raises RequestError where none is free."""
+        if not self._places.acquire(blocking=False):
+            raise RequestError("Too many answers are on their way.", 503, ("Retry-After", "1"))
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    def _wait_for_connections(self, timeout: float) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._hurried or not self._connections, timeout)
+            return not self._connections
+
+    def _abort_streams(self) -> None:
+        for stream in list(self.relay.streams):
+            stream.fail(Aborted("The server is shutting down."))
+
+    # What socketserver calls, or is called of it.
+
+    def server_bind(self) -> None:
+        path = self.settings.address[0]
+        if path:
+            _remove_stale_socket(path)
+        socketserver.TCPServer.server_bind(self)  # http.server's looks its own name up, which may take long
+        self._listening = True
+        if path:
+            os.chmod(path, 0o666)  # as open as a loopback port; the folder's mode can say otherwise
+
+    def server_close(self) -> None:
+        self._stop_listening()
+        super().server_close()
+        self.drain_signal.close()
+        self._drain_sender.close()
+
+    def _stop_listening(self) -> None:
+        if self._listening:
+            self._listening = False
+            if self.settings.address[0]:  # removed now: a successor may bind it while we drain
+                with contextlib.suppress(OSError):
+                    os.unlink(self.settings.address[0])
+            self.socket.close()
+
+    def _accept(self) -> None:
+        self.socket.setblocking(False)
+        with _Poll() as poll:
+            poll.register(self.socket, selectors.EVENT_READ)
+            poll.register(self.drain_signal, selectors.EVENT_READ)
+            while not self.draining:
+                poll.select()
+                self._accept_waiting()  # at the end too: who came before the address is given up is served
+        self._stop_listening()
+
+    def _accept_waiting(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                try:
+                    request, client_address = self.get_request()
+                    self.process_request(request, client_address)
+                except BlockingIOError:
+                    raise
+                except (OSError, RuntimeError) as error:  # no descriptor, or no thread, is left
+                    log.error("a connection was not accepted: %s", place_of(error))
+                    time.sleep(0.1)
+                    return
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        request, client_address = self.socket.accept()
+        if client_address:  # not on a unix socket
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return request, client_address
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._changed:
+            self._connections.add(request)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:
+            self.shutdown_request(request)
+            raise
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        with self._changed:
+            self._connections.discard(request)
+            self._changed.notify_all()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        if error and not isinstance(error, OSError):  # a client that vanishes is a normal ending
+            log.error("fault in a connection: %s", place_of(error))
+
+
+def _remove_stale_socket(path: str) -> None:
+    """Remove the socket of a process that is gone: nobody answers there."""
+    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        if stat.S_ISSOCK(os.stat(path).st_mode) and probe.connect_ex(path) == errno.ECONNREFUSED:
+            os.unlink(path)
+
+
+def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
+    """Yield the text of the answer to prompt as it arrives, with no server.
+
+    Leaving the loop closes the connection to upstream.  Raises ProxyError, after the text that
+    came, where the answer is not complete.
+    """
+    demo = Demo() if settings.demo else None
+    if demo:
+        demo.start()
+        settings = dataclasses.replace(settings, upstream=demo.url)
+    gate, relay = Gate(), Relay()
+    upstream = Upstream(settings, gate)
+    reader, client = socket.socketpair()  # the loop is a client like any other, but for HTTP
+    client.setblocking(False)
+    answer = Answer(TextFormat(), upstream.redact)
+    stream = Stream(relay, client, answer, settings, head=b"", chunked=False, on_end=client.close)
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    relay.start()
+    try:
+        with gate:
+            stream.open(upstream, "/chat/completions", encode_request({"prompt": prompt}, settings))
+        for data in iter(functools.partial(reader.recv, READ_SIZE), b""):
+            yield decoder.decode(data)
+        if stream.failure:
+            raise stream.failure
+    finally:
+        relay.post(functools.partial(stream.drop, Disconnected("The loop was left.")))
+        relay.stop()
+        reader.close()
+        if demo:
+            demo.stop()
+
+
+# 10 ----------------------------------------------------------------- Demo upstream
+
+DEMO_PAUSE = 0.05  # seconds between two words: a human pace
+DEMO_ANSWER = (
+    "You asked: \u201c{prompt}\u201d\n\nNo model has read it. This is streamproxy\u2019s built-in upstream,"
+    " which sends your words back over real HTTP, one event a word: Gr\u00fc\u00dfe, \u4f60\u597d,"
+    " \u0928\u092e\u0938\u094d\u0924\u0947, \U0001f44b\U0001f3fd. Set OPENAI_API_KEY and leave out --demo"
+    " to ask a real one.\n"
+)
+
+
+class DemoHandler(http.server.BaseHTTPRequestHandler):
+    """A chat-completions API that echoes what it was asked, word by word."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
+        words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{prompt}", str(asked)))
+        usage = {"prompt_tokens": len(str(asked).split()), "completion_tokens": len(words)}
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the proxy leaves when its client does
+            self._send([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+            for word in words:
+                time.sleep(DEMO_PAUSE)
+                self._send([{"index": 0, "delta": {"content": word}, "finish_reason": None}])
+            self._send([{"index": 0, "delta": {}, "finish_reason": "stop"}])
+            self._send([], usage={**usage, "total_tokens": sum(usage.values())})
+            self.wfile.write(encode_chunk(encode_event("[DONE]")) + LAST_CHUNK)
+
+    def _send(self, choices: Sequence[object], **more: object) -> None:
+        payload = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": choices, **more}
+        self.wfile.write(encode_chunk(encode_event(json.dumps(payload))))
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class Demo(http.server.ThreadingHTTPServer):
+    """The built-in upstream, on a port of its own."""
+
+    daemon_threads = True
+    request_queue_size = BACKLOG
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), DemoHandler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)
+
+    def start(self) -> None:
+        threading.Thread(target=self.serve_forever, name="demo", daemon=True).start()
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+# 11 ----------------------------------------------------------------- Chat page
+
+_PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport"
+  content="width=device-width, viewport-fit=cover, interactive-widget=resizes-content">
+<title>streamproxy</title>
+<link rel="icon" href="data:,">
+<style>
+* { box-sizing: border-box; margin: 0; font: inherit; }
+:root {
+  color-scheme: light dark;
+  --page: light-dark(#fdfdfc, #15171a); --ink: light-dark(#1c1f24, #e4e5e7);
+  --soft: light-dark(#eef0f3, #272b31); --muted: light-dark(#5c636d, #9ba2ac);
+  --edge: light-dark(#858c96, #6d747e); --bad: light-dark(#a3201a, #ffa198);
+  --accent: light-dark(#1d57b0, #8fb6f5); --on-accent: light-dark(#fff, #10151d);
+}
+body {
+  display: flex; flex-direction: column; height: 100vh; height: 100dvh;
+  padding: env(safe-area-inset-top) env(safe-area-inset-right) 0 env(safe-area-inset-left);
+  background: var(--page); color: var(--ink); font: 1rem/1.6 system-ui, sans-serif;
+}
+header, main, footer {   /* each keeps a scrollbar's width free, so that their columns agree */
+  padding: .5rem max(1.25rem, 50% - 22rem); overflow: hidden auto; scrollbar-gutter: stable;
+}
+header, footer { flex: none; }
+header { border-bottom: 1px solid var(--soft); }
+h1 { font-size: .875rem; font-weight: 600; color: var(--muted); }
+main { flex: 1; padding-block: 1.5rem; overscroll-behavior: contain; }
+main:empty::before { content: "Ask anything."; color: var(--muted); font-size: 1.5rem; }
+.message + .message { margin-top: 1.75rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; }
+.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .625rem 1rem;
+  border-radius: 1.125rem; background: var(--soft); }
+.error { padding-left: .875rem; border-left: 3px solid; color: var(--bad); }
+.note, details { margin: .5rem 0; font-size: .875rem; color: var(--muted); }
+details .text { margin: .5rem 0 1rem; padding-left: .875rem; border-left: 1px solid; }
+summary { width: fit-content; cursor: pointer; }
+.streaming > .text::after { content: ""; display: inline-block; width: .5em; height: 1em;
+  margin-left: .125em; border-radius: .125em; vertical-align: -.125em; background: var(--muted); }
+@media (prefers-reduced-motion: no-preference) {
+  .streaming > .text::after { animation: breathe 1s ease-in-out infinite alternate; }
+}
+@keyframes breathe { to { opacity: .2; } }
+footer { padding-bottom: max(1rem, env(safe-area-inset-bottom)); }
+footer p { margin: .5rem 1.25rem 0; font-size: .8125rem; color: var(--muted); }
+@media (pointer: coarse) { #keys { display: none; } }
+form { display: flex; align-items: flex-end; gap: .5rem; margin: .125rem; padding: .375rem;
+  border: 1px solid var(--edge); border-radius: 1.375rem; }
+textarea { flex: 1; min-width: 0; max-height: 35vh; padding: .5rem .75rem; line-height: 1.5;
+  border: 0; resize: none; field-sizing: content; background: none; color: inherit; }
+textarea::placeholder { color: var(--muted); opacity: 1; }
+button { width: 4.75rem; height: 2.5rem; border: 0; border-radius: 1rem; cursor: pointer;
+  background: var(--accent); color: var(--on-accent); font-weight: 600; }
+#stop { background: var(--ink); color: var(--page); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+main:focus-visible { outline-offset: -2px; }
+textarea:focus-visible { outline: none; }   /* its form shows it instead */
+form:has(textarea:focus-visible) { outline: 2px solid var(--accent); outline-offset: -1px; }
+</style>
+<header><h1>streamproxy</h1></header>
+<main id="log" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"></main>
+<footer>
+  <form>
+    <textarea id="prompt" rows="3" aria-label="Message" placeholder="Message" dir="auto"
+      autocomplete="off" enterkeyhint="send" aria-describedby="keys" autofocus></textarea>
+    <button id="send">Send</button>
+    <button id="stop" type="button" hidden>Stop</button>
+  </form>
+  <p id="keys">Enter sends, Shift+Enter starts a new line, Esc stops. Reloading starts afresh.</p>
+  <noscript><p>This page needs JavaScript.</p></noscript>
+</footer>
+<script>
+"use strict";
+const [log, form, input, sendButton, stopButton] =
+  ["#log", "form", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
+const messages = [];     // the conversation as it is sent
+let controller = null;   // stops the answer that is arriving; null when none is
+let following = true;    // the reader is at the end of the log: keep the end in view
+
+const follow = () => { if (following) log.scrollTop = log.scrollHeight; };
+
+// All text enters the page here, as text: nothing that arrives is ever read as markup.
+function grow(element, text) {
+  (element.firstChild || element.appendChild(new Text())).appendData(text);
+  follow();
+}
+
+function add(parent, tag, className, text) {
+  const element = parent.appendChild(document.createElement(tag));
+  element.className = className;
+  if (text) grow(element, text);
+  follow();
+  return element;
+}
+
+function addMessage(className, label, text) {
+  const message = add(log, "article", `message ${className}`);
+  message.setAttribute("aria-label", label);
+  add(message, "p", "text", text);
+  return message;
+}
+
+function addReasoning(message) {
+  const details = add(message, "details", "reasoning");
+  message.prepend(details);
+  add(details, "summary", "label", "Reasoning");
+  return add(details, "p", "text");
+}
+
+// The events of an event stream, wherever its bytes were cut on the way.
+async function* readEvents(body) {
+  const reader = body.getReader(), decoder = new TextDecoder();
+  let rest = "", type = "message", data = [];
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    const lines = (rest + decoder.decode(value, {stream: true})).split("\n");
+    rest = lines.pop();
+    for (const line of lines.map(line => line.replace(/\r$/, ""))) {
+      const [, field, content] = /^(data|event): ?(.*)$/s.exec(line) || [];
+      if (field === "data") data.push(content);
+      else if (field === "event") type = content;
+      if (line) continue;
+      if (data.length) yield [type, JSON.parse(data.join("\n"))];
+      [type, data] = ["message", []];
+    }
+  }
+}
+
+// The events of the next answer. The last one is always "done", "error" or "stopped".
+async function* receive(signal) {
+  let error = "The server could not be reached.";
+  try {
+    const response = await fetch(location.origin + location.pathname, {
+      method: "POST", body: JSON.stringify({messages}), signal,
+      headers: {"Content-Type": "application/json", "Accept": "text/event-stream"}});
+    error = `The server answered with status ${response.status}.`;
+    if (response.status !== 200) error = (await response.json()).error || error;
+    else {
+      error = "The answer was cut off.";
+      for await (const event of readEvents(response.body)) {
+        yield event;
+        if (["done", "error"].includes(event[0])) return;
+      }
+    }
+  } catch {}   // a lost connection or a body that is not JSON: error already says it
+  yield signal.aborted ? ["stopped", {}] : ["error", {error}];
+}
+
+function notesOf(type, {finish_reason, usage}, text) {
+  return [
+    type === "stopped" && "Stopped.",
+    type === "done" && !text && "The answer is empty.",
+    finish_reason === "length" && "The answer reached the token limit.",
+    finish_reason === "content_filter" && "A content filter ended the answer.",
+    usage && `${usage.prompt_tokens} tokens in, ${usage.completion_tokens} out`,
+  ].filter(Boolean).join(" \u00b7 ");
+}
+
+async function ask(question) {
+  addMessage("user", "You", question);
+  messages.push({role: "user", content: question});
+  const message = addMessage("assistant streaming", "Assistant"), answer = message.firstChild;
+  let reasoning = null, end = [];
+  for await (const [type, data] of receive(controller.signal)) {
+    if (type === "message") grow(answer, data.text);
+    else if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
+    else end = [type, data];
+  }
+  const [type, data] = end, text = answer.textContent, notes = notesOf(type, data, text);
+  message.classList.remove("streaming");
+  if (text) messages.push({role: "assistant", content: text});
+  else {   // nothing was said: take the question back, and offer it again
+    messages.pop();
+    answer.remove();
+    input.value ||= question;
+  }
+  if (notes) add(message, "p", "note", notes);
+  if (!message.hasChildNodes()) message.remove();
+  if (type === "error") addMessage("error", "Error", data.error);
+}
+
+function setController(value) {
+  controller = value;
+  if (document.activeElement === stopButton) input.focus();   // it is about to go
+  sendButton.hidden = Boolean(value);
+  stopButton.hidden = !value;
+  log.setAttribute("aria-busy", Boolean(value));   // an answer is read out when it is whole
+}
+
+form.addEventListener("submit", async event => {
+  event.preventDefault();
+  input.focus();
+  const question = input.value;
+  if (controller || !question.trim()) return;
+  input.value = "";
+  following = true;
+  setController(new AbortController());
+  await ask(question).finally(() => setController(null));
+});
+input.addEventListener("keydown", event => {
+  const composing = event.isComposing || event.keyCode === 229;   // 229: Safari's way to say it
+  if (event.key !== "Enter" || event.shiftKey || composing) return;
+  event.preventDefault();
+  form.requestSubmit();
+});
+document.addEventListener("keydown", event => {
+  if (event.key === "Escape" && !event.isComposing) controller?.abort();
+});
+stopButton.addEventListener("click", () => controller?.abort());
+for (const change of ["scroll", "toggle"]) log.addEventListener(change, () => {
+  following = log.scrollHeight - log.scrollTop - log.clientHeight < 8;
+}, true);
+new ResizeObserver(follow).observe(log);
+</script>
+"""
+
+
+def _page_policy(page: str) -> str:
+    """The page's Content-Security-Policy: its own style and script, by hash, and its own server."""
+    hashes = {}
+    for tag in ("script", "style"):
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}';"
+        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+PAGE, PAGE_POLICY = _PAGE.encode(), _page_policy(_PAGE)
+
+
+# 12 ----------------------------------------------------------------- Command line
+
+
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"streamproxy: {message}\n")  # one line, without the usage
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, made from the settings table."""
+    parser = _ArgumentParser(
+        prog="streamproxy.py",
+        description="A streaming proxy between web pages and an OpenAI-compatible API.",
+        epilog="The API key comes from OPENAI_API_KEY, or from a file that OPENAI_API_KEY_FILE names."
+        " Example: OPENAI_API_KEY=sk-... python3 streamproxy.py --model gpt-4.1-mini",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"streamproxy {__version__}")
+    for field in dataclasses.fields(Settings):
+        about = field.metadata
+        options: dict[str, Any] = {"metavar": about["metavar"], "action": "append" if "repeat" in about else "store"}
+        if not about["metavar"]:
+            options = {"action": "store_const", "const": "true"}
+        if flag_of(field):
+            text = f"{about['help']} (default: {about['shown']}) [{variable_of(field)}]"
+            parser.add_argument(flag_of(field), dest=field.name, help=text.replace("%", "%%"), **options)
+    return parser
+
+
+class _LogFormatter(logging.Formatter):
+    """A line a record, as text or JSON."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self._json = style == "json"
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = record.msg
+        if not isinstance(entry, LogEntry):
+            entry = LogEntry(level=record.levelname.lower(), message=record.getMessage())
+        return json.dumps(entry) if self._json else str(entry)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal ends it; return the exit status."""
+    flags = vars(build_parser().parse_args(argv))
+    try:
+        settings = Settings.load(os.environ, flags)
+        server = Server(settings)
+    except SettingsError as error:
+        print(f"streamproxy: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"streamproxy: cannot listen at {settings.bind}: {reason_of(error)}", file=sys.stderr)
+        return 1
+    output = logging.StreamHandler()
+    output.setFormatter(_LogFormatter(settings.log_format))
+    log.addHandler(output)
+    log.setLevel(logging.INFO)
+    _raise_descriptor_limit()
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()  # its put() may be called in a signal handler
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: said.put("signal"))
+    server.start()
+    print(f"streamproxy {__version__} on {server.url}", flush=True)
+    if settings.demo:
+        print(f"""Try: curl -N {server.url} -d '{{"prompt": "Hello"}}'""", flush=True)
+    said.get()
+    threading.Thread(target=_stop, args=(server, said), daemon=True).start()
+    while said.get() == "signal":
+        server.abort()
+    return 0
+
+
+def _stop(server: Server, said: queue.SimpleQueue[str]) -> None:
+    try:
+        server.stop()
+    finally:
+        said.put("stopped")
+
+
+def _raise_descriptor_limit() -> None:
+    """A stream takes two descriptors; the usual limit of 1024 is for the sake of select()."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # not on every system
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
