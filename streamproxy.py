@@ -57,6 +57,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -117,9 +118,6 @@ END_GRACE = 1.0
 
 # Seconds for aborted streams to end truthfully once the drain is over.
 ABORT_GRACE = 5.0
-
-# Seconds that stand for "no limit" where a wait needs one.
-FOREVER = 86400.0
 
 # Threads that work at a time; those that wait do not count.  More of them starve the relay of the
 # interpreter when a thousand requests arrive at once.
@@ -965,19 +963,31 @@ def _is_message(message: Any) -> bool:
 # 7 ------------------------------------------------------------------ Upstream
 
 
-class Gate(threading.Semaphore):
-    """Lets MAX_WORKING threads work at a time; one that waits steps outside meanwhile."""
+class Gate:
+    """Lets MAX_WORKING threads work at a time; a wait within stands in `with gate.outside:`."""
 
     def __init__(self) -> None:
-        super().__init__(MAX_WORKING)
+        self._places: queue.SimpleQueue[None] = queue.SimpleQueue()  # the cheapest semaphore there is
+        for _ in range(MAX_WORKING):
+            self._places.put(None)
+        self.outside = _Outside(self)
 
-    @contextlib.contextmanager
-    def outside(self) -> Iterator[None]:
-        self.release()
-        try:
-            yield
-        finally:
-            self.acquire()
+    def __enter__(self) -> None:
+        self._places.get()
+
+    def __exit__(self, *_: object) -> None:
+        self._places.put(None)
+
+
+class _Outside:
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        self._gate.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        self._gate.__enter__()
 
 
 class Lifeline:
@@ -1029,7 +1039,7 @@ class _Response(http.client.HTTPResponse):
         self.socket = sock
 
     def _read_status(self) -> tuple[str, int, str]:
-        with self.gate.outside():
+        with self.gate.outside:
             self.fp.peek(1)
         line = super()._read_status()  # type: ignore[misc]
         while 101 < line[1] < 200:  # it skips 100 alone, but 103 is no answer either (RFC 9110 section 15.2)
@@ -1049,7 +1059,7 @@ class _Connection(http.client.HTTPConnection):
         self._create_connection = self._dial
 
     def connect(self) -> None:
-        with self.gate.outside():
+        with self.gate.outside:
             super().connect()
         self.sock.settimeout(None)  # from here on the relay's clocks count
         self.lifeline.connected()
@@ -1057,7 +1067,7 @@ class _Connection(http.client.HTTPConnection):
     def send(self, data: Any) -> None:
         if self.sock is None:
             self.connect()
-        with self.gate.outside():
+        with self.gate.outside:
             super().send(data)
 
     def _dial(self, address: tuple[str, int], timeout: float | None, *_: object) -> socket.socket:
@@ -1359,7 +1369,6 @@ class Stream:
         elif not self._blocked:
             self._relay.watch(upstream.socket, selectors.EVENT_READ, self.on_upstream)
             self.on_upstream(selectors.EVENT_READ)  # the first bytes may have come with the head
-        self._set_alarm()
 
     def on_upstream(self, events: int) -> None:
         """Read what has arrived and pass it on."""
@@ -1397,7 +1406,7 @@ class Stream:
         """Do what is due, then wait for what comes next."""
         self._alarm[2] = None
         now = self._relay.clock()
-        for due, act in self._clocks(now):
+        for due, act in self._clocks():
             if due <= now:
                 act()
                 break
@@ -1444,7 +1453,7 @@ class Stream:
             self._event_at = self._relay.clock()
             if answer.finish_reason is not None and self._settled_at is None:
                 self._settled_at = self._event_at
-                self._set_alarm()
+                self._set_alarm(END_GRACE)
 
     def _complete(self, out: bytes = b"") -> None:
         self._close_upstream()
@@ -1493,7 +1502,6 @@ class Stream:
         self._relay.watch(self._client, selectors.EVENT_READ | selectors.EVENT_WRITE, self.on_client)
         if self._upstream:
             self._relay.watch(self._upstream.socket, 0, self.on_upstream)
-        self._set_alarm()
 
     def _unblock(self) -> None:
         self._blocked = False
@@ -1502,7 +1510,6 @@ class Stream:
         if self._upstream:
             self._relay.watch(self._upstream.socket, selectors.EVENT_READ, self.on_upstream)
             self.on_upstream(selectors.EVENT_READ)  # TLS may hold what the selector does not see
-        self._set_alarm()
 
     def _close_upstream(self) -> None:
         """Nobody pays for what would come from now on."""
@@ -1520,14 +1527,21 @@ class Stream:
         self._relay.streams.discard(self)
         self._on_end()
 
-    def _set_alarm(self) -> None:
-        due = min((due for due, _ in self._clocks(self._relay.clock())), default=None)
-        if due is not None and not self._ended and (not self._alarm[2] or due < self._alarm[0]):
-            self._alarm[2] = None
-            self._alarm = self._relay.set_alarm(due, self.on_alarm)
+    def _set_alarm(self, within: float = math.inf) -> None:
+        """Look at the clocks again when the next is due, in within seconds at most.
 
-    def _clocks(self, now: float) -> Iterator[tuple[float, Callable[[], None]]]:
-        """What is due when, as things stand; asked again when the first of it is reached."""
+        A clock that starts later runs for one of limits at least: looking that often misses none.
+        """
+        if not self._ended:
+            now, limits = self._relay.clock(), self._settings
+            timeouts = (limits.connect_timeout, limits.first_byte_timeout, limits.idle_timeout, limits.client_timeout,
+                        limits.heartbeat if self.answer.format.pings else 0)
+            soon = now + min([within, *filter(None, timeouts)])
+            self._alarm[2] = None
+            self._alarm = self._relay.set_alarm(min([soon, *(due for due, _ in self._clocks())]), self.on_alarm)
+
+    def _clocks(self) -> Iterator[tuple[float, Callable[[], None]]]:
+        """What is due when, as things stand."""
         limits, connected_at = self._settings, self._lifeline.connected_at
         if limits.total_timeout and not self._closing:
             yield self._began_at + limits.total_timeout, self._late("to end its answer")
@@ -1535,18 +1549,16 @@ class Stream:
             if limits.client_timeout:
                 yield self._write_at + limits.client_timeout, self._stalled
             return
-        if connected_at is None:
-            if limits.connect_timeout:
-                yield self._began_at + limits.connect_timeout, self._late("to connect")
-            if limits.first_byte_timeout:  # starts when connected: look again before it can be due
-                yield now + limits.first_byte_timeout, self._set_alarm
-        elif not self.answer.events:
+        if self._settled_at is not None:
+            yield self._settled_at + END_GRACE, self._complete
+        elif self.answer.events:
+            if limits.idle_timeout:
+                yield self._event_at + limits.idle_timeout, self._late("to go on with its answer")
+        elif connected_at is not None:
             if limits.first_byte_timeout:
                 yield connected_at + limits.first_byte_timeout, self._late("to start its answer")
-        elif self._settled_at is not None:
-            yield self._settled_at + END_GRACE, self._complete
-        elif limits.idle_timeout:
-            yield self._event_at + limits.idle_timeout, self._late("to go on with its answer")
+        elif limits.connect_timeout:
+            yield self._began_at + limits.connect_timeout, self._late("to connect")
         if limits.heartbeat and self.answer.format.pings:
             yield self._write_at + limits.heartbeat, self._ping
 
@@ -1580,9 +1592,13 @@ class ClientReader(io.RawIOBase):
 
     def __init__(self, server: Server, sock: socket.socket) -> None:
         self.early = bytearray()  # what the relay has read already
-        self.deadline: float | None = None  # None: between two requests
         self._server = server
         self._socket = sock
+        self._timeout = server.settings.client_timeout or None
+        self._deadline: float | None = None  # None: between two requests
+
+    def expect_request(self) -> None:
+        self._deadline = None
 
     def readable(self) -> bool:
         return True
@@ -1598,22 +1614,25 @@ class ClientReader(io.RawIOBase):
             buffer[:size] = self.early[:size]
             del self.early[:size]
             return size
-        with self._server.gate.outside():
-            return self._socket.recv_into(buffer) if self._wait() else 0
+        with self._server.gate.outside:
+            if self._deadline is None:
+                if not self._await_request():
+                    return 0
+                self._deadline = time.monotonic() + (self._timeout or math.inf)
+            left = self._deadline - time.monotonic()
+            try:
+                self._socket.settimeout(max(left, 0.001) if self._timeout else None)
+                return self._socket.recv_into(buffer)
+            except OSError:
+                if time.monotonic() < self._deadline:
+                    raise
+                raise RequestError("The request did not arrive in time.", 408) from None
 
-    def _wait(self) -> bool:
-        timeout, between = self._server.settings.client_timeout or FOREVER, self.deadline is None
-        left = timeout if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+    def _await_request(self) -> bool:
         with _Poll() as poll:
             poll.register(self._socket, selectors.EVENT_READ)
-            if between:
-                poll.register(self._server.drain_signal, selectors.EVENT_READ)
-            ready = any(key.fileobj is self._socket for key, _ in poll.select(left))
-        if between:
-            self.deadline = time.monotonic() + timeout
-        elif not ready:
-            raise RequestError("The request did not arrive in time.", 408)
-        return ready
+            poll.register(self._server.drain_signal, selectors.EVENT_READ)
+            return any(key.fileobj is self._socket for key, _ in poll.select(self._timeout))
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1641,7 +1660,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.stream: Stream | None = None
         self.failure: ProxyError | None = None
         self.unread = True  # bytes of the request may be left
-        self.reader.deadline = None
+        self.reader.expect_request()
         try:
             self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
             if not self.raw_requestline:
@@ -1745,7 +1764,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer = Answer(format, server.upstream.redact)
             self.stream = Stream(server.relay, self.connection, answer, server.settings, head, chunked, ended.set)
             self.stream.open(server.upstream, "/chat/completions", body)
-            with server.gate.outside():
+            with server.gate.outside:
                 ended.wait()
         self.reader.early += self.stream.early
         self.status = 200 if self.stream.started else 0
@@ -1788,14 +1807,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return encode_head(status, [field for field in common if field[1]] + [*fields])
 
     def _send(self, data: bytes) -> None:
-        with self.server.gate.outside():
+        with self.server.gate.outside:
             self.connection.settimeout(self.server.settings.client_timeout or None)
             self.connection.sendall(data)
 
     def _linger(self) -> None:
         """Read what the client still sends: closing now would reset the connection under our answer."""
         deadline, room = time.monotonic() + LINGER_TIMEOUT, MAX_LINGER_SIZE
-        with self.server.gate.outside():
+        with self.server.gate.outside:
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(LINGER_TIMEOUT)
             while room > 0 and time.monotonic() < deadline:
@@ -2115,217 +2134,127 @@ class Demo(http.server.ThreadingHTTPServer):
 _PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport"
-  content="width=device-width, viewport-fit=cover, interactive-widget=resizes-content">
+<meta name="viewport" content="width=device-width, interactive-widget=resizes-content">
 <title>streamproxy</title>
 <link rel="icon" href="data:,">
 <style>
-* { box-sizing: border-box; margin: 0; font: inherit; }
-:root {
-  color-scheme: light dark;
-  --page: light-dark(#fdfdfc, #15171a); --ink: light-dark(#1c1f24, #e4e5e7);
-  --soft: light-dark(#eef0f3, #272b31); --muted: light-dark(#5c636d, #9ba2ac);
-  --edge: light-dark(#858c96, #6d747e); --bad: light-dark(#a3201a, #ffa198);
-  --accent: light-dark(#1d57b0, #8fb6f5); --on-accent: light-dark(#fff, #10151d);
-}
-body {
-  display: flex; flex-direction: column; height: 100vh; height: 100dvh;
-  padding: env(safe-area-inset-top) env(safe-area-inset-right) 0 env(safe-area-inset-left);
-  background: var(--page); color: var(--ink); font: 1rem/1.6 system-ui, sans-serif;
-}
-header, main, footer {   /* each keeps a scrollbar's width free, so that their columns agree */
-  padding: .5rem max(1.25rem, 50% - 22rem); overflow: hidden auto; scrollbar-gutter: stable;
-}
-header, footer { flex: none; }
-header { border-bottom: 1px solid var(--soft); }
-h1 { font-size: .875rem; font-weight: 600; color: var(--muted); }
-main { flex: 1; padding-block: 1.5rem; overscroll-behavior: contain; }
-main:empty::before { content: "Ask anything."; color: var(--muted); font-size: 1.5rem; }
-.message + .message { margin-top: 1.75rem; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; }
-.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .625rem 1rem;
-  border-radius: 1.125rem; background: var(--soft); }
-.error { padding-left: .875rem; border-left: 3px solid; color: var(--bad); }
-.note, details { margin: .5rem 0; font-size: .875rem; color: var(--muted); }
-details .text { margin: .5rem 0 1rem; padding-left: .875rem; border-left: 1px solid; }
-summary { width: fit-content; cursor: pointer; }
-.streaming > .text::after { content: ""; display: inline-block; width: .5em; height: 1em;
-  margin-left: .125em; border-radius: .125em; vertical-align: -.125em; background: var(--muted); }
-@media (prefers-reduced-motion: no-preference) {
-  .streaming > .text::after { animation: breathe 1s ease-in-out infinite alternate; }
-}
-@keyframes breathe { to { opacity: .2; } }
-footer { padding-bottom: max(1rem, env(safe-area-inset-bottom)); }
-footer p { margin: .5rem 1.25rem 0; font-size: .8125rem; color: var(--muted); }
-@media (pointer: coarse) { #keys { display: none; } }
-form { display: flex; align-items: flex-end; gap: .5rem; margin: .125rem; padding: .375rem;
-  border: 1px solid var(--edge); border-radius: 1.375rem; }
-textarea { flex: 1; min-width: 0; max-height: 35vh; padding: .5rem .75rem; line-height: 1.5;
-  border: 0; resize: none; field-sizing: content; background: none; color: inherit; }
-textarea::placeholder { color: var(--muted); opacity: 1; }
-button { width: 4.75rem; height: 2.5rem; border: 0; border-radius: 1rem; cursor: pointer;
-  background: var(--accent); color: var(--on-accent); font-weight: 600; }
-#stop { background: var(--ink); color: var(--page); }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-main:focus-visible { outline-offset: -2px; }
-textarea:focus-visible { outline: none; }   /* its form shows it instead */
-form:has(textarea:focus-visible) { outline: 2px solid var(--accent); outline-offset: -1px; }
+:root { color-scheme: light dark; scrollbar-gutter: stable; }
+* { box-sizing: border-box; margin: 0; font: inherit; unicode-bidi: plaintext; }
+body { display: flex; flex-direction: column; min-height: 100dvh; max-width: 46rem;
+  margin: auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
+main { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; }
+.message { margin: 1.5rem 0; }
+.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem 1rem;
+  border-radius: .75rem; background: light-dark(#eef0f3, #2b2f36); }
+.error { padding-left: 1rem; border-left: 3px solid; color: light-dark(#a3201a, #ffa198); }
+.note, details { margin: .5rem 0; font-size: .875rem; color: light-dark(#5c636d, #9ba2ac); }
+.streaming::after { content: "\25cf"; animation: fade 1s infinite alternate; }
+@keyframes fade { to { opacity: .2; } }
+form { position: sticky; bottom: 0; display: flex; align-items: end; gap: .5rem;
+  padding: .5rem 0 1rem; background: Canvas; }
+textarea, button { padding: .5rem 1rem; border-radius: .75rem; }
+textarea { flex: 1; min-width: 0; resize: none; background: Canvas; }
+button { border: 0; background: light-dark(#1d57b0, #8fb6f5); color: Canvas; }
 </style>
-<header><h1>streamproxy</h1></header>
-<main id="log" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"></main>
-<footer>
-  <form>
-    <textarea id="prompt" rows="3" aria-label="Message" placeholder="Message" dir="auto"
-      autocomplete="off" enterkeyhint="send" aria-describedby="keys" autofocus></textarea>
-    <button id="send">Send</button>
-    <button id="stop" type="button" hidden>Stop</button>
-  </form>
-  <p id="keys">Enter sends, Shift+Enter starts a new line, Esc stops. Reloading starts afresh.</p>
-  <noscript><p>This page needs JavaScript.</p></noscript>
-</footer>
+<main id="log" role="log" aria-label="Conversation"></main>
+<form>
+  <textarea id="prompt" rows="3" aria-label="Message" placeholder="Message" autofocus></textarea>
+  <button id="send">Send</button>
+  <button id="stop" type="button" hidden>Stop</button>
+</form>
 <script>
-"use strict";
-const [log, form, input, sendButton, stopButton] =
-  ["#log", "form", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
-const messages = [];     // the conversation as it is sent
+const [page, log, form, input, sendButton, stopButton] =
+  ["html", "#log", "form", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
+const messages = [];     // the conversation so far
 let controller = null;   // stops the answer that is arriving; null when none is
-let following = true;    // the reader is at the end of the log: keep the end in view
-
-const follow = () => { if (following) log.scrollTop = log.scrollHeight; };
 
 // All text enters the page here, as text: nothing that arrives is ever read as markup.
 function grow(element, text) {
-  (element.firstChild || element.appendChild(new Text())).appendData(text);
-  follow();
+  const atEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
+  element.append(text);
+  if (atEnd) page.scrollTop = page.scrollHeight;
 }
 
 function add(parent, tag, className, text) {
   const element = parent.appendChild(document.createElement(tag));
   element.className = className;
-  if (text) grow(element, text);
-  follow();
+  grow(element, text);
   return element;
 }
 
-function addMessage(className, label, text) {
-  const message = add(log, "article", `message ${className}`);
-  message.setAttribute("aria-label", label);
-  add(message, "p", "text", text);
-  return message;
-}
-
 function addReasoning(message) {
-  const details = add(message, "details", "reasoning");
-  message.prepend(details);
+  const details = add(message, "details", "reasoning", "");
   add(details, "summary", "label", "Reasoning");
-  return add(details, "p", "text");
+  return add(details, "p", "text", "");
 }
 
 // The events of an event stream, wherever its bytes were cut on the way.
 async function* readEvents(body) {
   const reader = body.getReader(), decoder = new TextDecoder();
-  let rest = "", type = "message", data = [];
+  let rest = "";
   for (;;) {
     const {value, done} = await reader.read();
     if (done) return;
-    const lines = (rest + decoder.decode(value, {stream: true})).split("\n");
-    rest = lines.pop();
-    for (const line of lines.map(line => line.replace(/\r$/, ""))) {
-      const [, field, content] = /^(data|event): ?(.*)$/s.exec(line) || [];
-      if (field === "data") data.push(content);
-      else if (field === "event") type = content;
-      if (line) continue;
-      if (data.length) yield [type, JSON.parse(data.join("\n"))];
-      [type, data] = ["message", []];
+    const events = (rest + decoder.decode(value, {stream: true})).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const [, type = "message", data] = /(?:event: (\w+)\n)?data: (.*)/s.exec(event) || [];
+      if (data) yield [type, JSON.parse(data)];
     }
   }
-}
-
-// The events of the next answer. The last one is always "done", "error" or "stopped".
-async function* receive(signal) {
-  let error = "The server could not be reached.";
-  try {
-    const response = await fetch(location.origin + location.pathname, {
-      method: "POST", body: JSON.stringify({messages}), signal,
-      headers: {"Content-Type": "application/json", "Accept": "text/event-stream"}});
-    error = `The server answered with status ${response.status}.`;
-    if (response.status !== 200) error = (await response.json()).error || error;
-    else {
-      error = "The answer was cut off.";
-      for await (const event of readEvents(response.body)) {
-        yield event;
-        if (["done", "error"].includes(event[0])) return;
-      }
-    }
-  } catch {}   // a lost connection or a body that is not JSON: error already says it
-  yield signal.aborted ? ["stopped", {}] : ["error", {error}];
-}
-
-function notesOf(type, {finish_reason, usage}, text) {
-  return [
-    type === "stopped" && "Stopped.",
-    type === "done" && !text && "The answer is empty.",
-    finish_reason === "length" && "The answer reached the token limit.",
-    finish_reason === "content_filter" && "A content filter ended the answer.",
-    usage && `${usage.prompt_tokens} tokens in, ${usage.completion_tokens} out`,
-  ].filter(Boolean).join(" \u00b7 ");
 }
 
 async function ask(question) {
-  addMessage("user", "You", question);
-  messages.push({role: "user", content: question});
-  const message = addMessage("assistant streaming", "Assistant"), answer = message.firstChild;
-  let reasoning = null, end = [];
-  for await (const [type, data] of receive(controller.signal)) {
-    if (type === "message") grow(answer, data.text);
-    else if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
-    else end = [type, data];
-  }
-  const [type, data] = end, text = answer.textContent, notes = notesOf(type, data, text);
+  const turn = {role: "user", content: question};
+  add(log, "h2", "message user", question);
+  const message = add(log, "div", "message assistant streaming", "");
+  page.scrollTop = page.scrollHeight;
+  let reasoning = null, answer = null, note = "", error = "The server could not be reached.";
+  try {
+    const response = await fetch(location.origin + location.pathname, {
+      method: "POST", body: JSON.stringify({messages: [...messages, turn]}), signal: controller.signal,
+      headers: {"Content-Type": "application/json", "Accept": "text/event-stream"}});
+    error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
+    if (!response.ok) error = (await response.json()).error || error;
+    else for await (const [type, data] of readEvents(response.body)) {
+      if (type === "message") grow(answer ||= add(message, "p", "text", ""), data.text);
+      if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
+      if (type === "error") error = data.error;
+      if (type === "done") error = "";
+      if (data.finish_reason === "length") note = "The answer reached the token limit.";
+    }
+  } catch {}   // a lost connection or a body that is not JSON: error already says it
+  if (controller.signal.aborted) [error, note] = ["", "Stopped."];
   message.classList.remove("streaming");
-  if (text) messages.push({role: "assistant", content: text});
-  else {   // nothing was said: take the question back, and offer it again
-    messages.pop();
-    answer.remove();
-    input.value ||= question;
-  }
-  if (notes) add(message, "p", "note", notes);
-  if (!message.hasChildNodes()) message.remove();
-  if (type === "error") addMessage("error", "Error", data.error);
+  if (answer) messages.push(turn, {role: "assistant", content: answer.textContent});
+  else input.value ||= question;   // nothing was said: offer the question again
+  if (note) add(message, "p", "note", note);
+  if (error) add(log, "p", "message error", error);
 }
 
-function setController(value) {
-  controller = value;
-  if (document.activeElement === stopButton) input.focus();   // it is about to go
-  sendButton.hidden = Boolean(value);
-  stopButton.hidden = !value;
-  log.setAttribute("aria-busy", Boolean(value));   // an answer is read out when it is whole
+function setRunning(running) {
+  controller = running ? new AbortController() : null;
+  if (document.activeElement.matches("button")) input.focus();   // the button is about to go
+  sendButton.hidden = running;
+  stopButton.hidden = !running;
+  log.ariaBusy = running;   // an answer is read out when it is whole
 }
 
 form.addEventListener("submit", async event => {
   event.preventDefault();
-  input.focus();
   const question = input.value;
   if (controller || !question.trim()) return;
   input.value = "";
-  following = true;
-  setController(new AbortController());
-  await ask(question).finally(() => setController(null));
+  setRunning(true);
+  await ask(question);
+  setRunning(false);
 });
 input.addEventListener("keydown", event => {
-  const composing = event.isComposing || event.keyCode === 229;   // 229: Safari's way to say it
-  if (event.key !== "Enter" || event.shiftKey || composing) return;
+  if (event.key !== "Enter" || event.shiftKey || event.keyCode === 229) return;   // 229: input method
   event.preventDefault();
   form.requestSubmit();
 });
-document.addEventListener("keydown", event => {
-  if (event.key === "Escape" && !event.isComposing) controller?.abort();
-});
-stopButton.addEventListener("click", () => controller?.abort());
-for (const change of ["scroll", "toggle"]) log.addEventListener(change, () => {
-  following = log.scrollHeight - log.scrollTop - log.clientHeight < 8;
-}, true);
-new ResizeObserver(follow).observe(log);
+stopButton.addEventListener("click", () => controller.abort());
 </script>
 """
 
