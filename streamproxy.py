@@ -323,7 +323,7 @@ class EventParser:
 
 def encode_event(data: str, type: str = "", last_event_id: str = "") -> bytes:
     """Return one event.  Line ends in data become data lines of their own (WHATWG HTML 9.2.6)."""
-    head = (f"event: {type}\n" if type else "") + (f"id: {last_event_id}\n" if last_event_id else "")
+    head = (f"id: {last_event_id}\n" if last_event_id else "") + (f"event: {type}\n" if type else "")
     return (head + "".join(f"data: {line}\n" for line in re.split("\r\n|\r|\n", data)) + "\n").encode()
 
 
@@ -1870,11 +1870,14 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings: Settings) -> None:
         """Raises SettingsError, and OSError where the address cannot be bound."""
+        path, host, port = settings.address
+        found: Any = [(socket.AF_UNIX, 0, 0, "", path)] if path else socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        self.address_family = found[0][0]
+        super().__init__(found[0][4], Handler, bind_and_activate=False)
         self._demo = Demo() if settings.demo else None
         self.settings = dataclasses.replace(settings, upstream=self._demo.url) if self._demo else settings
         self.gate = Gate()
         self.relay = Relay()
-        self.upstream = Upstream(self.settings, self.gate)
         self.draining = False
         self.drain_signal, self._drain_sender = socket.socketpair()  # readable from the start of the drain on
         self._places = threading.Semaphore(settings.max_streams or sys.maxsize)
@@ -1883,10 +1886,13 @@ class Server(http.server.ThreadingHTTPServer):
         self._hurried = False
         self._listening = False
         self._accepting = threading.Thread(target=self._accept, name="accept", daemon=True)
-        path, host, port = settings.address
-        found: Any = [(socket.AF_UNIX, 0, 0, "", path)] if path else socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-        self.address_family = found[0][0]
-        super().__init__(found[0][4], Handler)
+        try:
+            self.upstream = Upstream(self.settings, self.gate)
+            self.server_bind()
+            self.server_activate()
+        except BaseException:
+            self.server_close()
+            raise
 
     def __enter__(self) -> Self:
         self.start()
@@ -1965,8 +1971,11 @@ class Server(http.server.ThreadingHTTPServer):
     def server_close(self) -> None:
         self._stop_listening()
         super().server_close()
+        self.relay.close()
         self.drain_signal.close()
         self._drain_sender.close()
+        if self._demo:
+            self._demo.server_close()
 
     def _stop_listening(self) -> None:
         if self._listening:
@@ -2122,7 +2131,7 @@ class Demo(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
 
     def start(self) -> None:
-        threading.Thread(target=self.serve_forever, name="demo", daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="demo", daemon=True).start()
 
     def stop(self) -> None:
         self.shutdown()

@@ -1,0 +1,2420 @@
+# SPDX-License-Identifier: MIT
+"""Tests of streamproxy: raw bytes in, raw bytes out.
+
+A test plays upstream and client itself, mostly in one thread: what upstream sends after a piece
+was read cannot have carried it, so order needs no clock.  A deadline only turns what never comes
+into a failure.  Programs that a test needs beyond Python skip it where they are missing, or, with
+STREAMPROXY_TEST_REQUIRE_ALL=1, fail it.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import gc
+import http.client
+import io
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import streamproxy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = HERE / "streamproxy.py"
+README = HERE / "README.md"
+DEADLINE = 20.0  # seconds until what should have happened is called missing
+KEY = "sk-Qk7vNw3zTt9pXb2e"  # in no output of any test: see no_key_anywhere
+
+
+def program(*names: str) -> str:
+    """The path of the first of names that is installed; else the test skips, or fails where all is required."""
+    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/usr/local/sbin"
+    for name in names:
+        found = shutil.which(name, path=path)
+        if found:
+            return found
+    return missing(f"{names[0]} is not installed")
+
+
+def missing(reason: str) -> Any:
+    (pytest.fail if os.environ.get("STREAMPROXY_TEST_REQUIRE_ALL") else pytest.skip)(reason)
+
+
+@pytest.fixture(autouse=True)
+def no_key_anywhere(caplog: Any, capfd: Any) -> Iterator[None]:
+    """No part of the key of 6 characters is in what the test logged or printed (nor in what Client reads)."""
+    caplog.set_level(logging.DEBUG, logger="streamproxy")
+    yield
+    check_no_key(caplog.text + "".join(capfd.readouterr()))
+
+
+def check_no_key(text: str) -> None:
+    assert not [KEY[at : at + 6] for at in range(len(KEY) - 5) if KEY[at : at + 6] in text]
+
+
+# ---------------------------------------------------------------- upstream and client, played by hand
+
+
+class Peer:
+    """One end of a connection."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.sock.settimeout(DEADLINE)
+        self.seen = b""  # read, not yet taken
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def send(self, *data: bytes) -> None:
+        self.sock.sendall(b"".join(data))
+
+    def more(self) -> bool:
+        """Read once; False at the end of the connection."""
+        data = self.sock.recv(65536)
+        self.seen += data
+        return bool(data)
+
+    def until(self, mark: bytes) -> bytes:
+        """Take what comes up to and with mark."""
+        while mark not in self.seen:
+            assert self.more(), f"ended before {mark!r}: {self.seen!r}"
+        taken, _, self.seen = self.seen.partition(mark)
+        return taken + mark
+
+    def exactly(self, size: int) -> bytes:
+        while len(self.seen) < size:
+            assert self.more(), f"ended within {size} bytes: {self.seen!r}"
+        taken, self.seen = self.seen[:size], self.seen[size:]
+        return taken
+
+    def rest(self) -> bytes:
+        """Take all until the end of the connection; a reset is an error."""
+        while self.more():
+            pass
+        taken, self.seen = self.seen, b""
+        return taken
+
+    def gone(self) -> bool:
+        """Wait until the other side has closed the connection."""
+        with contextlib.suppress(ConnectionResetError):
+            while self.sock.recv(65536):
+                pass
+        return True
+
+    def reset(self) -> None:
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
+@dataclasses.dataclass
+class Head:
+    line: bytes
+    fields: dict[str, str]
+
+    @property
+    def status(self) -> int:
+        return int(self.line.split()[1])
+
+
+class Client(Peer):
+    """Whoever asks the proxy."""
+
+    def __init__(self, server: Any) -> None:
+        sock: socket.socket
+        if server.url.startswith("unix:"):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(server.url[5:])
+        else:
+            url = urllib.parse.urlsplit(server.url)
+            sock = socket.create_connection((url.hostname, url.port), DEADLINE)
+        super().__init__(sock)
+
+    def more(self) -> bool:
+        more = super().more()
+        check_no_key(self.seen.decode("latin-1"))
+        return more
+
+    def ask(self, body: object = None, method: str = "POST", path: str = "/", version: str = "1.1", **fields: str) -> Client:
+        """Send a request; fields are header fields with _ for -."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else b""
+        lines = [f"{method} {path} HTTP/{version}", "Host: localhost"]
+        lines += [f"Content-Length: {len(data)}"] if body is not None else []
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
+        self.send("\r\n".join([*lines, "", ""]).encode(), data)
+        return self
+
+    def head(self) -> Head:
+        line, *fields = self.until(b"\r\n\r\n")[:-4].split(b"\r\n")
+        return Head(line, dict(field.decode().split(": ", 1) for field in fields))
+
+    def chunk(self) -> bytes:
+        data = self.exactly(int(self.until(b"\r\n"), 16) + 2)
+        assert data.endswith(b"\r\n")
+        return data[:-2]
+
+    def body(self) -> bytes:
+        """The data of all chunks up to the last, which must come."""
+        return b"".join(iter(self.chunk, b""))
+
+    def error(self) -> tuple[int, str]:
+        """The status and sentence of an error answer."""
+        head = self.head()
+        assert head.fields["Content-Type"] == "application/json"
+        payload = json.loads(self.exactly(int(head.fields["Content-Length"])))
+        assert list(payload) == ["error"]
+        return head.status, payload["error"]
+
+
+class Provider:
+    """A listening upstream whose connections a test takes one by one."""
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.listener = socket.create_server((host, 0), backlog=512)
+        self.listener.settimeout(DEADLINE)
+        self.url = f"http://{host}:{self.listener.getsockname()[1]}/v1"
+
+    def take(self) -> UpstreamPeer:
+        """The next connection, its request read."""
+        return UpstreamPeer(self.listener.accept()[0])
+
+    def nobody_came(self) -> bool:
+        self.listener.settimeout(0)
+        try:
+            self.listener.accept()
+        except BlockingIOError:
+            return True
+        return False
+
+
+class UpstreamPeer(Peer):
+    """Upstream's end of a connection."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self.read_request()
+
+    def read_request(self) -> None:
+        self.head = self.until(b"\r\n\r\n").decode()
+        length = re.search(r"(?i)\r\ncontent-length: ([0-9]+)\r\n", self.head)
+        self.body = self.exactly(int(length[1]) if length else 0)
+
+    def start(self, *events: bytes) -> None:
+        self.send(STREAM_HEAD, *map(chunk, events))
+
+    def event(self, *events: bytes) -> None:
+        self.send(*map(chunk, events))
+
+    def finish(self) -> None:
+        self.send(chunk(STOP), chunk(DONE), b"0\r\n\r\n")
+
+
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+CLOSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def event(payload: object) -> bytes:
+    return b"data: " + (payload if isinstance(payload, bytes) else json.dumps(payload).encode()) + b"\n\n"
+
+
+def delta(text: object, finish_reason: str | None = None, **more: object) -> bytes:
+    return event({"choices": [{"index": 0, "delta": {"content": text, **more}, "finish_reason": finish_reason}]})
+
+
+ROLE = event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
+STOP = event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+DONE = event(b"[DONE]")
+
+
+@contextlib.contextmanager
+def running(provider: Provider | None, **settings: Any) -> Iterator[streamproxy.Server]:
+    """A server in front of provider, stopped at the end whatever is still open."""
+    given = {"bind": "127.0.0.1:0", "api_key": KEY, "drain_timeout": 0.0, "upstream": "http://127.0.0.1:9", **settings}
+    if provider and "upstream" not in settings:
+        given["upstream"] = provider.url
+    server = streamproxy.Server(streamproxy.Settings(**given))
+    server.start()
+    try:
+        yield server
+    finally:
+        if not server.draining:
+            server.stop()
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    provider = Provider()
+    yield provider
+    provider.listener.close()
+
+
+@pytest.fixture
+def server(provider: Provider) -> Iterator[streamproxy.Server]:
+    with running(provider) as server:
+        yield server
+
+
+PROMPT = {"prompt": "Say hello"}
+EVENTS = {"Accept": "text/event-stream"}
+
+
+def log_entries(caplog: Any, count: int) -> list[streamproxy.LogEntry]:
+    """The lines that requests left in the log, once there are count of them."""
+    return wait_for(lambda: [r.msg for r in caplog.records if isinstance(r.msg, streamproxy.LogEntry)],
+                    lambda entries: len(entries) >= count)
+
+
+def wait_for(look: Any, good: Any = bool) -> Any:
+    deadline = time.monotonic() + DEADLINE
+    while not good(seen := look()):
+        assert time.monotonic() < deadline, f"still {seen!r}"
+        time.sleep(0.005)
+    return seen
+
+
+def cuts(data: bytes) -> Iterator[list[bytes]]:
+    """data whole, byte by byte, with empty reads between, and cut in two at every position."""
+    yield [data]
+    yield [data[at : at + 1] for at in range(len(data))]
+    yield [part for at in range(len(data)) for part in (b"", data[at : at + 1])]
+    yield from ([data[:at], data[at:]] for at in range(1, len(data)))
+
+
+# ---------------------------------------------------------------- event streams: WHATWG HTML section 9.2
+
+
+def message(data: str, type: str = "message", last_event_id: str = "") -> streamproxy.Event:
+    return streamproxy.Event(type, data, last_event_id)
+
+
+EVENT_STREAMS = {
+    # The examples of section 9.2.6, verbatim.
+    "spec: stock ticker": (b"data: YHOO\ndata: +2\ndata: 10\n\n", [message("YHOO\n+2\n10")]),
+    "spec: comment, id, id reset, leading space": (
+        b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
+        [message("first event", last_event_id="1"), message("second event"), message(" third event")],
+    ),
+    "spec: empty data": (b"data\n\ndata\ndata\n\ndata:\n\n", [message(""), message("\n"), message("")]),
+    "spec: one space is removed": (b"data:test\n\ndata: test\n\n", [message("test"), message("test")]),
+    # The rules.
+    "LF": (b"data: a\n\n", [message("a")]),
+    "CRLF": (b"data: a\r\n\r\n", [message("a")]),
+    "CR": (b"data: a\r\r", [message("a")]),
+    "mixed line ends": (b"data: a\rdata: b\ndata: c\r\n\ndata: d\n\r", [message("a\nb\nc"), message("d")]),
+    "CRLF is one line end": (b"data: a\r\ndata: b\r\n\r\n", [message("a\nb")]),
+    "BOM": (b"\xef\xbb\xbfdata: a\n\n", [message("a")]),
+    "only one BOM": (b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\ndata: b\n\n", [message("b")]),
+    "BOM later is part of a name": (b"data: a\n\n\xef\xbb\xbfdata: b\n\n", [message("a")]),
+    "event type": (b"event: ping\ndata: a\n\ndata: b\n\n", [message("a", "ping"), message("b")]),
+    "event type without data is dropped": (b"event: ping\n\ndata: b\n\n", [message("b")]),
+    "last event type counts": (b"event: x\nevent: y\ndata: a\n\n", [message("a", "y")]),
+    "empty event type": (b"event\ndata: a\n\n", [message("a")]),
+    "id lasts": (b"id: 7\ndata: a\n\ndata: b\n\n", [message("a", last_event_id="7"), message("b", last_event_id="7")]),
+    "id with NUL is ignored": (b"id: 7\0\ndata: a\n\n", [message("a")]),
+    "id alone is no event": (b"id: 7\n\ndata: a\n\n", [message("a", last_event_id="7")]),
+    "comments": (b":\n: x\n:data: no\ndata: a\n\n", [message("a")]),
+    "unknown fields": (b"foo: 1\nData: 2\n data: 3\ndata : 4\ndata: a\n\n", [message("a")]),
+    "colon in value": (b"data: a: b\n\n", [message("a: b")]),
+    "blank lines": (b"\n\n\n\r\n\rdata: a\n\n\n\n", [message("a")]),
+    "data: within data": (b"data: data: a\n\n", [message("data: a")]),
+    "UTF-8": ("data: ä€👋\n\n".encode(), [message("ä€👋")]),
+    "broken UTF-8": (b"data: \xf0\x9f\x91 \xff\n\n", [message("\ufffd \ufffd")]),
+    "other line separators are text": ("data: a\x0b\x0c\x1c\x85\u2028b\n\n".encode(), [message("a\x0b\x0c\x1c\x85\u2028b")]),
+    "the end drops nothing whole": (b"data: a\n\ndata: b", [message("a")]),
+}
+
+
+@pytest.mark.parametrize("name", EVENT_STREAMS)
+def test_parser_whole_bytewise_and_cut_everywhere(name: str) -> None:
+    data, expected = EVENT_STREAMS[name]
+    for parts in cuts(data):
+        parser = streamproxy.EventParser()
+        assert [event for part in parts for event in parser.feed(part)] == expected, parts
+
+
+def test_parser_event_comes_with_its_blank_line_not_later() -> None:
+    for end in (b"\n\n", b"\r\r", b"\r\n\r"):  # the LF of the last CRLF may come when it likes
+        parser = streamproxy.EventParser()
+        assert parser.feed(b"data: a" + end[:-1]) == []
+        assert parser.feed(end[-1:]) == [message("a")]
+        assert parser.feed(b"\ndata: b\n\n") == [message("b")]
+
+
+def test_parser_cut_at_three_places_at_random() -> None:
+    rng = random.Random(9)
+    stream = b"".join(data for data, _ in EVENT_STREAMS.values() if data.endswith(b"\n\n"))
+    expected = streamproxy.EventParser().feed(stream)
+    for _ in range(300):
+        a, b, c = sorted(rng.randrange(len(stream)) for _ in range(3))
+        parser = streamproxy.EventParser()
+        parts = (stream[:a], stream[a:b], stream[b:c], stream[c:])
+        assert [event for part in parts for event in parser.feed(part)] == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [
+    (b"1500", 1500), (b"0", 0), (b"+5", None), (b"1_0", None), (b"-1", None), (b"1.5", None), (b" 5", None),
+    (b"", None), ("٣".encode(), None), (b"9" * 5000, None),
+])
+def test_parser_retry_is_ascii_digits(value: bytes, expected: int | None) -> None:
+    parser = streamproxy.EventParser()
+    parser.feed(b"retry: " + value + b"\n\n")
+    assert parser.retry == expected
+
+
+@pytest.mark.parametrize("data", [b"data: a", b"data: a\n", b"data: a\r", b"data: a\r\n"])
+def test_parser_close_gives_the_event_without_its_blank_line(data: bytes) -> None:
+    for parts in cuts(data):
+        parser = streamproxy.EventParser()
+        assert [event for part in parts for event in parser.feed(part)] == []
+        assert parser.close() == [message("a")]
+        assert parser.close() == []
+
+
+@pytest.mark.parametrize("piece", [b"x" * 10, b"data: xxxx\n", b": x\ndata: " + b"y" * 90 + b"\n"])
+def test_parser_event_that_never_ends_is_refused(piece: bytes) -> None:
+    parser = streamproxy.EventParser(max_event_size=1000)
+    with pytest.raises(streamproxy.UpstreamError, match="over 1000 bytes"):
+        for _ in range(1000):
+            assert parser.feed(piece) == []
+
+
+def test_parser_limit_is_for_one_event_not_for_the_stream() -> None:
+    parser = streamproxy.EventParser(max_event_size=100)
+    for _ in range(100):
+        assert parser.feed(b": comment\n\ndata: " + b"x" * 90 + b"\n\n") == [message("x" * 90)]
+
+
+@pytest.mark.parametrize("data", ["", "a", "a\nb", "a\r\nb", "a\rb", "\n", "data: x\n\nevent: y", " a", "ä👋"])
+def test_encoded_event_parses_back(data: str) -> None:
+    encoded = streamproxy.encode_event(data, "kind", "7")
+    expected = data.replace("\r\n", "\n").replace("\r", "\n")
+    assert streamproxy.EventParser().feed(encoded) == [message(expected, "kind", "7")]
+
+
+# ---------------------------------------------------------------- chunked coding: RFC 9112 section 7.1
+
+CHUNKED = {
+    "one chunk": (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
+    "several": (b"1\r\na\r\n2\r\nbc\r\n0\r\n\r\n", b"abc"),
+    "data that looks like framing": (b"7\r\n\r\n0\r\n\r\n\r\n0\r\n\r\n", b"\r\n0\r\n\r\n"),
+    "hexadecimal, either case, leading zeros": (b"00A\r\n0123456789\r\n00b\r\n0123456789a\r\n000\r\n\r\n", b"01234567890123456789a"),
+    "extensions": (b'1;a\r\nx\r\n1 ; b = c ;d="e;\\"f"\r\ny\r\n0;z\r\n\r\n', b"xy"),
+    "trailers": (b"1\r\nx\r\n0\r\nA: b\r\nC:\r\n\r\n", b"x"),
+    "empty": (b"0\r\n\r\n", b""),
+}
+BROKEN_CHUNKED = {
+    "plus": b"+5\r\nhello\r\n", "minus": b"-5\r\nhello\r\n", "0x": b"0x5\r\nhello\r\n", "underscore": b"1_0\r\n0123456789abcdef\r\n",
+    "space before": b" 5\r\nhello\r\n", "space after": b"5 \r\nhello\r\n", "not hexadecimal": b"g\r\n", "no size": b"\r\nhello\r\n",
+    "LF alone": b"5\nhello\n", "size too long": b"1" + b"0" * 15 + b"\r\n", "data too long": b"5\r\nhello!\r\n0\r\n\r\n",
+    "data too short": b"5\r\nhell\r\n0\r\n\r\n", "CR without LF": b"5\r\nhello\r0\r\n\r\n", "bad extension": b"5;=x\r\nhello\r\n",
+    "NUL in extension": b'5;a="\0"\r\nhello\r\n', "endless extension": b"5;" + b"a" * 9000, "bad trailer": b"0\r\nno colon\r\n\r\n",
+    "endless trailers": b"0\r\n" + b"A: b\r\n" * 5000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunked_whole_bytewise_and_cut_everywhere(name: str) -> None:
+    data, expected = CHUNKED[name]
+    for parts in cuts(data + b"HTTP/1.1 200 OK"):  # what follows the body is no part of it
+        decoder = streamproxy.ChunkedDecoder()
+        assert b"".join(map(decoder.feed, parts)) == expected, parts
+        assert decoder.complete and not decoder.failure
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunked_every_cut_off_end_is_truncated(name: str) -> None:
+    data, expected = CHUNKED[name]
+    for size in range(len(data)):
+        decoder = streamproxy.ChunkedDecoder()
+        assert expected.startswith(decoder.feed(data[:size]))
+        assert not decoder.complete and not decoder.failure
+        decoder.close()
+        assert isinstance(decoder.failure, streamproxy.Truncated)
+
+
+@pytest.mark.parametrize("name", BROKEN_CHUNKED)
+def test_chunked_strict_grammar(name: str) -> None:
+    data = b"2\r\nok\r\n" + BROKEN_CHUNKED[name]
+    for parts in [[data], [data[at : at + 1] for at in range(len(data))]]:
+        decoder = streamproxy.ChunkedDecoder()
+        assert b"".join(map(decoder.feed, parts)).startswith(b"ok")  # what came before still counts
+        assert isinstance(decoder.failure, streamproxy.Garbled)
+        assert not decoder.complete
+
+
+def test_chunk_of_no_data_is_nothing_since_it_would_end_the_body() -> None:
+    assert streamproxy.encode_chunk(b"") == b""
+    assert streamproxy.encode_chunk(b"x" * 26) == b"1a\r\n" + b"x" * 26 + b"\r\n"
+
+
+@pytest.mark.parametrize("value", ["a\r\nSet-Cookie: b", "a\nb", "a\0b", "a\x7fb"])
+def test_head_cannot_be_forged_by_a_value(value: str) -> None:
+    with pytest.raises(ValueError, match="X-Name"):
+        streamproxy.encode_head(200, [("X-Name", value)])
+
+
+# ---------------------------------------------------------------- answers: payload in, text out
+
+
+def answer_to(*events: bytes, format: Any = None, redact: Any = str) -> tuple[streamproxy.Answer, bytes]:
+    """An answer after events and the end of the body, and all it gave for the client."""
+    answer = streamproxy.Answer(format or streamproxy.TextFormat(), redact)
+    out = b"".join(answer.feed(data) for data in events)
+    out += answer.close(None)
+    return answer, out + (answer.end() if answer.done else b"")
+
+
+PAYLOADS = {
+    "text": ({"choices": [{"delta": {"content": "x"}}]}, b"x"),
+    "role with null content": ({"choices": [{"delta": {"role": "assistant", "content": None}}]}, b""),
+    "no content": ({"choices": [{"delta": {"role": "assistant"}}]}, b""),
+    "no delta": ({"choices": [{"index": 0}]}, b""),
+    "null delta": ({"choices": [{"delta": None}]}, b""),
+    "no choices": ({"choices": [], "usage": {"total_tokens": 3}}, b""),
+    "null choices": ({"choices": None}, b""),
+    "choices missing": ({"object": "ping"}, b""),
+    "usage beside an empty delta": ({"choices": [{"delta": {}}], "usage": {"total_tokens": 3}}, b""),
+    "null error": ({"error": None, "choices": [{"delta": {"content": "x"}}]}, b"x"),
+    "finish_reason beside text": ({"choices": [{"delta": {"content": "x"}, "finish_reason": "stop"}]}, b"x"),
+    "another answer's choice": ({"choices": [{"index": 1, "delta": {"content": "no"}}]}, b""),
+    "typed parts": ({"choices": [{"delta": {"content": [{"type": "text", "text": "x"}, {"type": "thinking"}]}}]}, b"x"),
+    "reasoning": ({"choices": [{"delta": {"reasoning_content": "hm", "content": None}}]}, b""),
+    "data: in text": ({"choices": [{"delta": {"content": "data: x\n\ndata: [DONE]\n\n"}}]}, b"data: x\n\ndata: [DONE]\n\n"),
+}
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_answer_takes_what_servers_in_wide_use_send(name: str) -> None:
+    payload, text = PAYLOADS[name]
+    answer, out = answer_to(delta("<"), event(payload), delta(">"), STOP, DONE)
+    assert (out, answer.failure, answer.done) == (b"<" + text + b">", None, True)
+
+
+GARBAGE = [b"{", b"not json", b"[]", b"3", b'"text"', b'{"choices": 1}', b'{"choices": [1]}', b'{"choices": [{"delta": 1}]}',
+           b'{"choices": [{"delta": {"content": 1}}]}', b"[" * 100000]
+
+
+@pytest.mark.parametrize("data", GARBAGE, ids=lambda data: data[:40].decode())
+def test_answer_garbage_is_a_failure_and_what_came_before_counts(data: bytes) -> None:
+    answer, out = answer_to(delta("a") + event(data) + delta("b") + DONE)
+    assert out == b"a"
+    assert isinstance(answer.failure, streamproxy.Garbled) and not answer.done
+
+
+@pytest.mark.parametrize("last", [STOP, DONE, STOP + DONE, delta("", "length"), DONE[:-1], DONE[:-2], STOP[:-2]])
+def test_answer_complete_after_done_or_finish_reason_blank_line_or_not(last: bytes) -> None:
+    for parts in cuts(delta("a") + last):
+        answer, out = answer_to(*parts)
+        assert (out, answer.done, answer.failure) == (b"a", True, None)
+
+
+@pytest.mark.parametrize("events", [b"", delta("a"), delta("a") + STOP[:-4], b": ping\n\n", ROLE, event({"choices": []})])
+def test_answer_without_an_end_is_truncated(events: bytes) -> None:
+    answer, _ = answer_to(events)
+    assert isinstance(answer.failure, streamproxy.Truncated) and not answer.done
+
+
+@pytest.mark.parametrize(("data", "status", "message"), [
+    (event({"error": {"message": "Overloaded", "code": "overloaded"}}), 502, "Overloaded"),
+    (event({"error": "Overloaded"}), 502, "Overloaded"),
+    (event({"error": {"message": "Slow down", "code": 429}}), 429, "Slow down"),
+    (event({"error": {"message": "x" * 5000}}), 502, "x" * 1000),
+    (event({"error": {"metadata": 1}}), 502, "Upstream reported an error."),
+    (b'event: error\ndata: {"message": "Bad"}\n\n', 502, "Bad"),
+    (b'event: error\ndata: "Bad"\n\n', 502, "Bad"),
+    (event({"error": {"message": "Overloaded"}})[:-2], 502, "Overloaded"),  # no blank line after it
+])
+@pytest.mark.parametrize("after", [b"", STOP + DONE])
+def test_answer_is_never_complete_after_an_error_event(data: bytes, status: int, message: str, after: bytes) -> None:
+    after = after if data.endswith(b"\n\n") else b""
+    answer, out = answer_to(delta("a", "stop") + data + after)
+    assert answer.failure and not answer.done
+    assert (out, answer.failure.status, answer.failure.message) == (b"a", status, message)
+    assert message not in answer.failure.logged or message == answer.failure.logged
+
+
+def test_answer_joins_surrogate_pairs_split_over_events() -> None:
+    halves = [b'{"choices":[{"delta":{"content":"%b"}}]}' % text for text in (b"a\\ud83d", b"\\udc4b", b"b\\ud83d", b"c\\udc4b")]
+    answer, out = answer_to(*map(event, halves), DONE)
+    assert out.decode() == "a👋b\ufffdc\ufffd"
+    assert answer_to(event(halves[0]), DONE)[1].decode() == "a\ufffd"
+    assert answer_to(event(halves[0]), ROLE, STOP, event(halves[1]), DONE)[1].decode() == "a👋"
+
+
+def test_answer_as_events_of_our_own() -> None:
+    usage = event({"choices": [], "usage": {"total_tokens": 3}})
+    events = (delta("a\n"), delta(None, reasoning_content="h"), delta("", reasoning="m"), delta("ä", "length"), usage, DONE)
+    answer, out = answer_to(*events, format=streamproxy.EventFormat("id7"))
+    assert out.decode() == (
+        'id: id7\ndata: {"text": "a\\n"}\n\n'
+        'event: reasoning\ndata: {"text": "h"}\n\n'
+        'event: reasoning\ndata: {"text": "m"}\n\n'
+        'data: {"text": "ä"}\n\n'
+        'event: done\ndata: {"finish_reason": "length", "usage": {"total_tokens": 3}}\n\n'
+    )
+    assert (answer.pieces, answer.size) == (2, 4)
+
+
+def test_redactor_takes_out_the_key_its_parts_and_masked_keys() -> None:
+    redact = streamproxy.redactor(KEY)
+    for secret in (KEY, KEY[:6], KEY[-6:], KEY[3:12], "sk-Qk***********Xb2e"):
+        assert redact(f"Wrong key {secret}, see our page.").rstrip("., seourpag") != secret
+        check_no_key(redact(f"Wrong key {secret}, see our page."))
+        assert redact(f"Wrong key {secret} here") == "Wrong key [redacted] here"
+    assert redact("The model `sk-1` does not exist") == "The model `sk-1` does not exist"
+    assert streamproxy.redactor("")("nothing to hide") == "nothing to hide"
+
+
+# ---------------------------------------------------------------- settings
+
+GOOD_SETTINGS = [
+    ("bind", "[::1]:0", "[::1]:0"), ("bind", "unix:/run/x y.sock", "unix:/run/x y.sock"), ("bind", "localhost:65535", "localhost:65535"),
+    ("upstream", "http://h:1/v1?api-version=3", "http://h:1/v1?api-version=3"), ("auth_header", "api-key: {key}", "api-key: {key}"),
+    ("param", "temperature=1", {"max_tokens": 400, "temperature": 1, "frequency_penalty": 0, "presence_penalty": 0}),
+    ("param", '{"max_tokens": null, "stop": ["x"]}', {"temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0, "stop": ["x"]}),
+    ("client_param", "model, temperature", ("model", "temperature")), ("idle_timeout", "0", 0.0), ("heartbeat", "0.25", 0.25),
+    ("max_body", "1", 1), ("max_streams", "0", 0), ("demo", "TRUE", True), ("allow_anonymous", "off", False), ("log_format", "json", "json"),
+]  # fmt: skip
+BAD_SETTINGS = [
+    ("bind", "8000"), ("bind", ":8000"), ("bind", "h:65536"), ("bind", "h:+1"), ("bind", "::1:8000"), ("bind", "unix:"),
+    ("upstream", "ftp://h/"), ("upstream", "file:///etc/passwd"), ("upstream", "h/v1"), ("upstream", "http://u:p@h/"), ("upstream", "http://h:x/"),
+    ("upstream", "http:///v1"), ("upstream", "http://h/v 1"), ("upstream", "http://h/#x"), ("auth_header", "Authorization"), ("auth_header", "A: b"),
+    ("auth_header", "A b: {key}"), ("auth_header", "A: {key}\r\nB: c"), ("auth_header", "A: {key}{key}"), ("param", "temperature"), ("param", "x={"),
+    ("param", "stream=false"), ("param", "messages=[]"), ("param", '{"model": "x"}'), ("param", "[1]"), ("param", "=1"), ("client_param", "messages"),
+    ("client_param", "a b"), ("idle_timeout", "-1"), ("idle_timeout", "1e3"), ("idle_timeout", "nan"), ("idle_timeout", "1_0"), ("idle_timeout", "x"),
+    ("max_body", "0"), ("max_body", "1.5"), ("max_streams", "-1"), ("demo", "maybe"), ("log_format", "xml"),
+]  # fmt: skip
+
+
+def variables(name: str, value: str) -> dict[str, str]:
+    field = {field.name: field for field in dataclasses.fields(streamproxy.Settings)}[name]
+    return {"OPENAI_API_KEY": KEY, streamproxy.variable_of(field): value}
+
+
+@pytest.mark.parametrize(("name", "text", "value"), GOOD_SETTINGS)
+def test_setting_from_variable_flag_or_text(name: str, text: str, value: object) -> None:
+    load = streamproxy.Settings.load
+    assert getattr(load(variables(name, text)), name) == value
+    repeated = name in ("param", "client_param")
+    assert getattr(load({"OPENAI_API_KEY": KEY}, {name: [text] if repeated else text}), name) == value
+    assert repeated or getattr(streamproxy.Settings(api_key=KEY, **{name: text}), name) == value  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "text"), BAD_SETTINGS)
+def test_bad_setting_is_one_line_that_says_what_is_allowed(name: str, text: str) -> None:
+    with pytest.raises(streamproxy.SettingsError) as caught:
+        streamproxy.Settings.load(variables(name, text))
+    line = str(caught.value)
+    assert "\n" not in line and "allowed: " in line and ascii(text) in line
+    assert "--" + name.replace("_", "-") in line
+
+
+def test_settings_flag_over_variable_over_default() -> None:
+    environ = {"OPENAI_API_KEY": KEY, "STREAMPROXY_MODEL": "from-variable", "STREAMPROXY_PARAM": '{"temperature": 1}'}
+    assert streamproxy.Settings.load({"OPENAI_API_KEY": KEY}).model == "gpt-4.1-mini"
+    assert streamproxy.Settings.load(environ).model == "from-variable"
+    settings = streamproxy.Settings.load(environ, {"model": "from-flag", "param": ["max_tokens=", "top_p=0.5"]})
+    assert settings.model == "from-flag"
+    assert settings.param == {"temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0, "top_p": 0.5}
+    assert streamproxy.Settings.load({**environ, "STREAMPROXY_MODEL": ""}).model == "gpt-4.1-mini"
+
+
+def test_settings_key_from_a_file_or_the_environment_not_both(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(KEY + "\n")
+    assert streamproxy.Settings.load({"OPENAI_API_KEY_FILE": str(file)}).api_key == KEY
+    for environ, words in [
+        ({"OPENAI_API_KEY_FILE": str(file), "OPENAI_API_KEY": KEY}, "both"),
+        ({"OPENAI_API_KEY_FILE": str(tmp_path / "none")}, "no such file"),
+        ({"OPENAI_API_KEY": KEY + " " + KEY}, "OPENAI_API_KEY: this value is not allowed"),
+        ({}, "OPENAI_API_KEY"),
+    ]:
+        with pytest.raises(streamproxy.SettingsError, match=words) as caught:
+            streamproxy.Settings.load(environ)
+        check_no_key(str(caught.value))
+
+
+def test_settings_no_key_is_fine_for_a_loopback_upstream_or_the_demo() -> None:
+    for values in ({"upstream": "http://localhost:1/v1"}, {"upstream": "http://[::1]/"}, {"demo": True}):
+        assert streamproxy.Settings(**values).api_key == ""  # type: ignore[arg-type]
+    with pytest.raises(streamproxy.SettingsError, match="no API key"):
+        streamproxy.Settings(upstream="http://localhost.example/")
+
+
+@pytest.mark.parametrize("bind", ["0.0.0.0:0", "[::]:0", "192.0.2.1:80", "example.com:80"])
+def test_settings_others_are_let_in_only_where_that_is_said(bind: str) -> None:
+    with pytest.raises(streamproxy.SettingsError, match="--allow-anonymous"):
+        streamproxy.Settings(api_key=KEY, bind=bind)
+    assert streamproxy.Settings(api_key=KEY, bind=bind, allow_anonymous=True).bind == bind
+
+
+def test_settings_show_no_key() -> None:
+    check_no_key(repr(streamproxy.Settings(api_key=KEY)))
+
+
+# ---------------------------------------------------------------- the relay, with a clock of the test's own
+
+
+class Stage:
+    """A stream between two socket pairs, moved turn by turn; the test is client, upstream and clock."""
+
+    def __init__(self, format: Any = None, head: bytes = STREAM_HEAD, **settings: Any) -> None:
+        self.now = 1000.0
+        self.relay = streamproxy.Relay(lambda: self.now)
+        near, far = socket.socketpair()
+        self.client = Peer(far)
+        near.setblocking(False)
+        self.near = near
+        self.ended = False
+        answer = streamproxy.Answer(format or streamproxy.TextFormat())
+        self.stream = streamproxy.Stream(
+            self.relay, near, answer, streamproxy.Settings(api_key=KEY, **settings), b"HEAD ", True, self.end)
+        self.stream.begin()
+        self.head = head
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.drop(streamproxy.Aborted("The test is over."))
+        self.relay.close()
+        self.near.close()
+        self.client.sock.close()
+        if hasattr(self, "upstream"):
+            self.upstream.sock.close()
+
+    def end(self) -> None:
+        self.ended = True
+
+    def connected(self) -> None:
+        self.stream._lifeline.connected()
+
+    def carry(self) -> None:
+        """Upstream's head has come."""
+        near, far = socket.socketpair()
+        self.upstream = Peer(far)
+        self.upstream.send(self.head)
+        response = streamproxy._Response(streamproxy.Gate(), near)
+        with streamproxy.Gate():
+            response.begin()
+        self.connected()
+        self.stream.carry(streamproxy.UpstreamAnswer(response))
+        near.close()
+
+    def turn(self) -> None:
+        self.relay.turn(0)
+
+    def at(self, seconds: float) -> bytes:
+        """Turn with the clock at seconds; what the client then has."""
+        self.now = 1000.0 + seconds
+        self.turn()
+        self.client.sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            self.client.more()
+        self.client.sock.settimeout(DEADLINE)
+        taken, self.client.seen = self.client.seen, b""
+        return taken
+
+
+def test_relay_moves_an_answer_piece_by_piece() -> None:
+    with Stage() as stage:
+        stage.carry()
+        stage.upstream.send(chunk(ROLE))
+        assert stage.at(0) == b""  # nothing leaves before there is text
+        stage.upstream.send(chunk(delta("a")))
+        assert stage.at(0) == b"HEAD 1\r\na\r\n"
+        stage.upstream.send(chunk(delta("b")), chunk(delta("cd")))
+        assert stage.at(0) == b"3\r\nbcd\r\n"  # what arrived together leaves together
+        stage.upstream.send(chunk(STOP), chunk(DONE))
+        assert stage.at(0) == b"0\r\n\r\n"
+        assert stage.ended and stage.stream.intact and not stage.stream.failure
+        assert stage.upstream.gone()
+
+
+@pytest.mark.parametrize(("limits", "due", "status"), [
+    ({}, 10, 504), ({"connect_timeout": 3.0}, 3, 504), ({"connect_timeout": 0.0, "total_timeout": 50.0}, 50, 504),
+    ({"connect_timeout": 0.0, "total_timeout": 0.0, "first_byte_timeout": 7.0}, None, 0),
+])
+def test_relay_connecting_has_a_clock_of_its_own(limits: dict[str, float], due: float | None, status: int) -> None:
+    with Stage(**limits) as stage:
+        assert stage.at((due or 100000) - 0.1) == b"" and not stage.ended
+        stage.at(due or 200000)
+        assert stage.ended == bool(due)
+        assert not due or (stage.stream.failure and stage.stream.failure.status == status)
+
+
+@pytest.mark.parametrize("head_at", [None, 8])
+def test_relay_first_event_clock_starts_when_connected_and_counts_no_comments(head_at: float | None) -> None:
+    with Stage(first_byte_timeout=20.0) as stage:
+        stage.at(5)
+        stage.connected()
+        if head_at:
+            stage.at(head_at)
+            stage.carry()
+            stage.stream._lifeline.connected_at = 1005.0
+            for second in range(9, 25):
+                stage.upstream.send(chunk(b": ping\n\n"))
+                assert stage.at(second) == b""
+        assert stage.at(24.9) == b"" and not stage.ended
+        stage.at(25)
+        assert isinstance(stage.stream.failure, streamproxy.UpstreamTimeout)
+        assert not head_at or stage.upstream.gone()
+
+
+def test_relay_idle_clock_starts_anew_with_every_event_and_counts_no_comments() -> None:
+    with Stage(idle_timeout=5.0) as stage:
+        stage.carry()
+        for second in range(0, 40, 4):
+            stage.upstream.send(chunk(delta("x")))
+            assert stage.at(second).endswith(b"1\r\nx\r\n")
+        stage.upstream.send(chunk(b": ping\n\n"))
+        stage.at(40.9)
+        assert not stage.ended
+        stage.at(41)
+        assert isinstance(stage.stream.failure, streamproxy.UpstreamTimeout) and not stage.stream.intact
+        assert stage.upstream.gone()
+
+
+def test_relay_total_clock() -> None:
+    with Stage(total_timeout=100.0) as stage:
+        stage.carry()
+        for second in range(0, 100, 20):
+            stage.upstream.send(chunk(delta("x")))
+            stage.at(second)
+        stage.at(99.9)
+        assert not stage.ended
+        stage.at(100)
+        assert stage.ended and stage.stream.failure
+
+
+def test_relay_no_limits_means_none() -> None:
+    limits = dict.fromkeys(["connect_timeout", "first_byte_timeout", "idle_timeout", "total_timeout", "client_timeout", "heartbeat"], 0.0)
+    with Stage(streamproxy.EventFormat("id"), **limits) as stage:
+        stage.carry()
+        stage.upstream.send(chunk(delta("x")))
+        assert stage.at(0)
+        assert stage.at(1e7) == b"" and not stage.ended
+
+
+def test_relay_head_leaves_after_one_heartbeat_in_sse_mode_and_errors_come_as_events() -> None:
+    with Stage(streamproxy.EventFormat("id"), heartbeat=5.0, connect_timeout=60.0) as stage:
+        assert stage.at(4.9) == b""
+        assert stage.at(5) == b"HEAD 7\r\n: ping\n\r\n"  # before upstream has said a word
+        assert stage.at(9.9) == b""
+        assert stage.at(10) == b"7\r\n: ping\n\r\n"
+        stage.stream.fail(streamproxy.UpstreamError("Upstream cannot be reached: it is a test."))
+        sent = stage.at(10)
+        assert sent.endswith(b'event: error\ndata: {"error": "Upstream cannot be reached: it is a test."}\n\n\r\n0\r\n\r\n')
+        assert stage.ended and stage.stream.intact and stage.stream.failure
+
+
+def test_relay_pings_only_in_silence() -> None:
+    with Stage(streamproxy.EventFormat(""), heartbeat=5.0) as stage:
+        stage.carry()
+        for second in (3, 6, 9):
+            stage.upstream.send(chunk(delta("x")))
+            assert b"ping" not in stage.at(second)
+        assert stage.at(13.9) == b""
+        assert stage.at(14) == b"7\r\n: ping\n\r\n"
+
+
+def test_relay_an_eventsource_knows_its_id_before_the_first_ping() -> None:
+    with Stage(streamproxy.EventFormat("id7", reconnects=True), heartbeat=5.0, connect_timeout=60.0) as stage:
+        assert stage.at(5) == b"HEAD 10\r\nid: id7\n\n: ping\n\r\n"
+        assert stage.at(10) == b"7\r\n: ping\n\r\n"
+        stage.carry()
+        stage.upstream.send(chunk(delta("x")))
+        assert b'id: id7\ndata: {"text": "x"}\n\n' in stage.at(10)
+
+
+@pytest.mark.parametrize("later", [(), (delta("", usage=1), event({"choices": [], "usage": {"total_tokens": 3}}))])
+def test_relay_after_finish_reason_usage_is_awaited_for_a_moment_only(later: tuple[bytes, ...]) -> None:
+    with Stage() as stage:
+        stage.carry()
+        stage.upstream.send(chunk(delta("x", "stop")))
+        stage.at(0)
+        stage.upstream.send(*map(chunk, later))
+        assert stage.at(0.9) == b"" and not stage.ended
+        assert stage.at(1) == b"0\r\n\r\n"
+        assert stage.ended and stage.stream.intact and not stage.stream.failure
+        assert stage.stream.answer.usage == ({"total_tokens": 3} if later else None)
+
+
+def test_relay_a_client_that_does_not_read_stops_upstream_being_read_and_nothing_is_lost() -> None:
+    with Stage() as stage:
+        stage.carry()
+        stage.upstream.sock.setblocking(False)
+        texts = [f"{n:06} " for n in range(50000)]
+        wire, sent = b"".join(chunk(delta(text)) for text in texts) + chunk(DONE), 0
+        for _ in range(500):  # until nobody takes any more
+            with contextlib.suppress(BlockingIOError):
+                sent += stage.upstream.sock.send(wire[sent : sent + 100000])
+            stage.turn()
+        assert sent < len(wire)
+        assert 0 < len(stage.stream._pending) < streamproxy.READ_SIZE
+        got = b""
+        while not stage.ended:
+            with contextlib.suppress(BlockingIOError):
+                sent += stage.upstream.sock.send(wire[sent : sent + 100000])
+            got += stage.at(0)
+        stage.near.close()
+        decoder = streamproxy.ChunkedDecoder()
+        assert decoder.feed((got + stage.client.rest())[len("HEAD ") :]).decode() == "".join(texts)
+        assert decoder.complete
+
+
+def test_relay_a_client_that_stops_reading_is_cut_after_client_timeout_of_no_progress() -> None:
+    with Stage(client_timeout=30.0, idle_timeout=5.0) as stage:
+        stage.carry()
+        while not stage.stream._blocked:
+            stage.upstream.send(chunk(delta("x" * 30000)))
+            stage.turn()
+        stage.now += 29
+        stage.turn()
+        assert not stage.ended
+        while stage.stream._blocked:  # progress, and the clock starts anew
+            stage.client.more()
+            stage.turn()
+        while not stage.stream._blocked:
+            stage.upstream.send(chunk(delta("x" * 30000)))
+            stage.turn()
+        stage.now += 29.9
+        stage.turn()
+        assert not stage.ended
+        stage.now += 0.1
+        stage.turn()
+        assert isinstance(stage.stream.failure, streamproxy.Aborted) and not stage.stream.intact
+        assert stage.upstream.gone()
+
+
+def test_relay_truncated_after_back_pressure_still_gives_all_text_that_came() -> None:
+    with Stage() as stage:
+        stage.carry()
+        total = 0
+        while not stage.stream._blocked:
+            stage.upstream.send(chunk(delta("x" * 30000)))
+            total += 30000
+            stage.turn()
+        stage.upstream.sock.close()
+        got = b""
+        while not stage.ended:
+            stage.client.more()
+            stage.turn()
+        stage.near.close()
+        got = stage.client.rest()
+        assert got.count(b"x") == total and not got.endswith(b"0\r\n\r\n")
+        assert isinstance(stage.stream.failure, streamproxy.Truncated)
+
+
+def test_relay_a_fault_in_one_stream_ends_that_stream_alone(caplog: Any) -> None:
+    with Stage() as stage:
+        stage.carry()
+        stage.stream.answer.feed = None  # type: ignore[assignment,method-assign]
+        stage.upstream.send(chunk(delta("x")))
+        stage.turn()
+        assert stage.ended and stage.stream.failure and stage.stream.failure.status == 500
+        stage.relay.post(lambda: caplog.records.clear())
+        stage.turn()  # and the relay goes on
+
+
+def test_relay_posts_from_many_threads_all_run_in_order() -> None:
+    relay, seen = streamproxy.Relay(), []
+    relay.start()
+    threads = [threading.Thread(target=lambda n=n: [relay.post(lambda i=i: seen.append((n, i))) for i in range(200)]) for n in range(8)]  # type: ignore[misc]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    relay.stop()
+    assert len(seen) == 1600
+    assert all([i for n, i in seen if n == number] == list(range(200)) for number in range(8))
+
+
+# ---------------------------------------------------------------- POST /
+
+
+def test_post_text_leaves_piece_by_piece_as_it_arrives(server: Any, provider: Provider) -> None:
+    with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        upstream.start(ROLE, delta("Hello"))
+        head = client.head()
+        assert (head.line, client.chunk()) == (b"HTTP/1.1 200 OK", b"Hello")
+        assert head.fields["Content-Type"] == "text/plain; charset=utf-8"
+        assert head.fields["X-Accel-Buffering"] == "no"
+        assert head.fields["Cache-Control"] == "no-cache, no-transform"
+        assert head.fields["X-Content-Type-Options"] == "nosniff"
+        assert head.fields["Incremental"] == "?1"
+        assert re.fullmatch("[0-9a-f]{16}", head.fields["X-Request-Id"])
+        for text in (" wörld", "\n", "data: x\n\n", "👋"):
+            upstream.event(delta(text))
+            assert client.chunk().decode() == text
+        upstream.finish()
+        assert client.chunk() == b"" and upstream.gone()
+
+
+def test_post_asks_upstream_as_the_script_did(server: Any, provider: Provider) -> None:
+    with Client(server).ask({"prompt": "ä", "temperature": 9, "model": "x"}), provider.take() as upstream:
+        assert upstream.head.startswith("POST /v1/chat/completions HTTP/1.1\r\n")
+        assert f"\r\nAuthorization: Bearer {KEY}\r\n" in upstream.head
+        assert "\r\nContent-Type: application/json\r\n" in upstream.head
+        assert "\r\nAccept-Encoding: identity\r\n" in upstream.head
+        assert json.loads(upstream.body) == {
+            "model": "gpt-4.1-mini", "messages": [{"role": "user", "content": "ä"}], "stream": True,
+            "max_tokens": 400, "temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0,
+        }  # fmt: skip
+
+
+def test_post_asks_upstream_as_the_settings_say(provider: Provider) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "name": "x"}]
+    with running(
+        provider, upstream=provider.url + "/?api-version=3", auth_header="api-key: {key}", model="m", system="Be kind.",
+        param={"top_p": 1}, client_param=("model", "seed", "stop"),
+    ) as server:  # fmt: skip
+        with Client(server).ask({"messages": messages, "model": "n", "seed": 7, "n": 2}), provider.take() as upstream:
+            assert upstream.head.startswith("POST /v1/chat/completions?api-version=3 HTTP/1.1\r\n")
+            assert f"\r\nApi-Key: {KEY}\r\n" in upstream.head and "Authorization" not in upstream.head
+            assert json.loads(upstream.body) == {
+                "model": "n", "messages": [{"role": "system", "content": "Be kind."}, *messages], "stream": True, "top_p": 1, "seed": 7,
+            }  # fmt: skip
+
+
+def test_post_with_no_key_sends_no_auth_header(provider: Provider) -> None:
+    with running(provider, api_key="") as server, Client(server).ask(PROMPT), provider.take() as upstream:
+        assert "authorization" not in upstream.head.lower()
+
+
+def test_post_as_events(server: Any, provider: Provider) -> None:
+    with Client(server).ask(PROMPT, Accept="text/html, text/event-stream;q=0.9", X_Request_Id="id-7") as client, provider.take() as upstream:
+        upstream.start(delta("a"))
+        head = client.head()
+        assert (head.fields["Content-Type"], head.fields["X-Request-Id"]) == ("text/event-stream", "id-7")
+        assert client.chunk() == b'id: id-7\ndata: {"text": "a"}\n\n'
+        upstream.event(delta(None, reasoning="hm"))
+        assert client.chunk() == b'event: reasoning\ndata: {"text": "hm"}\n\n'
+        upstream.finish()
+        assert client.body() == b'event: done\ndata: {"finish_reason": "stop", "usage": null}\n\n'
+
+
+def test_post_a_json_completion_is_an_answer_in_one_piece(server: Any, provider: Provider) -> None:
+    document = json.dumps({"choices": [{"message": {"content": "Hällo"}, "finish_reason": "stop"}], "usage": {"total_tokens": 3}}).encode()
+    for framing, body in [(b"Content-Length: %d" % len(document), document), (b"Transfer-Encoding: chunked", chunk(document) + b"0\r\n\r\n")]:
+        with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+            upstream.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n", framing, b"\r\n\r\n", body[:20])
+            upstream.send(body[20:])
+            assert (client.head().status, client.body().decode()) == (200, "Hällo")
+
+
+@pytest.mark.parametrize(("body", "sentence"), [
+    (b"", "Invalid JSON data"), (b"prompt=x", "Invalid JSON data"), (b'{"prompt": "x"', "Invalid JSON data"),
+    (b'{"prompt": NaN}', "Invalid JSON data"), (b'{"prompt": "\xff"}', "Invalid JSON data"), (b"[" * 200000, "Invalid JSON data"),
+    (b"[]", "object"), (b'"x"', "object"), (b"null", "object"), (b"{}", "object"), (b'{"prompt": "x", "messages": []}', "either"),
+    (b'{"prompt": ""}', '"prompt"'), (b'{"prompt": 1}', '"prompt"'), (b'{"prompt": null}', '"prompt"'), (b'{"messages": []}', '"messages"'),
+    (b'{"messages": "x"}', '"messages"'), (b'{"messages": [1]}', '"messages"'), (b'{"messages": [{"role": "user"}]}', '"messages"'),
+    (b'{"messages": [{"role": 1, "content": "x"}]}', '"messages"'),
+])
+def test_post_bad_body_is_400_and_upstream_is_not_asked(server: Any, provider: Provider, body: bytes, sentence: str) -> None:
+    with Client(server) as client:
+        status, error = client.ask(body).error()
+        assert status == 400 and sentence in error
+        assert client.ask(method="GET", path="/healthz").head().status == 200  # on the same connection
+    assert provider.nobody_came()
+
+
+REFUSED = [
+    (b"GET /nothing HTTP/1.1\r\n\r\n", 404, {}), (b"GET /healthz/ HTTP/1.1\r\n\r\n", 404, {}),
+    (b"PUT / HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", 405, {"Allow": "GET, HEAD, POST"}), (b"DELETE /healthz HTTP/1.1\r\n\r\n", 405, {"Allow": "GET, HEAD"}),
+    (b"POST / HTTP/1.1\r\n\r\n", 411, {}), (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411, {}),
+    (b"POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", 413, {}), (b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400, {}),
+    (b"POST / HTTP/1.1\r\nContent-Length: +1\r\n\r\nx", 400, {}), (b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx", 400, {}),
+    (b"GET / HTTP/2.0\r\n\r\n", 505, {}), (b"GET / HTTP/1.1 x\r\n\r\n", 400, {}), (b"GET\r\n\r\n", 400, {}), (b"\r\n", 400, {}),
+    (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n", 414, {}), (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431, {}),
+    (b"GET / HTTP/1.1\r\nA: " + b"x" * 70000 + b"\r\n\r\n", 431, {}),
+    (b"GET /?prompt= HTTP/1.1\r\nAccept: text/event-stream\r\n\r\n", 400, {}), (b"GET /?prompt=a&prompt=b HTTP/1.1\r\nAccept: text/event-stream\r\n\r\n", 400, {}),
+    (b"GET /?prompt=%ff HTTP/1.1\r\nAccept: text/event-stream\r\n\r\n", 400, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("request_bytes", "status", "fields"), REFUSED, ids=lambda value: str(value)[:50])
+def test_refused_request_gets_a_status_and_a_sentence(server: Any, provider: Provider, request_bytes: bytes, status: int, fields: dict[str, str]) -> None:
+    with Client(server) as client:
+        client.send(request_bytes)
+        head = client.head()
+        assert head.status == status and fields.items() <= head.fields.items()
+        assert list(json.loads(client.exactly(int(head.fields["Content-Length"])))) == ["error"]
+    assert provider.nobody_came()
+
+
+def test_refused_large_body_does_not_cost_the_client_its_answer(provider: Provider) -> None:
+    with running(provider, max_body=1000) as server, Client(server) as client:
+        client.ask(b"x" * 500000)  # closing with this unread would reset the connection
+        assert client.error() == (413, "The body is larger than 1000 bytes.")
+
+
+def test_expect_100_continue_is_said_after_our_own_checks(provider: Provider) -> None:
+    with running(provider, max_body=100) as server:
+        with Client(server) as client:
+            client.send(b"POST / HTTP/1.1\r\nContent-Length: 101\r\nExpect: 100-continue\r\n\r\n")
+            assert client.head().status == 413
+        with Client(server) as client:
+            client.send(b"POST / HTTP/1.1\r\nContent-Length: 15\r\nExpect: 100-continue\r\n\r\n")
+            assert client.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            client.send(b'{"prompt": "x"}')
+            provider.take().start(delta("a"))
+            assert client.head().status == 200
+
+
+def test_kept_connection_takes_one_request_after_another_even_sent_at_once(server: Any, provider: Provider) -> None:
+    with Client(server) as client:
+        client.ask(PROMPT).ask({"prompt": "second"}).ask(method="GET", path="/healthz")
+        for text in ("one", "two"):
+            with provider.take() as upstream:
+                upstream.start(delta(text))
+                assert (client.head().status, client.chunk().decode()) == (200, text)
+                client.ask(method="GET", path="/healthz")  # arrives while an answer is on its way
+                upstream.finish()
+                assert client.chunk() == b""
+        for _ in range(3):
+            assert client.head().status == 200 and client.exactly(3) == b"ok\n"
+
+
+def test_http_1_0_is_delimited_by_close(server: Any, provider: Provider) -> None:
+    with Client(server).ask(PROMPT, version="1.0", Connection="keep-alive") as client, provider.take() as upstream:
+        upstream.start(delta("Hello"))
+        head = client.head()
+        assert "Transfer-Encoding" not in head.fields and head.fields["Connection"] == "close"
+        assert client.exactly(5) == b"Hello"
+        upstream.finish()
+        assert client.rest() == b""
+
+
+def test_http_1_0_cut_answer_is_a_reset(server: Any, provider: Provider) -> None:
+    with Client(server).ask(PROMPT, version="1.0") as client, provider.take() as upstream:
+        upstream.start(delta("Hello"))
+        assert client.head().status == 200 and client.exactly(5) == b"Hello"
+        upstream.sock.close()
+        with pytest.raises(ConnectionResetError):
+            client.rest()
+
+
+def test_max_streams_more_get_503_at_once(provider: Provider) -> None:
+    with running(provider, max_streams=1) as server:
+        with Client(server).ask(PROMPT), provider.take() as upstream:
+            with Client(server).ask(PROMPT) as second:
+                head = second.head()
+                assert (head.status, head.fields["Retry-After"]) == (503, "1")
+            upstream.start(STOP)
+            upstream.gone()
+        assert wait_for(lambda: server._places._value)  # type: ignore[attr-defined]
+        with Client(server).ask(PROMPT) as third, provider.take() as upstream:
+            upstream.start(delta("x"))
+            assert third.head().status == 200
+
+
+# ---------------------------------------------------------------- GET /
+
+
+def test_eventsource_gets_its_answer_once(server: Any, provider: Provider) -> None:
+    with Client(server).ask(method="GET", path="/?prompt=Gr%C3%BC%C3%9Fe+%26", **EVENTS) as client, provider.take() as upstream:
+        assert json.loads(upstream.body)["messages"] == [{"role": "user", "content": "Grüße &"}]
+        upstream.start(delta("a"))
+        head = client.head()
+        assert head.fields["Content-Type"] == "text/event-stream"
+        assert client.chunk() == f'id: {head.fields["X-Request-Id"]}\ndata: {{"text": "a"}}\n\n'.encode()
+        upstream.finish()
+        client.body()
+        client.ask(method="GET", path="/?prompt=x", Last_Event_ID="1", **EVENTS)
+        head = client.head()
+        assert head.status == 204 and "Content-Length" not in head.fields
+    assert provider.nobody_came()
+
+
+def test_page_has_a_policy_that_lets_in_its_own_script_and_style_only(server: Any) -> None:
+    with Client(server).ask(method="GET", path="/?x") as client:
+        head = client.head()
+        page = client.exactly(int(head.fields["Content-Length"])).decode()
+        policy = head.fields["Content-Security-Policy"]
+    assert head.fields["Content-Type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in policy and "unsafe" not in policy and policy.count("'sha256-") == 2
+    assert not re.search(r"""(?i)https?://|src=|@import|url\(|\son\w+=|\sstyle=|innerHTML""", page)
+    with Client(server).ask(method="HEAD") as client:
+        assert client.head().fields["Content-Length"] == str(len(page.encode()))
+
+
+def test_health(server: Any) -> None:
+    with Client(server).ask(method="GET", path="/healthz?x") as client:
+        assert client.head().status == 200 and client.exactly(3) == b"ok\n"
+
+
+# ---------------------------------------------------------------- upstreams that misbehave
+
+OK = b"HTTP/1.1 200 OK\r\n"
+SSE = b"Content-Type: text/event-stream\r\n"
+JSON = b"Content-Type: application/json\r\n"
+A = delta("a")
+
+
+def error_answer(status: int, body: bytes = b"", fields: bytes = b"") -> bytes:
+    return b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n%b\r\n" % (status, len(body), fields) + body
+
+
+# What upstream sends before it closes; the status that the client gets; how the log calls the ending.
+BEFORE_THE_FIRST_TEXT = {
+    "closes without a word": (b"", 502, "error"),
+    "closes within its head": (OK + b"Content-Ty", 502, "error"),
+    "is not HTTP": (b"SSH-2.0-OpenSSH\r\n", 502, "error"),
+    "endless head": (OK + b"A: b\r\n" * 1000, 502, "error"),
+    "no event at all": (STREAM_HEAD + b"0\r\n\r\n", 502, "truncated"),
+    "role and nothing more": (STREAM_HEAD + chunk(ROLE) + b"0\r\n\r\n", 502, "truncated"),
+    "comments only": (STREAM_HEAD + chunk(b": ping\n\n") + b"0\r\n\r\n", 502, "truncated"),
+    "cut before any text": (STREAM_HEAD + chunk(ROLE), 502, "truncated"),
+    "garbage": (STREAM_HEAD + chunk(event(b"{")), 502, "error"),
+    "chunk size with a sign": (STREAM_HEAD + b"+5\r\n", 502, "error"),
+    "error event": (STREAM_HEAD + chunk(event({"error": {"message": "Sorry"}})) + chunk(DONE), 502, "error"),
+    "error as a string": (STREAM_HEAD + chunk(event({"error": "Sorry"})), 502, "error"),
+    "another content type": (OK + b"Content-Type: text/html\r\n\r\n<p>", 502, "error"),
+    "no content type": (OK + b"\r\n" + A, 502, "error"),
+    "compressed": (OK + SSE + b"Content-Encoding: gzip\r\n\r\n" + A, 502, "error"),
+    "two lengths": (OK + SSE + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", 502, "error"),
+    "negative length": (OK + SSE + b"Content-Length: -5\r\n\r\n", 502, "error"),
+    "transfer coding unknown": (OK + SSE + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 502, "error"),
+    "JSON cut by close": (OK + JSON + b'Content-Length: 99\r\n\r\n{"choices": [', 502, "truncated"),
+    "JSON that is no completion": (OK + JSON + b"\r\n{}", 502, "error"),
+    "JSON error with status 200": (OK + JSON + b'\r\n{"error": {"message": "Sorry"}}', 502, "error"),
+    "status 204": (b"HTTP/1.1 204 No Content\r\n\r\n", 502, "error"),
+    "redirect": (error_answer(302, fields=b"Location: http://127.0.0.1:9/\r\n"), 502, "error"),
+    "101": (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n", 502, "error"),
+    "400": (error_answer(400, b'{"error": {"message": "Bad model"}}'), 400, "error"),
+    "401": (error_answer(401, b'{"error": {"message": "Wrong key ' + KEY.encode() + b'"}}'), 502, "error"),
+    "403": (error_answer(403), 502, "error"),
+    "404 not JSON": (error_answer(404, b"<html>"), 404, "error"),
+    "413": (error_answer(413, b'{"message": "Too long"}'), 413, "error"),
+    "418": (error_answer(418), 502, "error"),
+    "422 with the key in it": (error_answer(422, b'{"detail": "' + KEY.encode() + b" " + KEY[:9].encode() + b'"}'), 422, "error"),
+    "422 endless": (b"HTTP/1.1 422 X\r\n\r\n" + b"x" * 100000, 422, "error"),
+    "429": (error_answer(429, b'{"error": {"message": "Slow down"}}', b"Retry-After: 7\r\n"), 429, "error"),
+    "500": (error_answer(500, b'{"error": {"message": "secret trace"}}'), 502, "error"),
+    "500 cut": (b"HTTP/1.1 500 X\r\nContent-Length: 99\r\n\r\nx", 502, "error"),
+    "503": (error_answer(503, fields=b"Retry-After: 9\r\n"), 502, "error"),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_THE_FIRST_TEXT)
+@pytest.mark.parametrize("mode", ["text", "events"])
+def test_failure_before_the_first_text_still_has_its_status(server: Any, provider: Provider, caplog: Any, name: str, mode: str) -> None:
+    answer, status, ending = BEFORE_THE_FIRST_TEXT[name]
+    with Client(server).ask(PROMPT, **(EVENTS if mode == "events" else {})) as client:
+        with provider.take() as upstream:
+            upstream.send(answer)
+        head = client.head()
+        sentence = json.loads(client.exactly(int(head.fields["Content-Length"])))["error"]
+        assert head.status == status and sentence.endswith((".", "Sorry", "model", "down", "long", "]")), sentence
+        assert ("Retry-After" in head.fields) == (status == 429)
+        assert client.ask(method="GET", path="/healthz").head().status == 200  # the connection is fine
+    entry = log_entries(caplog, 1)[0]
+    assert (entry["status"], entry["ending"]) == (status, ending)
+    assert provider.nobody_came()  # nothing is tried twice
+
+
+def test_upstream_message_reaches_the_client_where_it_is_about_the_request(server: Any, provider: Provider) -> None:
+    for answer, expected in [
+        (error_answer(400, b'{"error": {"message": "Bad\\nmodel"}}'), (400, "Bad model")),
+        (error_answer(429, b'{"error": "Slow"}', b"Retry-After: 7\r\n"), (429, "Slow")),
+        (error_answer(500, b'{"error": "trace"}'), (502, "Upstream failed with status 500.")),
+        (error_answer(401, b'{"error": "who?"}'), (502, "Upstream refused our API key with status 401.")),
+        (error_answer(307), (502, "Upstream redirects with status 307, which is not followed.")),
+    ]:  # fmt: skip
+        with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+            upstream.send(answer)
+            assert client.error() == expected
+
+
+@pytest.mark.parametrize(("told", "passed"), [(b"7", "7"), (b"Sun, 22 Nov 2026 10:00:00 GMT", "Sun, 22 Nov 2026 10:00:00 GMT"), (b"soon", "1")])
+def test_retry_after_of_429_passes_if_it_is_one(server: Any, provider: Provider, told: bytes, passed: str) -> None:
+    with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        upstream.send(error_answer(429, fields=b"Retry-After: " + told + b"\r\n"))
+        assert client.head().fields["Retry-After"] == passed
+
+
+# What upstream sends after the first text, before it closes (or resets).
+AFTER_THE_FIRST_TEXT = {
+    "closes": b"", "ends its body with no end event": b"0\r\n\r\n", "closes within an event": chunk(delta("b")[:-9]), "closes within a chunk": b"ff\r\ndata",
+    "breaks the chunked coding": b"0x5\r\nhello\r\n", "sends garbage": chunk(event(b"oops")), "sends an error": chunk(event({"error": "Sorry"})),
+    "sends an error and [DONE]": chunk(event({"error": {"message": "Sorry"}})) + chunk(STOP) + chunk(DONE) + b"0\r\n\r\n",
+    "sends an error event": chunk(b'event: error\ndata: {"message": "Sorry"}\n\n'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AFTER_THE_FIRST_TEXT)
+@pytest.mark.parametrize("reset", [False, True])
+def test_failure_after_the_first_text_leaves_the_body_unterminated(server: Any, provider: Provider, caplog: Any, name: str, reset: bool) -> None:
+    with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        upstream.start(A)
+        assert client.head().status == 200 and client.chunk() == b"a"
+        upstream.send(AFTER_THE_FIRST_TEXT[name])
+        (upstream.reset if reset else upstream.sock.close)()
+        assert client.rest() == b""  # neither a last chunk nor a second answer
+    assert log_entries(caplog, 1)[0]["ending"] == ("truncated" if "closes" in name or "ends" in name and "sends" not in name else "error") or reset
+
+
+@pytest.mark.parametrize("name", AFTER_THE_FIRST_TEXT)
+def test_failure_after_the_first_text_is_an_event_in_sse_mode(server: Any, provider: Provider, name: str) -> None:
+    with Client(server).ask(PROMPT, **EVENTS) as client:
+        with provider.take() as upstream:
+            upstream.start(A)
+            client.head()
+            assert client.chunk().endswith(b'data: {"text": "a"}\n\n')
+            upstream.send(AFTER_THE_FIRST_TEXT[name])
+        last = client.body()
+        assert re.fullmatch(rb'event: error\ndata: \{"error": "[^"]+"\}\n\n', last)
+        assert client.ask(method="GET", path="/healthz").head().status == 200
+
+
+COMPLETE = {
+    "[DONE] and the last chunk": chunk(STOP) + chunk(DONE) + b"0\r\n\r\n", "[DONE] alone, and nothing after it is waited for": chunk(DONE),
+    "finish_reason, body ends": chunk(STOP) + b"0\r\n\r\n", "[DONE] with no blank line": chunk(b"data: [DONE]") + b"0\r\n\r\n",
+    "finish_reason beside text": chunk(delta("", "stop")) + b"0\r\n\r\n", "trailers": chunk(DONE) + b"0\r\nA: b\r\n\r\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_complete_answer_ends_while_upstream_is_still_open(server: Any, provider: Provider, caplog: Any, name: str) -> None:
+    with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        upstream.start(A)
+        upstream.send(COMPLETE[name])
+        assert client.head().status == 200 and client.body() == b"a"
+        assert upstream.gone()
+    assert log_entries(caplog, 1)[0]["ending"] == "complete"
+
+
+@pytest.mark.parametrize("end", [STOP, DONE, STOP + DONE])
+def test_complete_answer_delimited_by_close_or_length(server: Any, provider: Provider, end: bytes) -> None:
+    for head in (CLOSE_HEAD, OK + SSE + b"Content-Length: %d\r\n\r\n" % len(A + end), b"HTTP/1.0 200 OK\r\n" + SSE + b"\r\n"):
+        with Client(server).ask(PROMPT) as client:
+            with provider.take() as upstream:
+                upstream.send(head + A + end)
+            assert client.head().status == 200 and client.body() == b"a"
+
+
+def test_cut_answer_delimited_by_close_or_length(server: Any, provider: Provider) -> None:
+    for head in (CLOSE_HEAD, OK + SSE + b"Content-Length: 9999\r\n\r\n", b"HTTP/1.0 200 OK\r\n" + SSE + b"\r\n"):
+        with Client(server).ask(PROMPT) as client:
+            with provider.take() as upstream:
+                upstream.send(head + A)
+            assert client.head().status == 200 and client.chunk() == b"a" and client.rest() == b""
+
+
+@pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", b"HTTP/1.1 102 X\r\n\r\nHTTP/1.1 103 X\r\n\r\n"])
+def test_interim_answers_are_not_the_answer(server: Any, provider: Provider, interim: bytes) -> None:
+    with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        upstream.send(interim)
+        upstream.start(A)
+        assert client.head().status == 200 and client.chunk() == b"a"
+
+
+def test_events_cut_and_joined_anywhere_lose_nothing(server: Any, provider: Provider) -> None:
+    rng = random.Random(3)
+    texts = [rng.choice(["Hello", " wörld", "\n", "data: ", "👋", "\r\n\r\n", "[DONE]", '"', "\\", "\u2028", "0\r\n\r\n"]) + str(n) for n in range(60)]
+    body = b"".join(map(delta, texts)) + STOP + DONE
+    for _ in range(20):
+        places = sorted(rng.sample(range(1, len(body)), 40))
+        wire = b"".join(chunk(body[a:b]) for a, b in zip([0, *places], [*places, len(body)])) + b"0\r\n\r\n"
+        with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+            upstream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            upstream.send(STREAM_HEAD)
+            at = 0
+            while at < len(wire):
+                size = rng.choice([1, 2, 3, 7, 50, 400, 3000])
+                upstream.send(wire[at : at + size])
+                at += size
+            assert client.head().status == 200 and client.body().decode() == "".join(texts)
+
+
+def test_an_event_of_a_megabyte_passes(server: Any, provider: Provider) -> None:
+    text = "ä" * 500000
+    with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        sender = threading.Thread(target=lambda: (upstream.start(delta(text)), upstream.finish()))
+        sender.start()
+        assert client.head().status == 200 and client.body().decode() == text
+        sender.join()
+
+
+def test_upstream_unreachable_is_502_without_its_address(caplog: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    for upstream, reason in [(url, "connection refused"), ("http://no-such-host.invalid/v1", "its name was not found")]:
+        with running(None, upstream=upstream) as server, Client(server).ask(PROMPT) as client:
+            assert client.error() == (502, f"Upstream cannot be reached: {reason}.")
+
+
+@pytest.mark.parametrize(("limit", "answer"), [("first_byte_timeout", b""), ("first_byte_timeout", STREAM_HEAD), ("idle_timeout", STREAM_HEAD + chunk(ROLE))])
+def test_upstream_too_slow_is_504(provider: Provider, limit: str, answer: bytes) -> None:
+    with running(provider, **{limit: 0.2}) as server, Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        upstream.send(answer)
+        status, sentence = client.error()
+        assert status == 504 and sentence.startswith("Upstream took too long to ")
+        assert upstream.gone()
+
+
+def test_connecting_too_slow_is_504_also_where_no_packet_comes_back() -> None:
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))  # its queue full, it is silent
+        for _ in range(4):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        server = stack.enter_context(running(None, upstream=f"http://127.0.0.1:{full.getsockname()[1]}", connect_timeout=0.3))
+        client = stack.enter_context(Client(server).ask(PROMPT))
+        assert client.error() == (504, "Upstream took too long to connect.")
+        wait_for(lambda: not server.relay.streams)
+
+
+def test_silence_before_the_head_is_filled_with_pings_and_ended_by_an_event(provider: Provider) -> None:
+    with running(provider, heartbeat=0.1) as server, Client(server).ask(PROMPT, **EVENTS) as client, provider.take() as upstream:
+        assert client.head().status == 200
+        assert client.chunk() == client.chunk() == b": ping\n"
+        upstream.send(error_answer(429, b'{"error": "Slow down"}'))
+        assert client.body().replace(b": ping\n", b"") .endswith(b'event: error\ndata: {"error": "Slow down"}\n\n')
+
+
+# ---------------------------------------------------------------- clients that leave
+
+
+def leave(client: Client, how: str) -> None:
+    if how == "half":
+        client.sock.shutdown(socket.SHUT_WR)
+    else:
+        (client.reset if how == "reset" else client.sock.close)()
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "half"])
+@pytest.mark.parametrize("stage", ["before the head", "before the first event", "after the role", "mid-stream"])
+@pytest.mark.parametrize("mode", ["text", "events"])
+def test_client_leaves_and_upstream_is_closed(server: Any, provider: Provider, caplog: Any, mode: str, stage: str, how: str) -> None:
+    client = Client(server).ask(PROMPT, **(EVENTS if mode == "events" else {}))
+    with client, provider.take() as upstream:
+        if stage != "before the head":
+            upstream.start(*{"before the first event": [], "after the role": [ROLE], "mid-stream": [ROLE, A]}[stage])
+        if stage == "mid-stream":
+            client.head()
+            client.chunk()
+        leave(client, how)
+        assert upstream.gone()
+    entry = log_entries(caplog, 1)[0]
+    assert (entry["ending"], entry["status"]) == ("disconnect", 200 if stage == "mid-stream" else 499)
+
+
+def test_client_leaves_while_upstream_does_not_take_the_request(provider: Provider) -> None:
+    with running(provider, max_body=50_000_000) as server:
+        client = Client(server).ask({"prompt": "x" * 20_000_000})
+        upstream = Peer(provider.listener.accept()[0])  # reads nothing
+        client.sock.close()
+        assert upstream.gone()
+        wait_for(lambda: not server._connections)
+
+
+def test_client_leaves_behind_a_request_sent_ahead(server: Any, provider: Provider) -> None:
+    client = Client(server).ask(PROMPT)
+    with provider.take() as upstream:
+        client.ask(PROMPT)
+        client.sock.close()
+        assert upstream.gone()
+
+
+def test_client_that_sends_without_end_while_its_answer_is_on_its_way_is_cut(server: Any, provider: Provider, caplog: Any) -> None:
+    with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):
+                client.send(b"x" * 10000)
+        assert upstream.gone()
+    assert log_entries(caplog, 1)[0]["ending"] == "aborted"
+
+
+def descriptors() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def test_200_clients_leave_at_once_and_no_thread_or_descriptor_is_left(server: Any, provider: Provider) -> None:
+    with Client(server).ask(method="GET", path="/healthz") as client:
+        client.head()
+    wait_for(lambda: not server._connections)
+    before = wait_for(threading.active_count), descriptors()
+    clients = [Client(server).ask(PROMPT) for _ in range(200)]
+    upstreams = [provider.take() for _ in clients]
+    for number, upstream in enumerate(upstreams):
+        if number % 3:
+            upstream.start(*[ROLE, A][: number % 3])
+    for number, client in enumerate(clients):
+        leave(client, "reset" if number % 2 else "close")
+    for upstream in upstreams:
+        assert upstream.gone()
+        upstream.sock.close()
+    wait_for(lambda: not server._connections and not server.relay.streams)
+    assert wait_for(lambda: (threading.active_count(), descriptors()), lambda now: now == before) == before
+
+
+def test_1000_requests_at_once_are_all_answered(provider: Provider) -> None:
+    def serve(sock: socket.socket) -> None:
+        with UpstreamPeer(sock) as upstream:
+            upstream.start(ROLE, A)
+            upstream.finish()
+
+    def accept() -> None:
+        for _ in range(300):
+            threading.Thread(target=serve, args=(provider.listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    with running(provider) as server:
+        clients = [Client(server).ask(PROMPT) for _ in range(300)]
+        for client in clients:
+            assert client.head().status == 200 and client.body() == b"a"
+            client.sock.close()
+
+
+# ---------------------------------------------------------------- upstream through TLS and proxies
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: Any) -> Path:
+    """A key and a certificate for localhost in one file."""
+    openssl, folder = program("openssl"), tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost", "-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
+        check=True, stderr=subprocess.DEVNULL)  # fmt: skip
+    (folder / "both.pem").write_bytes((folder / "key.pem").read_bytes() + (folder / "cert.pem").read_bytes())
+    return Path(folder / "both.pem")
+
+
+def take_tls(provider: Provider, certificate: Path) -> UpstreamPeer:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return UpstreamPeer(context.wrap_socket(provider.listener.accept()[0], server_side=True))
+
+
+def tls_url(provider: Provider, host: str = "localhost") -> str:
+    return f"https://{host}:{urllib.parse.urlsplit(provider.url).port}/v1"
+
+
+def test_tls_pieces_arrive_one_by_one_and_all_of_those_that_share_a_record(provider: Provider, certificate: Path) -> None:
+    with running(provider, upstream=tls_url(provider), ca_file=str(certificate)) as server, Client(server).ask(PROMPT) as client:
+        with take_tls(provider, certificate) as upstream:
+            upstream.start(ROLE, A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+            upstream.event(delta("b"))
+            assert client.chunk() == b"b"
+            text = "x" * 10
+            upstream.send(b"".join(chunk(delta(text)) for _ in range(3000)), chunk(DONE))
+            assert client.body().decode() == text * 3000
+
+
+def test_tls_client_leaves(provider: Provider, certificate: Path) -> None:
+    with running(provider, upstream=tls_url(provider), ca_file=str(certificate)) as server:
+        with Client(server).ask(PROMPT) as client, take_tls(provider, certificate) as upstream:
+            client.sock.close()  # its thread waits for the head
+            assert upstream.gone()
+
+
+def test_tls_client_leaves_within_the_handshake(provider: Provider, certificate: Path) -> None:
+    with running(provider, upstream=tls_url(provider), ca_file=str(certificate)) as server:
+        client = Client(server).ask(PROMPT)
+        upstream = Peer(provider.listener.accept()[0])
+        upstream.more()  # the handshake has begun
+        client.sock.close()
+        assert upstream.gone()
+        wait_for(lambda: not server._connections)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_tls_certificate_is_verified(provider: Provider, certificate: Path, trusted: bool) -> None:
+    """Neither one that nobody vouches for, nor one for another name, is taken."""
+    url, ca_file = (tls_url(provider, "127.0.0.1"), str(certificate)) if trusted else (tls_url(provider), "")
+    with running(provider, upstream=url, ca_file=ca_file) as server, Client(server).ask(PROMPT) as client:
+        with pytest.raises((ssl.SSLError, ConnectionError, AssertionError)):
+            take_tls(provider, certificate)
+        assert client.error() == (502, "Upstream cannot be reached: its certificate is not trusted.")
+
+
+def test_tls_upstream_that_does_not_speak_it(provider: Provider) -> None:
+    with running(provider, upstream=tls_url(provider)) as server, Client(server).ask(PROMPT) as client:
+        with Peer(provider.listener.accept()[0]) as upstream:
+            upstream.more()
+            upstream.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            assert client.error() == (502, "Upstream cannot be reached: the TLS handshake failed.")
+
+
+@pytest.fixture
+def proxy_variables(monkeypatch: Any) -> Any:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "REQUEST_METHOD"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return monkeypatch.setenv
+
+
+def test_proxy_of_the_environment_is_used(provider: Provider, proxy_variables: Any) -> None:
+    proxy_variables("http_proxy", provider.url)
+    with running(None, upstream="http://api.example/v1") as server, Client(server).ask(PROMPT) as client, provider.take() as proxy:
+        assert proxy.head.startswith("POST http://api.example/v1/chat/completions HTTP/1.1\r\n")
+        proxy.start(A)
+        assert client.head().status == 200 and client.chunk() == b"a"
+
+
+def test_proxy_connect_for_tls(provider: Provider, certificate: Path, proxy_variables: Any) -> None:
+    proxy_variables("HTTPS_PROXY", provider.url)
+    with running(None, upstream="https://localhost/v1", ca_file=str(certificate)) as server, Client(server).ask(PROMPT) as client:
+        proxy = provider.take()
+        assert proxy.head.startswith("CONNECT localhost:443 HTTP/1.") and "uthorization" not in proxy.head
+        proxy.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        with UpstreamPeer(context.wrap_socket(proxy.sock, server_side=True)) as upstream:
+            upstream.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+
+
+def test_proxy_connect_refused(provider: Provider, proxy_variables: Any) -> None:
+    proxy_variables("HTTPS_PROXY", provider.url)
+    with running(None, upstream="https://api.example/v1") as server, Client(server).ask(PROMPT) as client, provider.take() as proxy:
+        proxy.send(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+        assert client.error()[0] == 502
+
+
+def test_proxy_is_not_used_for_no_proxy_and_the_demo(provider: Provider, proxy_variables: Any) -> None:
+    proxy_variables("http_proxy", "http://127.0.0.1:9/")
+    proxy_variables("no_proxy", "127.0.0.1")
+    with running(provider) as server, Client(server).ask(PROMPT), provider.take():
+        pass
+    proxy_variables("no_proxy", "")
+    with running(None, demo=True, api_key="") as server, Client(server).ask(PROMPT) as client:
+        assert client.head().status == 200 and b"Say " in client.chunk() + client.chunk() + client.chunk() + client.chunk() + client.chunk()
+
+
+def test_redirect_is_not_followed_with_the_key(server: Any, provider: Provider) -> None:
+    other = Provider()
+    with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        upstream.send(error_answer(307, fields=f"Location: {other.url}\r\n".encode()))
+        assert client.error()[0] == 502
+    assert other.nobody_came()
+    other.listener.close()
+
+
+# ---------------------------------------------------------------- time, the log, the end
+
+
+def test_slow_request_is_408_and_idle_connection_closed(provider: Provider) -> None:
+    with running(provider, client_timeout=0.2) as server:
+        for start in (b"POST", b"POST / HTTP/1.1\r\nA:", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"):
+            with Client(server) as client:
+                client.send(start)
+                assert client.error() == (408, "The request did not arrive in time.")
+                assert client.rest() == b""
+        with Client(server) as client:
+            assert client.rest() == b""  # a connection nobody uses ends without a word
+
+
+def test_slow_request_is_cut_in_total_not_per_byte(provider: Provider) -> None:
+    with running(provider, client_timeout=0.3) as server, Client(server) as client:
+        with pytest.raises((AssertionError, ConnectionError)):
+            for _ in range(2000):
+                client.send(b"x")
+                client.sock.settimeout(0.01)
+                with contextlib.suppress(socket.timeout):
+                    assert client.more() and b"408" not in client.seen
+
+
+def test_client_that_vanishes_leaves_no_traceback(server: Any, caplog: Any) -> None:
+    for data in (b"", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n{", b"GET / HTTP/1.1\r\n"):
+        client = Client(server)
+        client.send(data)
+        client.reset()
+    wait_for(lambda: not server._connections)
+    assert "Traceback" not in caplog.text and "fault" not in caplog.text
+
+
+def test_fault_in_a_handler_is_500_with_its_place_in_the_log(server: Any, caplog: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(streamproxy, "encode_request", lambda asked, settings: 1 / 0)
+    with Client(server).ask(PROMPT) as client:
+        assert client.error() == (500, "Internal error.")
+        assert client.ask(method="GET", path="/healthz").head().status == 200
+    assert re.search(r"fault in request [0-9a-f]{16}: ZeroDivisionError in line \d+", caplog.text)
+    assert "Traceback" not in caplog.text
+
+
+def test_log_line_of_a_stream(server: Any, provider: Provider, caplog: Any) -> None:
+    with Client(server).ask({"prompt": "my secret"}, X_Request_Id="id-7") as client, provider.take() as upstream:
+        upstream.start(ROLE, delta("ä"), delta("b"), event({"choices": [], "usage": {"total_tokens": 3}}))
+        upstream.finish()
+        client.head()
+        client.body()
+    entry = log_entries(caplog, 1)[0]
+    assert list(entry) == ["time", "id", "client", "method", "path", "status", "ending", "error", "seconds", "ttft", "pieces", "bytes", "usage"]
+    fixed = {name: entry[name] for name in ("id", "client", "method", "path", "status", "ending", "error", "pieces", "bytes", "usage")}
+    assert fixed == {"id": "id-7", "client": "127.0.0.1", "method": "POST", "path": "/", "status": 200, "ending": "complete",
+                     "error": None, "pieces": 2, "bytes": 3, "usage": {"total_tokens": 3}}  # fmt: skip
+    assert 0 <= entry["ttft"] <= entry["seconds"] < DEADLINE
+    assert re.match(r"time=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z id=id-7 client=127.0.0.1 method=POST path=/ status=200 ending=complete seconds=", str(entry))
+    assert str(entry).endswith(' pieces=2 bytes=3 usage={"total_tokens":3}')
+    assert "secret" not in caplog.text
+
+
+def test_log_holds_no_query_and_cannot_be_forged(server: Any, provider: Provider, caplog: Any) -> None:
+    with Client(server) as client:
+        client.send(b"GET /a\x1b[2Jb=c\xff\"?prompt=secret HTTP/1.1\r\nX-Request-Id: a b\r\n\r\n")
+        assert client.head().status == 404
+    entry = log_entries(caplog, 1)[0]
+    assert re.search(r' path="/a\\u001b\[2Jb=c(\\u00ff|\\udcff)\\"" status=404 ', str(entry)), str(entry)
+    assert "secret" not in caplog.text and re.fullmatch("[0-9a-f]{16}", entry["id"])
+
+
+def test_upstream_message_is_not_logged_since_it_may_quote_the_prompt(server: Any, provider: Provider, caplog: Any) -> None:
+    with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        upstream.send(error_answer(400, b'{"error": {"message": "I dislike: my secret"}}'))
+        assert client.error() == (400, "I dislike: my secret")
+    assert log_entries(caplog, 1)[0]["error"] == "Upstream refused the request with status 400."
+
+
+def test_drain_lets_streams_end_and_takes_nobody_new(provider: Provider) -> None:
+    with running(provider, drain_timeout=DEADLINE) as server:
+        idle = Client(server)
+        with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+            upstream.start(A)
+            client.head()
+            stopping = threading.Thread(target=server.stop)
+            stopping.start()
+            assert idle.rest() == b""  # a connection between two requests is closed at once
+            with pytest.raises(OSError):  # noqa: PT011
+                Client(server)
+            upstream.event(delta("b"))
+            upstream.finish()
+            assert client.body() == b"ab" and client.rest() == b""
+            stopping.join(DEADLINE)
+            assert not stopping.is_alive()
+
+
+def test_drain_serves_who_connected_before_it(provider: Provider) -> None:
+    with running(provider, drain_timeout=DEADLINE) as server:
+        clients = [Client(server) for _ in range(20)]
+        for client in clients:
+            client.ask(method="GET", path="/healthz")
+        server.stop()
+        for client in clients:
+            head = client.head()
+            assert head.status == 200 and head.fields.get("Connection") in ("close", None)
+
+
+@pytest.mark.parametrize("mode", ["text", "events", "nothing sent"])
+def test_drain_aborts_truthfully_at_its_end_or_when_hurried(provider: Provider, caplog: Any, mode: str) -> None:
+    with running(provider, drain_timeout=DEADLINE) as server:
+        with Client(server).ask(PROMPT, **(EVENTS if mode == "events" else {})) as client, provider.take() as upstream:
+            if mode != "nothing sent":
+                upstream.start(A)
+                client.head()
+                client.chunk()
+            stopping = threading.Thread(target=server.stop)
+            stopping.start()
+            wait_for(lambda: server.draining)
+            server.abort()
+            if mode == "nothing sent":
+                assert client.error() == (503, "The server is shutting down.")
+            elif mode == "events":
+                assert client.body() == b'event: error\ndata: {"error": "The server is shutting down."}\n\n'
+            else:
+                assert client.rest() == b""
+            assert upstream.gone()
+            stopping.join(DEADLINE)
+            assert not stopping.is_alive()
+    assert log_entries(caplog, 1)[0]["ending"] == "aborted"
+
+
+def test_unix_socket_is_replaced_when_stale_and_removed_at_the_end(provider: Provider, tmp_path: Path) -> None:
+    path = tmp_path / "proxy.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with running(provider, bind=f"unix:{path}") as server:
+        assert server.url == f"unix:{path}"
+        with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+            upstream.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+        with pytest.raises(OSError, match="[Aa]ddress"), running(provider, bind=f"unix:{path}"):
+            pass
+        with Client(server).ask(method="GET", path="/healthz") as client:  # it was not taken away
+            assert client.head().status == 200
+    assert not path.exists()
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+def test_ipv6(provider: Provider) -> None:
+    with running(provider, bind="[::1]:0") as server:
+        assert re.fullmatch(r"http://\[::1\]:\d+", server.url)
+        with Client(server).ask(method="GET", path="/healthz") as client:
+            assert client.head().status == 200
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@contextlib.contextmanager
+def launched(*flags: str, **environ: str) -> Iterator[tuple[Any, streamproxy.Server]]:
+    """The program in a process of its own, and something with its url."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", str(PROGRAM), "--bind", "127.0.0.1:0", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "OPENAI_API_KEY": KEY, **environ}, text=True)  # fmt: skip
+    try:
+        line = process.stdout.readline()  # type: ignore[union-attr]
+        found = re.fullmatch(r"streamproxy \S+ on (http://127\.0\.0\.1:\d+)\n", line)
+        assert found, (line, process.stderr and process.stderr.read())
+        yield process, Front(found[1])  # type: ignore[misc]
+    finally:
+        process.kill()
+        out, err = process.communicate()
+        check_no_key(out + err)
+        assert "Traceback" not in err and "Warning" not in err, err
+
+
+@dataclasses.dataclass
+class Front:
+    """Whatever stands before the proxy and takes its requests."""
+
+    url: str
+
+
+def run(*flags: str, **environ: str) -> tuple[int, str, str]:
+    """Exit status, output and errors of the program."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "STREAMPROXY_"))}
+    done = subprocess.run([sys.executable, "-W", "error", str(PROGRAM), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env={**clean, **environ}, text=True, check=False, timeout=DEADLINE)  # fmt: skip
+    check_no_key(done.stdout + done.stderr)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_command_line_demo_end_to_end_and_drain_on_sigterm() -> None:
+    with launched("--demo") as (process, front), Client(front).ask({"prompt": "Grüße 👋"}) as client:
+        assert client.head().status == 200
+        first = client.chunk()
+        process.send_signal(signal.SIGTERM)
+        assert "Grüße 👋" in (first + client.body()).decode()
+        assert process.wait(DEADLINE) == 0
+        assert process.stderr and " ending=complete " in process.stderr.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_command_line_second_signal_aborts_at_once(provider: Provider, number: signal.Signals) -> None:
+    with launched(OPENAI_BASE_URL=provider.url) as (process, front), Client(front).ask(PROMPT) as client, provider.take() as upstream:
+        upstream.start(A)
+        client.head()
+        client.chunk()
+        process.send_signal(number)
+        wait_for(lambda: refused(front))
+        process.send_signal(number)
+        assert client.rest() == b"" and upstream.gone()
+        assert process.wait(DEADLINE) == 0
+        assert process.stderr and " ending=aborted " in process.stderr.read()
+
+
+def refused(front: Any) -> bool:
+    try:
+        Client(front).sock.close()
+    except OSError:
+        return True
+    return False
+
+
+def test_command_line_json_log(provider: Provider) -> None:
+    with launched("--log-format", "json", OPENAI_BASE_URL=provider.url) as (process, front):
+        with Client(front).ask(PROMPT) as client, provider.take() as upstream:
+            upstream.start(A)
+            upstream.finish()
+            client.head()
+            client.body()
+        process.send_signal(signal.SIGTERM)
+        entry = json.loads(process.stderr.readline())
+        assert (entry["ending"], entry["pieces"], entry["usage"]) == ("complete", 1, None)
+
+
+def test_command_line_no_key() -> None:
+    assert run() == (2, "", "streamproxy: no API key: set OPENAI_API_KEY or OPENAI_API_KEY_FILE, or try --demo\n")
+
+
+@pytest.mark.parametrize("flags", [("--idle-timeout", "x"), ("--bind", "0.0.0.0:80"), ("--ca-file", "/no/such/file"), ("--nonsense",), ("--mod", "x"), ("extra",), ("--model",)])
+def test_command_line_bad_value_is_one_line_and_status_2(flags: tuple[str, ...]) -> None:
+    status, out, err = run(*flags, OPENAI_API_KEY=KEY)
+    assert (status, out) == (2, "") and err.count("\n") == 1 and err.startswith("streamproxy: ")
+
+
+def test_command_line_address_taken_is_one_line_and_status_1() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        bind = "127.0.0.1:%d" % taken.getsockname()[1]
+        assert run("--demo", "--bind", bind) == (1, "", f"streamproxy: cannot listen at {bind}: address already in use\n")
+
+
+def test_command_line_help_lists_every_setting() -> None:
+    status, out, _ = run("--help", COLUMNS="300")
+    assert status == 0
+    for field in dataclasses.fields(streamproxy.Settings):
+        assert streamproxy.variable_of(field) in out and streamproxy.flag_of(field) in out
+    assert f"streamproxy {streamproxy.__version__}" in run("--version")[1]
+
+
+# ---------------------------------------------------------------- the library
+
+
+def test_import_does_nothing() -> None:
+    code = (
+        "import logging, os, sys, threading; before = set(os.environ), os.listdir('/proc/self/fd') if os.path.isdir('/proc/self/fd') else 0\n"
+        "import streamproxy\n"
+        "assert threading.active_count() == 1 and not logging.getLogger('streamproxy').handlers and not logging.root.handlers\n"
+        "assert before == (set(os.environ), os.listdir('/proc/self/fd') if os.path.isdir('/proc/self/fd') else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-W", "error", "-c", f"import sys; sys.path.insert(0, {str(HERE)!r})\n{code}"],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="sys.stdlib_module_names came with 3.10")
+def test_module_imports_the_standard_library_alone() -> None:
+    nodes = list(ast.walk(ast.parse(PROGRAM.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
+
+
+def test_library_text_of_a_prompt(provider: Provider) -> None:
+    text = streamproxy.stream_text("Say hello", streamproxy.Settings(upstream=provider.url, api_key=KEY))
+    got: list[str] = []
+    reader = threading.Thread(target=lambda: got.extend(text))
+    reader.start()
+    with provider.take() as upstream:
+        upstream.start(ROLE, delta("Hä"), delta("👋"))
+        wait_for(lambda: "".join(got) == "Hä👋")  # before the end
+        upstream.finish()
+        reader.join(DEADLINE)
+    assert "".join(got) == "Hä👋"
+
+
+def test_library_failure_is_raised_after_the_text_that_came(provider: Provider) -> None:
+    before = threading.active_count(), descriptors()
+    text, got = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url)), []
+
+    def play() -> None:
+        with provider.take() as upstream:
+            upstream.start(A)
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    with pytest.raises(streamproxy.ProxyError, match="within its answer"):
+        got.extend(text)
+        for piece in text:
+            got.append(piece)
+    thread.join()
+    assert wait_for(lambda: (threading.active_count(), descriptors()), lambda now: now == before)
+
+
+def test_library_leaving_the_loop_closes_upstream(provider: Provider) -> None:
+    text = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url))
+    upstreams: list[UpstreamPeer] = []
+
+    def play() -> None:
+        upstreams.append(provider.take())
+        upstreams[0].start(A)
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    assert next(text) == "a"
+    text.close()  # type: ignore[attr-defined]
+    thread.join()
+    assert upstreams[0].gone()
+
+
+def test_library_demo_needs_nothing() -> None:
+    assert "You asked: “Hi”" in "".join(streamproxy.stream_text("Hi", streamproxy.Settings(demo=True)))
+
+
+# ---------------------------------------------------------------- the documents
+
+
+def test_readme_settings_table_is_the_code_s() -> None:
+    rows = [line for line in README.read_text(encoding="utf-8").splitlines() if re.match(r"\| (`--|–)", line)]
+    expected = []
+    for field in dataclasses.fields(streamproxy.Settings):
+        flag, about = streamproxy.flag_of(field), field.metadata
+        shown = f"`{flag} {about['metavar']}`".replace(" `", "`") if flag else "–"
+        cells = [shown, f"`{streamproxy.variable_of(field)}`", about["shown"], about["help"]]
+        expected.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    assert rows == expected
+
+
+def test_readme_names_no_flag_or_variable_that_does_not_exist() -> None:
+    text = README.read_text(encoding="utf-8") + (HERE / "nginx.conf.example").read_text()
+    ours = re.findall(r"streamproxy\.py[^`\n]*", text) + re.findall(r"`(--[a-z-]+)", text)
+    flags = {flag for command in ours for flag in re.findall(r"--[a-z][a-z-]+", command)}
+    known = {streamproxy.flag_of(field) for field in dataclasses.fields(streamproxy.Settings)} | {"--help", "--version"}
+    assert flags - known == set()
+    names = {streamproxy.variable_of(field) for field in dataclasses.fields(streamproxy.Settings)} | {"OPENAI_API_KEY_FILE"}
+    assert set(re.findall(r"\b(?:STREAMPROXY|OPENAI)_[A-Z_]+", text)) - names - {"STREAMPROXY_TEST_REQUIRE_ALL", "STREAMPROXY_TEST_AIMOCK"} == set()
+
+
+def test_module_says_its_licence_and_runs_by_itself() -> None:
+    lines = PROGRAM.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "#!/usr/bin/env python3" and lines[1] == "# SPDX-License-Identifier: MIT"
+    assert os.access(PROGRAM, os.X_OK)
+
+
+# ---------------------------------------------------------------- nginx
+
+EXAMPLE = HERE / "nginx.conf.example"
+GZIP = "gzip on; gzip_types *; gzip_min_length 0;"
+PLAIN_NGINX = """
+error_log /var/log/nginx/error.log;
+events { }
+http { access_log off; server { listen 80; %s
+    location / { proxy_http_version 1.1; proxy_pass http://unix:/run/streamproxy/1.sock; } } }
+"""
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, config: str) -> Iterator[Front]:
+    """nginx with config, its port, logs, sockets and temporary files moved into folder."""
+    binary = program("nginx")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    for old, new in {
+        "user www-data;": "",  # given below: only root's own workers can enter a test's folder
+        "http {": "http {" + "".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds),
+        "listen 80;": f"listen 127.0.0.1:{port};",
+        "/var/log/nginx/": f"{folder}/",
+        "/run/streamproxy/": f"{folder}/",
+    }.items():
+        config = config.replace(old, new)
+    (folder / "nginx.conf").write_text(config)
+    user = "user root;" if os.geteuid() == 0 else ""
+    command = [binary, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", f"daemon off; pid {folder}/nginx.pid; {user}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: process.poll() is not None or not refused(Front(f"http://127.0.0.1:{port}")))
+        assert process.poll() is None, process.communicate()[1]
+        yield Front(f"http://127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+@pytest.mark.parametrize("gzip", ["", GZIP], ids=["plain", "gzip"])
+@pytest.mark.parametrize("buffering", ["on", "off"])
+@pytest.mark.parametrize("over", ["tcp", "unix"])
+@pytest.mark.parametrize("mode", ["text", "events"])
+def test_nginx_passes_each_piece_on_at_once(provider: Provider, tmp_path: Path, mode: str, over: str, buffering: str, gzip: str) -> None:
+    bind = f"unix:{tmp_path}/1.sock" if over == "unix" else "127.0.0.1:0"
+    with running(provider, bind=bind) as server:
+        config = PLAIN_NGINX % f"proxy_buffering {buffering}; {gzip}"
+        config = config if over == "unix" else config.replace("http://unix:/run/streamproxy/1.sock", server.url)
+        fields = {"Accept_Encoding": "gzip", **(EVENTS if mode == "events" else {})}
+        with nginx(tmp_path, config) as front, Client(front).ask(PROMPT, **fields) as client, provider.take() as upstream:
+            upstream.start(A)
+            assert client.head().fields.get("Content-Encoding") == ("gzip" if gzip else None)
+            decode = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress if gzip else bytes
+            seen = decode(client.chunk())
+            for text in ("Hällo", "\n", "x" * 5000, "."):
+                upstream.event(delta(text))
+                awaited = (text if mode == "text" else json.dumps(text, ensure_ascii=False)).encode()
+                while awaited not in seen:
+                    seen += decode(client.chunk())
+            upstream.finish()
+            seen += decode(client.body())
+            assert (seen.decode() == "aHällo\n" + "x" * 5000 + ".") == (mode == "text")
+
+
+def test_nginx_would_hold_text_back_without_our_field(provider: Provider, tmp_path: Path) -> None:
+    """What the test above would see if it could fail."""
+    config = PLAIN_NGINX % f"proxy_ignore_headers X-Accel-Buffering; {GZIP}"
+    with running(provider, bind=f"unix:{tmp_path}/1.sock"), nginx(tmp_path, config) as front:
+        with Client(front).ask(PROMPT, Accept_Encoding="gzip") as client, provider.take() as upstream:
+            upstream.start(A)
+            upstream.event(delta("b"))
+            client.sock.settimeout(0.5)
+            with pytest.raises(socket.timeout):
+                client.head()
+
+
+@pytest.mark.parametrize("stage", ["before the first text", "mid-stream"])
+def test_nginx_client_leaves(provider: Provider, tmp_path: Path, stage: str) -> None:
+    with running(provider, bind=f"unix:{tmp_path}/1.sock"), nginx(tmp_path, PLAIN_NGINX % "") as front:
+        with Client(front).ask(PROMPT) as client, provider.take() as upstream:
+            if stage == "mid-stream":
+                upstream.start(A)
+                client.head()
+            client.sock.close()
+            assert upstream.gone()
+
+
+def test_nginx_leaves_a_cut_answer_unterminated(provider: Provider, tmp_path: Path) -> None:
+    with running(provider, bind=f"unix:{tmp_path}/1.sock"), nginx(tmp_path, PLAIN_NGINX % "") as front:
+        with Client(front).ask(PROMPT) as client, provider.take() as upstream:
+            upstream.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+            upstream.sock.close()
+            assert client.rest() == b""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="nginx -t opens nginx's own log and port, which takes root")
+def test_nginx_example_passes_nginx_t() -> None:
+    done = subprocess.run([program("nginx"), "-t", "-c", str(EXAMPLE)], check=False, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and "[warn]" not in done.stderr, done.stderr
+
+
+def test_nginx_example_agrees_with_our_defaults() -> None:
+    values = dict(re.findall(r"^ *(\w+) +(\d+)[ms];", EXAMPLE.read_text(), re.MULTILINE))
+    ours = streamproxy.Settings(api_key=KEY)
+    assert int(values["client_max_body_size"]) << 20 == int(values["client_body_buffer_size"]) << 20 == ours.max_body
+    assert int(values["proxy_read_timeout"]) > ours.first_byte_timeout > ours.heartbeat
+    assert int(values["keepalive_timeout"]) < ours.client_timeout
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/"), ("GET", "/?prompt=secret")])
+def test_nginx_example_streams_and_logs_no_prompt(provider: Provider, tmp_path: Path, caplog: Any, method: str, path: str) -> None:
+    with running(provider, bind=f"unix:{tmp_path}/1.sock"), running(provider, bind=f"unix:{tmp_path}/2.sock"):
+        with nginx(tmp_path, EXAMPLE.read_text()) as front, Client(front) as client:
+            client.ask(PROMPT if method == "POST" else None, method, path, Accept_Encoding="gzip", **EVENTS)
+            with provider.take() as upstream:
+                upstream.start(A)
+                request_id = client.head().fields["X-Request-Id"]
+                assert b'"a"' in client.chunk()
+                upstream.event(delta("b"))
+                assert b'"b"' in client.chunk()
+                upstream.finish()
+                client.body()
+    log = (tmp_path / "access.log").read_text()
+    assert f'{request_id} "{method} /" 200 ' in log and log_entries(caplog, 1)[0]["id"] == request_id
+    assert "secret" not in log + (tmp_path / "error.log").read_text()
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/"), ("GET", "/?prompt=secret")])
+def test_nginx_example_never_sends_a_prompt_twice(tmp_path: Path, method: str, path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:  # a process that dies with the request in its hands
+        listener.bind(f"{tmp_path}/1.sock")
+        listener.listen(5)
+        listener.settimeout(DEADLINE)
+        (tmp_path / "2.sock").symlink_to("1.sock")
+        with nginx(tmp_path, EXAMPLE.read_text()) as front, Client(front) as client:
+            client.ask(PROMPT if method == "POST" else None, method, path, **EVENTS)
+            UpstreamPeer(listener.accept()[0]).sock.close()
+            assert client.head().status == 502
+            listener.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+    assert "secret" not in (tmp_path / "error.log").read_text()
+
+
+def test_nginx_example_goes_to_another_process_while_one_restarts(provider: Provider, tmp_path: Path) -> None:
+    with running(provider, bind=f"unix:{tmp_path}/1.sock"), nginx(tmp_path, EXAMPLE.read_text()) as front:
+        for _ in range(2):  # least_conn would give each process one
+            with Client(front).ask(PROMPT) as client, provider.take() as upstream:
+                upstream.start(A)
+                assert client.head().status == 200 and client.chunk() == b"a"
+
+
+# ---------------------------------------------------------------- curl
+
+
+def curl(front: Any, *args: str) -> Any:
+    command = [program("curl"), "-sS", "-N", "--max-time", str(DEADLINE), *args, front.url]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_curl_sees_text_arrive_and_the_end(server: Any, provider: Provider) -> None:
+    process = curl(server, "-d", json.dumps(PROMPT))
+    with provider.take() as upstream:
+        upstream.start(A)
+        assert process.stdout.read(1) == b"a"
+        upstream.event(delta("b"))
+        assert process.stdout.read(1) == b"b"
+        upstream.finish()
+        assert process.communicate() == (b"", b"") and process.returncode == 0
+
+
+@pytest.mark.parametrize(("flags", "status"), [((), 18), (("--http1.0",), 56)])
+def test_curl_fails_where_the_answer_is_cut(server: Any, provider: Provider, flags: tuple[str, ...], status: int) -> None:
+    process = curl(server, "-d", json.dumps(PROMPT), *flags)
+    with provider.take() as upstream:
+        upstream.start(A)
+        assert process.stdout.read(1) == b"a"
+    assert process.wait(DEADLINE) == status
+    process.communicate()
+
+
+def test_curl_sends_a_large_body_after_100_continue(provider: Provider) -> None:
+    with running(provider, max_body=5_000_000) as server:
+        command = [program("curl"), "-sS", "-N", "-d", "@-", "-H", "Expect: 100-continue", server.url]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps({"prompt": "x" * 3_000_000}).encode())
+        process.stdin.close()
+        with provider.take() as upstream:
+            assert len(upstream.body) > 3_000_000
+            upstream.start(A)
+            upstream.finish()
+            assert process.stdout.read() == b"a" and process.wait(DEADLINE) == 0
+            process.stdout.close()
+
+
+# ---------------------------------------------------------------- Chromium
+
+
+class WebDriver:
+    """A headless Chromium, driven over W3C WebDriver (https://www.w3.org/TR/webdriver2/)."""
+
+    ENTER, SHIFT = "\ue007", "\ue008"
+    FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--no-first-run", "--disable-quic",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync")  # fmt: skip
+
+    def __init__(self, folder: Path) -> None:
+        chromium, driver = program("chromium", "chromium-browser", "google-chrome"), program("chromedriver")
+        self.process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout
+        ports = (re.search(r"started successfully on port (\d+)", line) for line in self.process.stdout)
+        self.port, self.path = int(next(filter(None, ports))[1]), "/session"
+        options = {"binary": chromium, "args": [*self.FLAGS, f"--user-data-dir={folder}"]}
+        capabilities = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self.path += "/" + self.call("POST", "", {"capabilities": {"alwaysMatch": capabilities}})["sessionId"]
+
+    def close(self) -> None:
+        self.call("DELETE", "")
+        self.process.terminate()
+        self.process.communicate()
+
+    def call(self, method: str, path: str, parameters: object = None) -> Any:
+        """What a command answers; raises RuntimeError for an error."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            connection.request(method, self.path + path, json.dumps(parameters or {}) if method == "POST" else None)
+            value = json.load(connection.getresponse())["value"]
+        if isinstance(value, dict) and "error" in value:
+            raise RuntimeError(f"{value['error']}: {value['message']}")
+        return value
+
+    def run(self, script: str, *args: object) -> Any:
+        """What a function body returns in the page."""
+        return self.call("POST", "/execute/sync", {"script": script, "args": args})
+
+    def wait(self, script: str, *args: object) -> Any:
+        """Wait until script returns a true value in the page."""
+        return wait_for(lambda: self.run(script, *args))
+
+    def element(self, selector: str, command: str, **parameters: object) -> None:
+        """Have one element do a command: click, or value to type text."""
+        found = self.call("POST", "/element", {"using": "css selector", "value": selector})
+        self.call("POST", f"/element/{next(iter(found.values()))}/{command}", parameters)
+
+    def log(self) -> list[dict[str, Any]]:
+        """New console entries, violations of the page's policy among them; a lost request is the browser's own entry."""
+        return [entry for entry in self.call("POST", "/se/log", {"type": "browser"}) if entry["source"] != "network"]
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: Any) -> Iterator[WebDriver]:
+    with contextlib.closing(WebDriver(tmp_path_factory.mktemp("chromium"))) as driver:
+        yield driver
+
+
+@pytest.fixture
+def page(browser: WebDriver, server: Any) -> Iterator[WebDriver]:
+    browser.call("POST", "/url", {"url": server.url})
+    yield browser
+    assert browser.log() == []
+
+
+def say(page: WebDriver, text: str = "Hello") -> None:
+    page.element("#prompt", "value", text=text + WebDriver.ENTER)
+
+
+def growing(page: WebDriver, text: str) -> None:
+    page.wait("return document.querySelector('.assistant.streaming')?.textContent === arguments[0]", text)
+
+
+def conversation(page: WebDriver, *expected: tuple[str, str]) -> None:
+    page.wait("return document.querySelector('#stop').hidden")
+    script = "return [...document.querySelectorAll('.message')].map(element => [element.className, element.textContent])"
+    assert page.run(script) == [[f"message {role}", text] for role, text in expected]
+
+
+def test_page_text_grows_as_it_arrives(page: WebDriver, provider: Provider) -> None:
+    say(page)
+    with provider.take() as upstream:
+        assert json.loads(upstream.body)["messages"] == [{"role": "user", "content": "Hello"}]
+        upstream.start(ROLE, delta("Hällo "))
+        growing(page, "Hällo ")
+        upstream.event(delta("👋"))
+        growing(page, "Hällo 👋")
+        upstream.finish()
+        conversation(page, ("user", "Hello"), ("assistant", "Hällo 👋"))
+    say(page, "More")
+    with provider.take() as upstream:
+        assert [message["content"] for message in json.loads(upstream.body)["messages"]] == ["Hello", "Hällo 👋", "More"]
+        upstream.start(A)
+        upstream.event(delta("", "length"), DONE)
+        page.wait("return document.querySelector('.note')?.textContent === 'The answer reached the token limit.'")
+
+
+def test_page_stop_closes_upstream(page: WebDriver, provider: Provider) -> None:
+    say(page)
+    with provider.take() as upstream:
+        upstream.start(delta("partial"))
+        growing(page, "partial")
+        page.element("#stop", "click")
+        assert upstream.gone()
+    conversation(page, ("user", "Hello"), ("assistant", "partialStopped."))
+    assert page.run("return document.activeElement.id") == "prompt"
+
+
+def test_page_shows_errors_and_cut_answers(page: WebDriver, provider: Provider) -> None:
+    said = [("user", "Hello"), ("assistant", ""), ("error", "Slow down")]
+    say(page)
+    with provider.take() as upstream:
+        upstream.send(error_answer(429, b'{"error": "Slow down"}'))
+        conversation(page, *said)
+    say(page, "")  # the question is back in the form
+    said += [("user", "Hello"), ("assistant", "a"), ("error", "Upstream closed the connection within its answer.")]
+    with provider.take() as upstream:
+        upstream.start(A)
+        growing(page, "a")
+    conversation(page, *said)
+
+
+def test_page_shows_markup_as_text_and_folds_reasoning(page: WebDriver, provider: Provider) -> None:
+    markup = "<img src=x onerror=alert(1)><script>alert(2)</script>&amp;"
+    say(page, markup)
+    with provider.take() as upstream:
+        upstream.start(delta(None, reasoning_content=markup), delta(markup))
+        upstream.finish()
+    conversation(page, ("user", markup), ("assistant", "Reasoning" + markup * 2))
+    assert page.run("return document.querySelectorAll('details:not([open]) img, img, main script').length") == 0
+
+
+def test_page_enter_sends_and_shift_enter_does_not(page: WebDriver, provider: Provider) -> None:
+    page.element("#prompt", "value", text="one" + WebDriver.SHIFT + WebDriver.ENTER)
+    say(page, "two")
+    with provider.take() as upstream:
+        assert json.loads(upstream.body)["messages"][0]["content"] == "one\ntwo"
+        upstream.start(A)
+        upstream.finish()
+    conversation(page, ("user", "one\ntwo"), ("assistant", "a"))
+
+
+def test_page_through_nginx_below_a_path(browser: WebDriver, provider: Provider, tmp_path: Path) -> None:
+    config = (PLAIN_NGINX % GZIP).replace("location / {", "location /chat/ {").replace("1.sock;", "1.sock:/;")
+    with running(provider, bind=f"unix:{tmp_path}/1.sock"), nginx(tmp_path, config) as front:
+        browser.call("POST", "/url", {"url": front.url + "/chat/"})
+        say(browser)
+        with provider.take() as upstream:
+            upstream.start(A)
+            growing(browser, "a")
+            upstream.event(delta("b"))
+            growing(browser, "ab")
+            upstream.finish()
+        conversation(browser, ("user", "Hello"), ("assistant", "ab"))
+
+
+def test_eventsource_in_a_browser_stops_after_its_answer(page: WebDriver, provider: Provider) -> None:
+    page.run("""window.seen = []; const source = new EventSource('/?prompt=Hi');
+        for (const type of ['message', 'done']) source.addEventListener(type, event => seen.push(event.data));
+        source.onerror = () => seen.push(source.readyState)""")
+    with provider.take() as upstream:
+        upstream.start(A)
+        page.wait("return seen.length === 1")
+        upstream.finish()
+    page.wait("return seen.includes(EventSource.CLOSED)")  # it asked again by itself and got 204
+    assert page.run("return seen") == ['{"text": "a"}', '{"finish_reason": "stop", "usage": null}', 0, 2]
+    assert provider.nobody_came()
+
+
+def test_fetch_in_a_browser_rejects_a_cut_answer(page: WebDriver, provider: Provider) -> None:
+    page.run("""fetch('/', {method: 'POST', body: '{"prompt": "Hi"}'}).then(answer => answer.text())
+        .then(text => { window.got = text }, error => { window.got = error.name })""")
+    with provider.take() as upstream:
+        upstream.start(A)
+    assert page.wait("return window.got") == "TypeError"
+
+
+# ---------------------------------------------------------------- an upstream nobody here wrote
+
+AIMOCK_FIXTURES = [
+    {"match": {"userMessage": "hello"}, "response": {"content": "Hello from aimock, piece by piece."}, "chunkSize": 5},
+    {"match": {"userMessage": "slow"}, "response": {"content": "A slow answer."}, "chunkSize": 4, "latency": 50},
+    {"match": {"userMessage": "cut"}, "response": {"content": "This answer is cut."}, "chunkSize": 5, "latency": 20, "truncateAfterChunks": 3},
+    {"match": {"userMessage": "limit"}, "response": {"error": {"message": "Slow down.", "type": "rate_limit_error"}, "status": 429, "retryAfter": 7}},
+    {"match": {"userMessage": "broken"}, "response": {"error": {"message": "Server error.", "type": "server_error"}, "status": 500}},
+    {"match": {"userMessage": "reason"}, "response": {"reasoning": "Let me think.", "content": "Done."}},
+    {"match": {"userMessage": "drop"}, "response": {"content": "never"}, "chaos": {"disconnectRate": 1.0}},
+    {"match": {"userMessage": "unicode"}, "response": {"content": "héllo 👋🏽 wörld 👩‍👩‍👧"}, "chunkSize": 1},
+]
+
+
+@pytest.fixture(scope="session")
+def aimock(tmp_path_factory: Any) -> Iterator[str]:
+    """The base URL of @copilotkit/aimock, installed below STREAMPROXY_TEST_AIMOCK."""
+    folder = os.environ.get("STREAMPROXY_TEST_AIMOCK") or missing("STREAMPROXY_TEST_AIMOCK names no folder with aimock")
+    script = Path(folder) / "node_modules/@copilotkit/aimock/dist/cli.js"
+    fixtures = tmp_path_factory.mktemp("aimock") / "fixtures.json"
+    fixtures.write_text(json.dumps({"fixtures": AIMOCK_FIXTURES}))
+    command = [program("node"), str(script), "-p", "0", "-f", str(fixtures), "--validate-on-load", "--strict"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    found = (re.search(r"listening on (http://\S+)", line) for line in process.stdout)
+    yield next(filter(None, found))[1] + "/v1"
+    process.terminate()
+    process.communicate()
+
+
+@pytest.mark.parametrize(("prompt", "status", "text"), [
+    ("hello", 200, "Hello from aimock, piece by piece."), ("slow", 200, "A slow answer."), ("unicode", 200, "héllo 👋🏽 wörld 👩‍👩‍👧"), ("reason", 200, "Done."),
+    ("cut", 200, None), ("limit", 429, "Slow down."), ("broken", 502, "Upstream failed with status 500."),
+    ("drop", 502, "Upstream cannot be reached: it closed the connection without an answer."),
+    ("nothing matches", 502, "Upstream failed with status 503."),
+])
+def test_aimock(aimock: str, prompt: str, status: int, text: str | None) -> None:
+    with running(None, upstream=aimock) as server, Client(server).ask({"prompt": prompt}) as client:
+        if status != 200:
+            assert client.error() == (status, text)
+        else:
+            assert client.head().status == 200
+            if text:
+                assert client.body().decode() == text
+            else:
+                assert client.chunk() == b"This " and client.rest() == b""
+
+
+def test_aimock_reasoning_as_events(aimock: str) -> None:
+    with running(None, upstream=aimock, model="o3", param={"stream_options": {"include_usage": True}}) as server:
+        with Client(server).ask({"prompt": "reason"}, **EVENTS) as client:
+            client.head()
+            events = streamproxy.EventParser().feed(client.body())
+    assert [event.type for event in events] == ["reasoning", "message", "done"]
+    assert json.loads(events[0].data) == {"text": "Let me think."} and json.loads(events[-1].data)["usage"]["total_tokens"]
