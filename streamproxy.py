@@ -1955,7 +1955,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _abort_streams(self) -> None:
         for stream in list(self.relay.streams):
-            stream.fail(Aborted("The server is shutting down."))
+            stream.fail(Aborted("The server is shutting down.", 0, ("Retry-After", "1")))
 
     # What socketserver calls, or is called of it.
 
@@ -2349,7 +2349,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     server.start()
     print(f"streamproxy {__version__} on {server.url}", flush=True)
     if settings.demo:
-        print(f"""Try: curl -N {server.url} -d '{{"prompt": "Hello"}}'""", flush=True)
+        to = f"--unix-socket {server.url[5:]} http://localhost" if settings.address[0] else server.url
+        print(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""", flush=True)
     said.get()
     threading.Thread(target=_stop, args=(server, said), daemon=True).start()
     while said.get() == "signal":
