@@ -60,8 +60,8 @@ import logging
 import math
 import os
 import queue
+import random
 import re
-import secrets
 import selectors
 import signal
 import socket
@@ -118,6 +118,9 @@ END_GRACE = 1.0
 
 # Seconds for aborted streams to end truthfully once the drain is over.
 ABORT_GRACE = 5.0
+
+# Seconds that stand for "no limit" where a wait needs a number.
+FOREVER = 86400.0
 
 # Threads that work at a time; those that wait do not count.  More of them starve the relay of the
 # interpreter when a thousand requests arrive at once.
@@ -334,16 +337,20 @@ PING = b": ping\n"
 # 4 ------------------------------------------------------------------ Answers
 
 
-def parse_payload(data: str | bytes, type: str = "message") -> dict[str, Any]:
+_parse_json = json.JSONDecoder().raw_decode  # json.loads is half as fast for what is as short as an event
+
+
+def parse_payload(data: str, type: str = "message") -> dict[str, Any]:
     """Return the JSON object in an event or a document of upstream's; {} where data is blank.
 
     Raises Garbled, and UpstreamError for an error that upstream sent this way.
     """
+    data = data.strip(" \t\r\n")
     try:
-        payload = json.loads(data)
+        payload, end = _parse_json(data) if data else ({}, 0)
+        if end != len(data):
+            raise ValueError("more than one value")
     except (ValueError, RecursionError):
-        if not data.strip():
-            return {}
         raise Garbled("Upstream sent what is not JSON.") from None
     if type == "error" or (isinstance(payload, dict) and payload.get("error")):
         error = payload.get("error") if isinstance(payload, dict) else None
@@ -414,8 +421,10 @@ class SurrogateJoiner:
 
     def feed(self, text: str) -> bytes:
         if not self._half:
-            with contextlib.suppress(UnicodeEncodeError):
+            try:
                 return text.encode()
+            except UnicodeEncodeError:
+                pass
         text = self._half + text
         self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         whole = text[:-1] if self._half else text
@@ -544,7 +553,7 @@ class Answer:
             if self._refusal:
                 raise self._refusal(bytes(self._document or b""))
             if self._document is not None:
-                payload = parse_payload(bytes(self._document))
+                payload = parse_payload(self._document.decode("utf-8", "replace"))
                 if not payload.get("choices"):
                     raise Garbled("Upstream sent JSON that is not a chat completion.")
                 self._take_payload(payload, "message", out)
@@ -602,11 +611,10 @@ _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])
 _FIELD_VALUE = r"[\t \x21-\x7e\x80-\xff]*"  # section 5.5: no CR, LF or NUL
 
 # The lines of RFC 9112 section 7.1, matched whole: int() would also take "+5", "0x5" and "1_0".
-_CHUNK_SIZE = re.compile(
-    rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*\r\n" % (_TOKEN, _TOKEN, _QUOTED)
-)
-_CHUNK_END = re.compile(rb"\r\n")
-_TRAILER = re.compile(rb"(?:%b:%b)?\r\n" % (_TOKEN, _FIELD_VALUE.encode()))
+_CHUNK_LINE = rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*\r\n" % (_TOKEN, _TOKEN, _QUOTED)
+_FIRST_LINE = re.compile(_CHUNK_LINE)
+_NEXT_LINE = re.compile(rb"\r\n" + _CHUNK_LINE)  # with the line end of the data before it
+_TRAILER_LINE = re.compile(rb"(?:%b:%b)?\r\n" % (_TOKEN, _FIELD_VALUE.encode()))
 
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -667,8 +675,8 @@ class ChunkedDecoder(LengthDecoder):
 
     def __init__(self) -> None:
         self._left = 0  # bytes of the chunk still to come
-        self._next = _CHUNK_SIZE  # the line that comes next
-        self._line = b""  # what there is of it
+        self._line = b""  # what there is of the line that comes then
+        self._expected = _FIRST_LINE
         self._trailer_size = 0
 
     def feed(self, data: bytes) -> bytes:
@@ -679,25 +687,23 @@ class ChunkedDecoder(LengthDecoder):
                 at += len(out[-1])
                 self._left -= len(out[-1])
                 continue
-            match = self._next.match(data, at)
+            match = self._expected.match(data, at)
             if not match:
                 break
             at = match.end()
             self._take_line(match)
-        self._line = b"" if self.complete or self.failure else data[at:]
-        if b"\n" in self._line or len(self._line) > MAX_CHUNK_LINE or self._trailer_size > MAX_TRAILER_SIZE:
+        self._line = b"" if self.complete else data[at:]
+        if b"\n" in self._line[2:] or len(self._line) > MAX_CHUNK_LINE or self._trailer_size > MAX_TRAILER_SIZE:
             self.failure = Garbled("Upstream broke the chunked coding of its answer.")
         return out[0] if len(out) == 1 else b"".join(out)
 
     def _take_line(self, match: re.Match[bytes]) -> None:
-        if self._next is _CHUNK_SIZE:
-            self._left = int(match[1], 16)
-            self._next = _CHUNK_END if self._left else _TRAILER
-        elif self._next is _CHUNK_END:
-            self._next = _CHUNK_SIZE
-        else:
+        if self._expected is _TRAILER_LINE:
             self.complete = match[0] == b"\r\n"
             self._trailer_size += len(match[0])
+        else:
+            self._left = int(match[1], 16)
+            self._expected = _NEXT_LINE if self._left else _TRAILER_LINE
 
 
 def body_decoder(status: int, headers: http.client.HTTPMessage) -> BodyDecoder:
@@ -993,8 +999,7 @@ class _Outside:
 class Lifeline:
     """Lets the relay cut a connection that a thread is still opening, or waits on.
 
-    shutdown() wakes a thread that is blocked on the socket, within TLS too; close() does not.  The
-    descriptor is a copy, since TLS takes the one of the socket it wraps.
+    shutdown() wakes a thread that is blocked on the socket, within TLS too; close() does not.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -1002,15 +1007,20 @@ class Lifeline:
         self._clock = clock
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
+        self._copied = False
         self._cut = False
 
-    def hold(self, sock: socket.socket) -> None:
-        """Hold the connection that sock is about to make.  Raises OSError after cut()."""
-        self.release()
+    def hold(self, sock: socket.socket | None, copy: bool = False) -> None:
+        """Hold the connection that sock is about to make; None: let go.  Raises OSError after cut().
+
+        copy: hold a copy of its descriptor, since TLS takes the one of the socket that it wraps.
+        """
         with self._lock:
-            if self._cut:
+            if self._socket and self._copied:
+                self._socket.close()
+            self._socket, self._copied = sock.dup() if sock and copy else sock, copy
+            if self._cut and sock:
                 raise ConnectionAbortedError(errno.ECONNABORTED, "cut")
-            self._socket = sock.dup()
 
     def connected(self) -> None:
         self.connected_at = self._clock()
@@ -1021,13 +1031,6 @@ class Lifeline:
             if self._socket:
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)
-
-    def release(self) -> None:
-        """Let go of the connection, which stays open."""
-        with self._lock:
-            if self._socket:
-                self._socket.close()
-                self._socket = None
 
 
 class _Response(http.client.HTTPResponse):
@@ -1050,6 +1053,8 @@ class _Response(http.client.HTTPResponse):
 
 class _Connection(http.client.HTTPConnection):
     """A connection that its lifeline can cut at any time, and that waits outside the gate."""
+
+    tls = False
 
     def __init__(self, host: str, *, gate: Gate, lifeline: Lifeline, **options: Any) -> None:
         super().__init__(host, **options)
@@ -1076,7 +1081,7 @@ class _Connection(http.client.HTTPConnection):
         for family, kind, protocol, _name, target in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
             sock = socket.socket(family, kind, protocol)
             try:
-                self.lifeline.hold(sock)
+                self.lifeline.hold(sock, copy=self.tls)
                 sock.settimeout(timeout)
                 sock.connect(target)
                 return sock
@@ -1087,7 +1092,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 class _TLSConnection(_Connection, http.client.HTTPSConnection):
-    pass
+    tls = True
 
 
 class _ConnectionHandler(urllib.request.AbstractHTTPHandler):
@@ -1120,10 +1125,12 @@ class UpstreamAnswer:
         self.socket: socket.socket = response.socket
         # TLS may hold decrypted bytes that a selector does not see: it is read until it would block.
         self.hides = isinstance(self.socket, ssl.SSLSocket)
+        self._early = b""
         self._file = self.socket.makefile("rb", buffering=0)  # keeps the socket open without response
         try:
             self.socket.setblocking(False)
-            self._early = _read_now(response.fp.read1)  # what came along with the head
+            with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+                self._early = response.fp.read1(READ_SIZE)  # what came along with the head
             self.body = body_decoder(self.status, self.headers)
         except BaseException:
             self.close()
@@ -1133,18 +1140,16 @@ class UpstreamAnswer:
 
     def read(self) -> bytes | None:
         """Return what has arrived, b"" at the end of the connection, None if there is nothing now.  Raises OSError."""
-        early, self._early = self._early, None
-        return early or _read_now(self.socket.recv)
+        if self._early:
+            early, self._early = self._early, b""
+            return early
+        try:
+            return self.socket.recv(READ_SIZE)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
 
     def close(self) -> None:
         self._file.close()
-
-
-def _read_now(read: Callable[[int], bytes | None]) -> bytes | None:
-    try:
-        return read(READ_SIZE)
-    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-        return None
 
 
 class Upstream:
@@ -1189,7 +1194,7 @@ class Upstream:
         except (OSError, http.client.HTTPException) as error:
             raise UpstreamError(f"Upstream cannot be reached: {reason_of(error)}.") from None
         finally:
-            lifeline.release()
+            lifeline.hold(None)
 
 
 # 8 ------------------------------------------------------------------ Relay
@@ -1367,8 +1372,9 @@ class Stream:
         elif upstream.body.complete:
             self._take(b"")
         elif not self._blocked:
-            self._relay.watch(upstream.socket, selectors.EVENT_READ, self.on_upstream)
             self.on_upstream(selectors.EVENT_READ)  # the first bytes may have come with the head
+        if self._upstream and not self._blocked:
+            self._relay.watch(upstream.socket, selectors.EVENT_READ, self.on_upstream)
 
     def on_upstream(self, events: int) -> None:
         """Read what has arrived and pass it on."""
@@ -1579,12 +1585,25 @@ class LogEntry(dict):  # type: ignore[type-arg]
     """What the log says of one request.  As text: name=value, nothing from the wire unescaped."""
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={self._text(value)}" for name, value in self.items() if value is not None)
+        return " ".join([f"{name}={self._text(value)}" for name, value in self.items() if value is not None])
 
     @staticmethod
     def _text(value: object) -> str:
-        plain = isinstance(value, str) and re.fullmatch("[!#-<>-~]+", value)  # no space, quote or =
-        return str(value) if plain else json.dumps(value, separators=(",", ":"))
+        plain = _PLAIN.fullmatch(value) if isinstance(value, str) else isinstance(value, (int, float))
+        return str(value) if plain else _COMPACT_JSON.encode(value)
+
+
+_PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
+_COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
+
+
+def wait_for(sock: socket.socket, events: int, timeout: float, signal: socket.socket | None = None) -> bool:
+    """Wait until sock is ready for events (of selectors); False after timeout seconds, or once signal is readable."""
+    with _Poll() as poll:
+        poll.register(sock, events)
+        if signal:
+            poll.register(signal, selectors.EVENT_READ)
+        return any(key.fileobj is sock for key, _ in poll.select(timeout))
 
 
 class ClientReader(io.RawIOBase):
@@ -1594,7 +1613,7 @@ class ClientReader(io.RawIOBase):
         self.early = bytearray()  # what the relay has read already
         self._server = server
         self._socket = sock
-        self._timeout = server.settings.client_timeout or None
+        self._timeout = server.settings.client_timeout or FOREVER
         self._deadline: float | None = None  # None: between two requests
 
     def expect_request(self) -> None:
@@ -1615,24 +1634,23 @@ class ClientReader(io.RawIOBase):
             del self.early[:size]
             return size
         with self._server.gate.outside:
-            if self._deadline is None:
-                if not self._await_request():
-                    return 0
-                self._deadline = time.monotonic() + (self._timeout or math.inf)
-            left = self._deadline - time.monotonic()
-            try:
-                self._socket.settimeout(max(left, 0.001) if self._timeout else None)
-                return self._socket.recv_into(buffer)
-            except OSError:
-                if time.monotonic() < self._deadline:
-                    raise
-                raise RequestError("The request did not arrive in time.", 408) from None
+            while True:
+                try:
+                    size = self._socket.recv_into(buffer)
+                except BlockingIOError:
+                    if not self._wait():
+                        return 0
+                    continue
+                if self._deadline is None:
+                    self._deadline = time.monotonic() + self._timeout
+                return size
 
-    def _await_request(self) -> bool:
-        with _Poll() as poll:
-            poll.register(self._socket, selectors.EVENT_READ)
-            poll.register(self._server.drain_signal, selectors.EVENT_READ)
-            return any(key.fileobj is self._socket for key, _ in poll.select(self._timeout))
+    def _wait(self) -> bool:
+        if self._deadline is None:
+            return wait_for(self._socket, selectors.EVENT_READ, self._timeout, self._server.drain_signal)
+        if not wait_for(self._socket, selectors.EVENT_READ, max(0.0, self._deadline - time.monotonic())):
+            raise RequestError("The request did not arrive in time.", 408)
+        return True
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1656,7 +1674,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Read a request and answer it, whatever happens, with one line in the log."""
         self.close_connection = True
         self.command, self.path, self.request_version = "-", "-", self.protocol_version
-        self.request_id, self.status, self.began_at = secrets.token_hex(8), 0, time.monotonic()
+        self.request_id, self.status, self.began_at = f"{random.getrandbits(64):016x}", 0, time.monotonic()
         self.stream: Stream | None = None
         self.failure: ProxyError | None = None
         self.unread = True  # bytes of the request may be left
@@ -1760,7 +1778,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         framing = [("Transfer-Encoding", "chunked")] if chunked else []
         head = self._encode_head(200, format.content_type, [*framing, *STREAM_FIELDS])
         with server.stream_place():
-            self.connection.setblocking(False)
             answer = Answer(format, server.upstream.redact)
             self.stream = Stream(server.relay, self.connection, answer, server.settings, head, chunked, ended.set)
             self.stream.open(server.upstream, "/chat/completions", body)
@@ -1808,16 +1825,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, data: bytes) -> None:
         with self.server.gate.outside:
-            self.connection.settimeout(self.server.settings.client_timeout or None)
-            self.connection.sendall(data)
+            while data:
+                try:
+                    data = data[self.connection.send(data) :]
+                except BlockingIOError:
+                    if not wait_for(self.connection, selectors.EVENT_WRITE, self.server.settings.client_timeout or FOREVER):
+                        raise
 
     def _linger(self) -> None:
         """Read what the client still sends: closing now would reset the connection under our answer."""
         deadline, room = time.monotonic() + LINGER_TIMEOUT, MAX_LINGER_SIZE
         with self.server.gate.outside:
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(LINGER_TIMEOUT)
-            while room > 0 and time.monotonic() < deadline:
+            while room > 0 and wait_for(self.connection, selectors.EVENT_READ, deadline - time.monotonic()):
                 room -= len(self.connection.recv(READ_SIZE)) or room
 
     def _reset(self) -> None:
@@ -1987,29 +2007,22 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _accept(self) -> None:
         self.socket.setblocking(False)
-        with _Poll() as poll:
-            poll.register(self.socket, selectors.EVENT_READ)
-            poll.register(self.drain_signal, selectors.EVENT_READ)
-            while not self.draining:
-                poll.select()
-                self._accept_waiting()  # at the end too: who came before the address is given up is served
+        while wait_for(self.socket, selectors.EVENT_READ, FOREVER, self.drain_signal) or not self.draining:
+            self._accept_one()
         self._stop_listening()
 
-    def _accept_waiting(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                try:
-                    request, client_address = self.get_request()
-                    self.process_request(request, client_address)
-                except BlockingIOError:
-                    raise
-                except (OSError, RuntimeError) as error:  # no descriptor, or no thread, is left
-                    log.error("a connection was not accepted: %s", place_of(error))
-                    time.sleep(0.1)
-                    return
+    def _accept_one(self) -> None:
+        try:
+            self.process_request(*self.get_request())
+        except BlockingIOError:
+            return
+        except (OSError, RuntimeError) as error:  # no descriptor, or no thread, is left
+            log.error("a connection was not accepted: %s", place_of(error))
+            time.sleep(0.1)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         request, client_address = self.socket.accept()
+        request.setblocking(False)
         if client_address:  # not on a unix socket
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return request, client_address
