@@ -309,7 +309,7 @@ class EventParser:
                     events.append(Event(self._type or "message", data, self._last_event_id))
                     self._data.clear()
                 self._type = ""
-        self._held = sum(map(len, self._data))
+        self._held = sum(map(len, self._data)) if self._data else 0
 
     def _take_field(self, line: bytes) -> None:
         name, _, value = line.partition(b":")
@@ -596,8 +596,8 @@ class Answer:
                 out.append(self.format.text(data))
         if finish_reason:
             self.finish_reason = finish_reason
-        usage = payload.get("usage")
-        self.usage = usage if isinstance(usage, dict) else self.usage
+        if isinstance(payload.get("usage"), dict):
+            self.usage = payload["usage"]
 
     def _fail(self, error: UpstreamError) -> None:
         error.message = self._redact(error.message)
@@ -680,30 +680,42 @@ class ChunkedDecoder(LengthDecoder):
         self._trailer_size = 0
 
     def feed(self, data: bytes) -> bytes:
-        data, at, out = self._line + data, 0, []
-        while at < len(data) and not self.complete:
+        if self._line:
+            data, self._line = self._line + data, b""
+        at, end, out = 0, len(data), []
+        while at < end and not (self.complete or self.failure):
             if self._left:
-                out.append(data[at : at + self._left])
-                at += len(out[-1])
-                self._left -= len(out[-1])
-                continue
-            match = self._expected.match(data, at)
-            if not match:
-                break
-            at = match.end()
-            self._take_line(match)
-        self._line = b"" if self.complete else data[at:]
-        if b"\n" in self._line[2:] or len(self._line) > MAX_CHUNK_LINE or self._trailer_size > MAX_TRAILER_SIZE:
-            self.failure = Garbled("Upstream broke the chunked coding of its answer.")
+                piece = data[at : at + self._left]
+                self._left -= len(piece)
+                at += len(piece)
+                out.append(piece)
+            else:
+                match = self._expected.match(data, at)
+                if not match:
+                    self._hold(data[at:])
+                    break
+                self._take_line(match)
+                at = match.end()
         return out[0] if len(out) == 1 else b"".join(out)
 
     def _take_line(self, match: re.Match[bytes]) -> None:
-        if self._expected is _TRAILER_LINE:
-            self.complete = match[0] == b"\r\n"
-            self._trailer_size += len(match[0])
-        else:
+        if self._expected is not _TRAILER_LINE:
             self._left = int(match[1], 16)
             self._expected = _NEXT_LINE if self._left else _TRAILER_LINE
+        else:
+            self.complete = match[0] == b"\r\n"
+            self._trailer_size += len(match[0])
+            if self._trailer_size > MAX_TRAILER_SIZE:
+                self._break()
+
+    def _hold(self, line: bytes) -> None:
+        """Keep a line that is not whole yet, if it can become one."""
+        self._line = line
+        if b"\n" in line[2:] or len(line) > MAX_CHUNK_LINE:
+            self._break()
+
+    def _break(self) -> None:
+        self.failure = Garbled("Upstream broke the chunked coding of its answer.")
 
 
 def body_decoder(status: int, headers: http.client.HTTPMessage) -> BodyDecoder:
@@ -1116,7 +1128,7 @@ class _ConnectionHandler(urllib.request.AbstractHTTPHandler):
 
 
 class UpstreamAnswer:
-    """An answer of upstream whose head has come; its body is read without ever waiting."""
+    """An answer of upstream whose head has come, and whose socket does not block any more."""
 
     def __init__(self, response: Any) -> None:
         """Raises Garbled where the body's framing is not HTTP's."""
@@ -1125,12 +1137,12 @@ class UpstreamAnswer:
         self.socket: socket.socket = response.socket
         # TLS may hold decrypted bytes that a selector does not see: it is read until it would block.
         self.hides = isinstance(self.socket, ssl.SSLSocket)
-        self._early = b""
+        self.early = b""  # what came along with the head
         self._file = self.socket.makefile("rb", buffering=0)  # keeps the socket open without response
         try:
             self.socket.setblocking(False)
-            with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
-                self._early = response.fp.read1(READ_SIZE)  # what came along with the head
+            with contextlib.suppress(*WOULD_BLOCK):
+                self.early = response.fp.read1(READ_SIZE)
             self.body = body_decoder(self.status, self.headers)
         except BaseException:
             self.close()
@@ -1138,18 +1150,11 @@ class UpstreamAnswer:
         finally:
             response.close()
 
-    def read(self) -> bytes | None:
-        """Return what has arrived, b"" at the end of the connection, None if there is nothing now.  Raises OSError."""
-        if self._early:
-            early, self._early = self._early, b""
-            return early
-        try:
-            return self.socket.recv(READ_SIZE)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return None
-
     def close(self) -> None:
         self._file.close()
+
+
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Upstream:
@@ -1208,6 +1213,7 @@ class Relay:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
+        self.now = clock()  # when this turn's events came
         self.streams: set[Stream] = set()
         self._selector = selectors.DefaultSelector()
         self._watched: set[socket.socket] = set()
@@ -1271,7 +1277,9 @@ class Relay:
             timeout = 0.0
         elif timeout is None and self._alarms:
             timeout = max(0.0, self._alarms[0][0] - self.clock())
-        for key, events in self._selector.select(timeout):
+        ready = self._selector.select(timeout)
+        self.now = self.clock()
+        for key, events in ready:
             if key.data:
                 self._call(key.data, events)
             else:
@@ -1281,7 +1289,7 @@ class Relay:
             self._call(callback, selectors.EVENT_READ)
         while self._posts:
             self._call(self._posts.popleft())
-        while self._alarms and (not self._alarms[0][2] or self._alarms[0][0] <= self.clock()):
+        while self._alarms and (self._alarms[0][0] <= self.now or not self._alarms[0][2]):
             alarm = heapq.heappop(self._alarms)
             if alarm[2]:
                 self._call(alarm[2])
@@ -1371,23 +1379,27 @@ class Stream:
             self.fail(self.answer.failure)
         elif upstream.body.complete:
             self._take(b"")
-        elif not self._blocked:
-            self.on_upstream(selectors.EVENT_READ)  # the first bytes may have come with the head
+        elif upstream.early:
+            self._take(upstream.early)
         if self._upstream and not self._blocked:
             self._relay.watch(upstream.socket, selectors.EVENT_READ, self.on_upstream)
+            if upstream.hides:
+                self.on_upstream(selectors.EVENT_READ)
 
     def on_upstream(self, events: int) -> None:
         """Read what has arrived and pass it on."""
         for _ in range(READS_PER_TURN):
-            if not self._upstream or self._blocked:
+            upstream = self._upstream
+            if not upstream or self._blocked:
                 return
             try:
-                data = self._upstream.read()
+                data = upstream.socket.recv(READ_SIZE)
+            except WOULD_BLOCK:
+                return
             except OSError:
                 data = b""
-            if data is not None:
-                self._take(data)
-            if data is None or not self._upstream or not self._upstream.hides:
+            self._take(data)
+            if not upstream.hides:
                 return
         self._relay.again(self.on_upstream)
 
@@ -1411,9 +1423,8 @@ class Stream:
     def on_alarm(self) -> None:
         """Do what is due, then wait for what comes next."""
         self._alarm[2] = None
-        now = self._relay.clock()
         for due, act in self._clocks():
-            if due <= now:
+            if due <= self._relay.now:
                 act()
                 break
         self._set_alarm()
@@ -1456,7 +1467,7 @@ class Stream:
         if answer.failure:
             self.fail(answer.failure)
         elif answer.events != events:
-            self._event_at = self._relay.clock()
+            self._event_at = self._relay.now
             if answer.finish_reason is not None and self._settled_at is None:
                 self._settled_at = self._event_at
                 self._set_alarm(END_GRACE)
@@ -1473,14 +1484,15 @@ class Stream:
         data = body
         if self._chunked:
             data = encode_chunk(body) + LAST_CHUNK if last else encode_chunk(body)
+        self._write_at = self._relay.now
         if not self.started:
             self.started = True
             data = self._head + data
-        self._write_at = self._relay.clock()
         if self.first_text_at is None and self.answer.pieces:
             self.first_text_at = self._write_at
-        self._closing = self.intact = last
-        self._pending += data
+        if last:
+            self._closing = self.intact = True
+        self._pending = self._pending + data if self._pending else data
         if not self._blocked:
             self._flush()
 
@@ -1492,15 +1504,18 @@ class Stream:
         except OSError:
             self.drop(Disconnected("The client left."))
             return
-        self._pending = self._pending[sent:]
-        if not self._pending and self._closing:
-            self._end()
-        elif self._pending and not self._blocked:
-            self._block()
-        elif self._blocked and sent:
-            self._write_at = self._relay.clock()
-            if not self._pending:
+        if sent == len(self._pending):
+            self._pending = b""
+            if self._closing:
+                self._end()
+            elif self._blocked:
                 self._unblock()
+        else:
+            self._pending = self._pending[sent:]
+            if not self._blocked:
+                self._block()
+            elif sent:
+                self._write_at = self._relay.now
 
     def _block(self) -> None:
         """Back-pressure: while the client does not read, neither do we."""
@@ -1511,11 +1526,11 @@ class Stream:
 
     def _unblock(self) -> None:
         self._blocked = False
-        self._event_at = self._write_at  # upstream was not silent: we did not listen
+        self._event_at = self._write_at = self._relay.now  # upstream was not silent: we did not listen
         self._relay.watch(self._client, selectors.EVENT_READ, self.on_client)
         if self._upstream:
             self._relay.watch(self._upstream.socket, selectors.EVENT_READ, self.on_upstream)
-            self.on_upstream(selectors.EVENT_READ)  # TLS may hold what the selector does not see
+            self.on_upstream(selectors.EVENT_READ)  # also for what TLS may hold
 
     def _close_upstream(self) -> None:
         """Nobody pays for what would come from now on."""
@@ -1539,10 +1554,10 @@ class Stream:
         A clock that starts later runs for one of limits at least: looking that often misses none.
         """
         if not self._ended:
-            now, limits = self._relay.clock(), self._settings
+            limits = self._settings
             timeouts = (limits.connect_timeout, limits.first_byte_timeout, limits.idle_timeout, limits.client_timeout,
                         limits.heartbeat if self.answer.format.pings else 0)
-            soon = now + min([within, *filter(None, timeouts)])
+            soon = self._relay.now + min([within, *filter(None, timeouts)])
             self._alarm[2] = None
             self._alarm = self._relay.set_alarm(min([soon, *(due for due, _ in self._clocks())]), self.on_alarm)
 
