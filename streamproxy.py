@@ -298,16 +298,17 @@ class EventParser:
             self._at_start = False
             if lines[0].startswith(codecs.BOM_UTF8):
                 lines[0] = lines[0][3:]
+        held = self._data
         for line in lines:
-            if line.startswith(b"data:"):
-                self._data.append(line[6:] if line.startswith(b" ", 5) else line[5:])
+            if line[:5] == b"data:":
+                held.append(line[6:] if line[5:6] == b" " else line[5:])
             elif line:
                 self._take_field(line)
             else:
-                if self._data:
-                    data = b"\n".join(self._data).decode("utf-8", "replace")
+                if held:
+                    data = (held[0] if len(held) == 1 else b"\n".join(held)).decode("utf-8", "replace")
                     events.append(Event(self._type or "message", data, self._last_event_id))
-                    self._data.clear()
+                    held.clear()
                 self._type = ""
         self._held = sum(map(len, self._data)) if self._data else 0
 
@@ -611,10 +612,10 @@ _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])
 _FIELD_VALUE = r"[\t \x21-\x7e\x80-\xff]*"  # section 5.5: no CR, LF or NUL
 
 # The lines of RFC 9112 section 7.1, matched whole: int() would also take "+5", "0x5" and "1_0".
-_CHUNK_LINE = rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*\r\n" % (_TOKEN, _TOKEN, _QUOTED)
-_FIRST_LINE = re.compile(_CHUNK_LINE)
-_NEXT_LINE = re.compile(rb"\r\n" + _CHUNK_LINE)  # with the line end of the data before it
-_TRAILER_LINE = re.compile(rb"(?:%b:%b)?\r\n" % (_TOKEN, _FIELD_VALUE.encode()))
+_CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*" % (_TOKEN, _TOKEN, _QUOTED)
+)
+_TRAILER_LINE = re.compile(rb"%b:%b" % (_TOKEN, _FIELD_VALUE.encode()))
 
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -670,48 +671,60 @@ class LengthDecoder(BodyDecoder):
             self.failure = Truncated("Upstream closed the connection within its answer.")
 
 
+@functools.lru_cache(maxsize=1024)
+def parse_chunk_line(line: bytes) -> int:
+    """Return the size in a chunk's first line, its extensions ignored; -1 if it is none."""
+    match = _CHUNK_LINE.fullmatch(line)
+    return int(match[1], 16) if match else -1
+
+
 class ChunkedDecoder(LengthDecoder):
     """The data of a chunked body, read strictly; trailers are dropped.  Source: RFC 9112 section 7.1."""
 
     def __init__(self) -> None:
-        self._left = 0  # bytes of the chunk still to come
-        self._line = b""  # what there is of the line that comes then
-        self._expected = _FIRST_LINE
-        self._trailer_size = 0
+        self._left = 0  # bytes of the chunk still to come, with the line end behind its data
+        self._rest = b""  # the start of a line
+        self._trailer_room = MAX_TRAILER_SIZE
+        self._in_trailer = False
 
     def feed(self, data: bytes) -> bytes:
-        if self._line:
-            data, self._line = self._line + data, b""
+        if self._rest:
+            data, self._rest = self._rest + data, b""
         at, end, out = 0, len(data), []
         while at < end and not (self.complete or self.failure):
-            if self._left:
-                piece = data[at : at + self._left]
-                self._left -= len(piece)
-                at += len(piece)
+            if self._left > 2:
+                piece = data[at : at + self._left - 2]
                 out.append(piece)
+                at += len(piece)
+                self._left -= len(piece)
+            line_end = data.find(b"\r\n", at)
+            if line_end == at and self._left == 2:
+                self._left = 0
+            elif line_end >= 0:
+                self._take_line(data[at:line_end])
             else:
-                match = self._expected.match(data, at)
-                if not match:
-                    self._hold(data[at:])
-                    break
-                self._take_line(match)
-                at = match.end()
+                self._hold(data[at:])
+                break
+            at = line_end + 2
         return out[0] if len(out) == 1 else b"".join(out)
 
-    def _take_line(self, match: re.Match[bytes]) -> None:
-        if self._expected is not _TRAILER_LINE:
-            self._left = int(match[1], 16)
-            self._expected = _NEXT_LINE if self._left else _TRAILER_LINE
+    def _take_line(self, line: bytes) -> None:
+        if self._in_trailer:
+            self.complete = not line
+            self._trailer_room -= len(line)
+            if self._trailer_room < 0 or (line and not _TRAILER_LINE.fullmatch(line)):
+                self._break()
         else:
-            self.complete = match[0] == b"\r\n"
-            self._trailer_size += len(match[0])
-            if self._trailer_size > MAX_TRAILER_SIZE:
+            size = -1 if self._left else parse_chunk_line(line)
+            self._left = size + 2 if size else 0
+            self._in_trailer = size == 0
+            if size < 0:
                 self._break()
 
-    def _hold(self, line: bytes) -> None:
-        """Keep a line that is not whole yet, if it can become one."""
-        self._line = line
-        if b"\n" in line[2:] or len(line) > MAX_CHUNK_LINE:
+    def _hold(self, rest: bytes) -> None:
+        """Keep the start of a line, if it can become one."""
+        self._rest = rest
+        if len(rest) > MAX_CHUNK_LINE or b"\n" in rest or (self._left == 2 and rest not in (b"", b"\r")):
             self._break()
 
     def _break(self) -> None:
