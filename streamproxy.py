@@ -1150,12 +1150,12 @@ class UpstreamAnswer:
         self.socket: socket.socket = response.socket
         # TLS may hold decrypted bytes that a selector does not see: it is read until it would block.
         self.hides = isinstance(self.socket, ssl.SSLSocket)
-        self.early = b""  # what came along with the head
+        self.early = b""  # what came with the head
         self._file = self.socket.makefile("rb", buffering=0)  # keeps the socket open without response
         try:
             self.socket.setblocking(False)
             with contextlib.suppress(*WOULD_BLOCK):
-                self.early = response.fp.read1(READ_SIZE)
+                self.early = response.fp.peek()  # all of its buffer: 8 KiB, since Python 3.14 128 KiB
             self.body = body_decoder(self.status, self.headers)
         except BaseException:
             self.close()
