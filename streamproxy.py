@@ -57,7 +57,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import math
 import os
 import queue
 import random
@@ -248,7 +247,7 @@ class EventParser:
         self._max_event_size = max_event_size
         self._line: list[bytes] = []  # the unfinished line, in the pieces it came in
         self._data: list[bytes] = []  # the data lines of the unfinished event
-        self._held = 0  # bytes in both
+        self._held = 0  # bytes in both, with a line end for each line
         self._type = ""
         self._last_event_id = ""
         self._after_cr = False  # a CR ends its line at once; an LF after it is skipped when it comes
@@ -270,6 +269,7 @@ class EventParser:
         if b"\n" in data or b"\r" in data:
             lines = data.splitlines()  # of bytes: at LF, CR and CRLF, nothing else
             if self._line:
+                self._held -= sum(map(len, self._line))
                 lines[0] = b"".join(self._line) + lines[0]
                 self._line.clear()
             self._after_cr = data.endswith(b"\r")
@@ -302,6 +302,7 @@ class EventParser:
         for line in lines:
             if line[:5] == b"data:":
                 held.append(line[6:] if line[5:6] == b" " else line[5:])
+                self._held += len(line)
             elif line:
                 self._take_field(line)
             else:
@@ -309,14 +310,15 @@ class EventParser:
                     data = (held[0] if len(held) == 1 else b"\n".join(held)).decode("utf-8", "replace")
                     events.append(Event(self._type or "message", data, self._last_event_id))
                     held.clear()
+                    self._held = 0
                 self._type = ""
-        self._held = sum(map(len, self._data)) if self._data else 0
 
     def _take_field(self, line: bytes) -> None:
         name, _, value = line.partition(b":")
         value = value[1:] if value.startswith(b" ") else value
         if name == b"data":
             self._data.append(value)
+            self._held += len(line)
         elif name == b"event":
             self._type = value.decode("utf-8", "replace")
         elif name == b"id" and b"\0" not in value:
@@ -338,7 +340,13 @@ PING = b": ping\n"
 # 4 ------------------------------------------------------------------ Answers
 
 
-_parse_json = json.JSONDecoder().raw_decode  # json.loads is half as fast for what is as short as an event
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_load_json = functools.partial(json.loads, parse_constant=_refuse_constant)
+# For what is as short as an event this is twice as fast.
+_parse_json = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
 
 
 def parse_payload(data: str, type: str = "message") -> dict[str, Any]:
@@ -356,7 +364,7 @@ def parse_payload(data: str, type: str = "message") -> dict[str, Any]:
     if type == "error" or (isinstance(payload, dict) and payload.get("error")):
         error = payload.get("error") if isinstance(payload, dict) else None
         code = error.get("code") if isinstance(error, dict) else None
-        raise quoting("Upstream reported an error.", code if code in PASSED_STATUSES else 502, payload)
+        raise quoting("Upstream reported an error.", code if isinstance(code, int) and code in PASSED_STATUSES else 502, payload)
     if not isinstance(payload, dict):
         raise Garbled("Upstream sent JSON that is not an object.")
     return payload
@@ -579,7 +587,7 @@ class Answer:
 
     def _take_event(self, event: Event, out: list[bytes]) -> None:
         self.events += 1
-        if event.data == "[DONE]":
+        if event.data.strip() == "[DONE]":
             self.done = True
         else:
             self._take_payload(parse_payload(event.data, event.type), "delta", out)
@@ -601,8 +609,11 @@ class Answer:
             self.usage = payload["usage"]
 
     def _fail(self, error: UpstreamError) -> None:
-        error.message = self._redact(error.message)
-        self.failure = error
+        if isinstance(error, Garbled) and self.finish_reason is not None:
+            self.done = True  # it was complete before
+        else:
+            error.message = self._redact(error.message)
+            self.failure = error
 
 
 # 5 ------------------------------------------------------------------ HTTP framing
@@ -814,7 +825,7 @@ def _read_params(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, _, value = text.partition("=")
         try:
-            changes = json.loads(text) if text.startswith("{") else {name: json.loads(value or "null")}
+            changes = _load_json(text) if text.startswith("{") else {name: _load_json(value or "null")}
         except (ValueError, RecursionError):
             changes = {"": None}
         if ("=" not in text and not text.startswith("{")) or not changes.keys().isdisjoint(("", *OWN_PARAMS)):
@@ -871,7 +882,7 @@ class Settings:
         "member of the upstream request, repeatable; NAME= removes one; the variable is a JSON object",
         repeat=True, shown=" ".join(f"{name}={value}" for name, value in DEFAULT_PARAMS.items()),
     )
-    system: str = _row("", _read_text, "TEXT", "system message put before every conversation", shown="none")
+    system: str = _row("", _matching(r"[^\0]*", "text"), "TEXT", "system message put before every conversation", shown="none")
     client_param: tuple[str, ...] = _row(
         (), _read_client_params, "NAME", "member a client may set itself, repeatable", repeat=True, shown="none"
     )
@@ -920,8 +931,10 @@ class Settings:
         """
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
-            text = (flags or {}).get(field.name) or environ.get(variable_of(field))
-            if text:
+            text = (flags or {}).get(field.name)
+            if text is None:
+                text = environ.get(variable_of(field)) or None
+            if text is not None:
                 values[field.name] = _read(field, text)
         path = environ.get("OPENAI_API_KEY_FILE")
         if path and "api_key" in values:
@@ -1058,22 +1071,41 @@ class Lifeline:
                     self._socket.shutdown(socket.SHUT_RDWR)
 
 
+class _PatientReader(io.RawIOBase):
+    """A socket to read from, with the gate left while nothing comes."""
+
+    def __init__(self, sock: socket.socket, gate: Gate) -> None:
+        self._socket = sock
+        self._gate = gate
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with self._gate.outside:
+            return self._socket.recv_into(buffer)
+
+
 class _Response(http.client.HTTPResponse):
     """An answer that is waited for outside the gate, and whose socket can be had."""
 
     def __init__(self, gate: Gate, sock: socket.socket, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
-        self.gate = gate
+        self.fp.close()
+        self.fp = io.BufferedReader(_PatientReader(sock, gate))
         self.socket = sock
+        self.file = sock.makefile("rb", buffering=0)  # the socket is open for as long as this is
 
     def _read_status(self) -> tuple[str, int, str]:
-        with self.gate.outside:
-            self.fp.peek(1)
         line = super()._read_status()  # type: ignore[misc]
         while 101 < line[1] < 200:  # it skips 100 alone, but 103 is no answer either (RFC 9110 section 15.2)
             http.client.parse_headers(self.fp)
             line = super()._read_status()  # type: ignore[misc]
         return line  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        super().close()
+        self.file.close()
 
 
 class _Connection(http.client.HTTPConnection):
@@ -1151,20 +1183,19 @@ class UpstreamAnswer:
         # TLS may hold decrypted bytes that a selector does not see: it is read until it would block.
         self.hides = isinstance(self.socket, ssl.SSLSocket)
         self.early = b""  # what came with the head
-        self._file = self.socket.makefile("rb", buffering=0)  # keeps the socket open without response
+        self._response = response
         try:
+            self.body = body_decoder(self.status, self.headers)
             self.socket.setblocking(False)
             with contextlib.suppress(*WOULD_BLOCK):
                 self.early = response.fp.peek()  # all of its buffer: 8 KiB, since Python 3.14 128 KiB
-            self.body = body_decoder(self.status, self.headers)
         except BaseException:
             self.close()
             raise
-        finally:
-            response.close()
+        response.fp.close()
 
     def close(self) -> None:
-        self._file.close()
+        self._response.file.close()
 
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -1209,7 +1240,7 @@ class Upstream:
         request.lifeline = lifeline  # type: ignore[attr-defined]
         try:
             return UpstreamAnswer(self._opener.open(request, timeout=self._timeout))
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last for a name like a..b
             raise UpstreamError(f"Upstream cannot be reached: {reason_of(error)}.") from None
         finally:
             lifeline.hold(None)
@@ -1446,6 +1477,9 @@ class Stream:
         """End the stream so that the client can tell that the answer is not complete."""
         if self._ended or self._closing:
             return
+        if self._settled_at is not None and not self.answer.failure:
+            self._complete()  # the answer was, and only usage and [DONE] were waited for
+            return
         self.failure = failure
         self._close_upstream()
         told = self.answer.format.error(failure.message) if self.started else None
@@ -1561,7 +1595,7 @@ class Stream:
         self._relay.streams.discard(self)
         self._on_end()
 
-    def _set_alarm(self, within: float = math.inf) -> None:
+    def _set_alarm(self, within: float = FOREVER) -> None:
         """Look at the clocks again when the next is due, in within seconds at most.
 
         A clock that starts later runs for one of limits at least: looking that often misses none.
@@ -1631,7 +1665,7 @@ def wait_for(sock: socket.socket, events: int, timeout: float, signal: socket.so
         poll.register(sock, events)
         if signal:
             poll.register(signal, selectors.EVENT_READ)
-        return any(key.fileobj is sock for key, _ in poll.select(timeout))
+        return any(key.fileobj is sock for key, _ in poll.select(min(timeout, FOREVER)))
 
 
 class ClientReader(io.RawIOBase):
@@ -1708,7 +1742,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.unread = True  # bytes of the request may be left
         self.reader.expect_request()
         try:
-            self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
+            with contextlib.suppress(ConnectionError):
+                self.raw_requestline = b""
+                self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
             if not self.raw_requestline:
                 return
             self.began_at = time.monotonic()
@@ -1724,7 +1760,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server calls for a head that it cannot take."""
-        raise RequestError(f"{message or http.HTTPStatus(code).phrase}.", code)
+        raise RequestError(f"{http.HTTPStatus(code).phrase}.", int(code))  # message may quote the query
 
     def handle_expect_100(self) -> bool:
         return True  # said when the body is wanted
@@ -1736,10 +1772,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise RequestError("The request line is too long.", 414)
         if not self.parse_request():
             raise RequestError("The request line is empty.")
-        if self.request_version == "HTTP/0.9":
+        major, minor = map(int, self.request_version[5:].split("."))
+        if major != 1:
             raise RequestError("This server speaks HTTP/1.1 and HTTP/1.0.")
+        self.request_version = "HTTP/1.1" if minor else "HTTP/1.0"
         self.close_connection |= self.request_version == "HTTP/1.0"
-        self.unread = "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
+        lengths = self.headers.get_all("Content-Length", [])
+        self.unread = "Transfer-Encoding" in self.headers or any(length != "0" for length in lengths)
+        if self.headers.defects or not all(re.fullmatch(_TOKEN, name.encode("latin-1")) for name in self.headers):
+            self.unread = True  # who knows where this request ends
+            raise RequestError("A header field is not in HTTP's grammar.")
         if re.fullmatch("[0-9A-Za-z._-]{1,64}", self.headers.get("X-Request-Id", "")):
             self.request_id = self.headers["X-Request-Id"]
         path, _, query = self.path.partition("?")
@@ -1749,12 +1791,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command not in methods:
             allowed = ", ".join(methods)
             raise RequestError(f"This path takes {allowed} only.", 405, ("Allow", allowed))
+        if self.unread and self.command != "POST":
+            raise RequestError("Only POST takes a body.")
         methods[self.command](self, query)
 
     def post_prompt(self, query: str) -> None:
         """Answer a JSON body with a stream."""
         try:
-            asked = json.loads(self._read_body(), parse_constant=_refuse_constant)
+            asked = _load_json(self._read_body())
         except (ValueError, RecursionError):
             raise RequestError("Invalid JSON data") from None  # the script's own words
         format = EventFormat(self.request_id) if self._wants_events() else TextFormat()
@@ -1906,10 +1950,6 @@ STREAM_FIELDS = (
 )
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 class Server(http.server.ThreadingHTTPServer):
     """The proxy: bound once made, serving from start() to stop(), or within a with block."""
 
@@ -1964,8 +2004,16 @@ class Server(http.server.ThreadingHTTPServer):
         self._accepting.start()
 
     def stop(self) -> None:
-        """Stop accepting, let what is open end for up to drain_timeout seconds, abort the rest, close."""
+        """Stop accepting, let what is open end for up to drain_timeout seconds, abort the rest, close.
+
+        A second call does nothing.
+        """
+        if self.draining:
+            return
         self.draining = True
+        if not self._accepting.ident:  # never started
+            self.server_close()
+            return
         self._drain_sender.send(b"!")
         self._accepting.join()
         if not self._wait_for_connections(self.settings.drain_timeout):
@@ -2036,17 +2084,16 @@ class Server(http.server.ThreadingHTTPServer):
     def _accept(self) -> None:
         self.socket.setblocking(False)
         while wait_for(self.socket, selectors.EVENT_READ, FOREVER, self.drain_signal) or not self.draining:
-            self._accept_one()
+            try:
+                self.process_request(*self.get_request())
+            except BlockingIOError:
+                continue
+            except (OSError, RuntimeError) as error:  # no descriptor, or no thread, is left
+                log.error("a connection was not accepted: %s", place_of(error))
+                if self.draining:
+                    break
+                time.sleep(0.1)
         self._stop_listening()
-
-    def _accept_one(self) -> None:
-        try:
-            self.process_request(*self.get_request())
-        except BlockingIOError:
-            return
-        except (OSError, RuntimeError) as error:  # no descriptor, or no thread, is left
-            log.error("a connection was not accepted: %s", place_of(error))
-            time.sleep(0.1)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         request, client_address = self.socket.accept()
@@ -2093,8 +2140,9 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
     if demo:
         demo.start()
         settings = dataclasses.replace(settings, upstream=demo.url)
-    gate, relay = Gate(), Relay()
+    gate = Gate()
     upstream = Upstream(settings, gate)
+    relay = Relay()
     reader, client = socket.socketpair()  # the loop is a client like any other, but for HTTP
     client.setblocking(False)
     answer = Answer(TextFormat(), upstream.redact)
@@ -2384,26 +2432,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.addHandler(output)
     log.setLevel(logging.INFO)
     _raise_descriptor_limit()
-    said: queue.SimpleQueue[str] = queue.SimpleQueue()  # its put() may be called in a signal handler
+    # A byte comes for each signal, whichever thread the system gives it to, and one for the end of the drain.
+    news, teller = socket.socketpair()
+    teller.setblocking(False)
+    signal.set_wakeup_fd(teller.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: said.put("signal"))
+        signal.signal(number, lambda *_: None)
     server.start()
     print(f"streamproxy {__version__} on {server.url}", flush=True)
     if settings.demo:
         to = f"--unix-socket {server.url[5:]} http://localhost" if settings.address[0] else server.url
         print(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""", flush=True)
-    said.get()
-    threading.Thread(target=_stop, args=(server, said), daemon=True).start()
-    while said.get() == "signal":
+    news.recv(1)
+    threading.Thread(target=_stop, args=(server, teller), daemon=True).start()
+    while news.recv(1) != b"\0":
         server.abort()
+    signal.set_wakeup_fd(-1)
+    news.close()
+    teller.close()
     return 0
 
 
-def _stop(server: Server, said: queue.SimpleQueue[str]) -> None:
+def _stop(server: Server, teller: socket.socket) -> None:
     try:
         server.stop()
     finally:
-        said.put("stopped")
+        teller.send(b"\0")
 
 
 def _raise_descriptor_limit() -> None:
