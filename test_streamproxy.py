@@ -404,7 +404,7 @@ def test_parser_close_gives_the_event_without_its_blank_line(data: bytes) -> Non
         assert parser.close() == []
 
 
-@pytest.mark.parametrize("piece", [b"x" * 10, b"data: xxxx\n", b": x\ndata: " + b"y" * 90 + b"\n"])
+@pytest.mark.parametrize("piece", [b"x" * 10, b"data\n", b"data: xxxx\n", b": x\ndata: " + b"y" * 90 + b"\n"])
 def test_parser_event_that_never_ends_is_refused(piece: bytes) -> None:
     parser = streamproxy.EventParser(max_event_size=1000)
     with pytest.raises(streamproxy.UpstreamError, match="over 1000 bytes"):
@@ -535,7 +535,7 @@ def test_answer_garbage_is_a_failure_and_what_came_before_counts(data: bytes) ->
     assert isinstance(answer.failure, streamproxy.Garbled) and not answer.done
 
 
-@pytest.mark.parametrize("last", [STOP, DONE, STOP + DONE, delta("", "length"), DONE[:-1], DONE[:-2], STOP[:-2]])
+@pytest.mark.parametrize("last", [STOP, DONE, STOP + DONE, event(b"[DONE] "), STOP + event(b"oops"), STOP + event(b"oops") + DONE, delta("", "length"), DONE[:-1], DONE[:-2], STOP[:-2]])
 def test_answer_complete_after_done_or_finish_reason_blank_line_or_not(last: bytes) -> None:
     for parts in cuts(delta("a") + last):
         answer, out = answer_to(*parts)
@@ -615,7 +615,7 @@ BAD_SETTINGS = [
     ("auth_header", "A b: {key}"), ("auth_header", "A: {key}\r\nB: c"), ("auth_header", "A: {key}{key}"), ("param", "temperature"), ("param", "x={"),
     ("param", "stream=false"), ("param", "messages=[]"), ("param", '{"model": "x"}'), ("param", "[1]"), ("param", "=1"), ("client_param", "messages"),
     ("client_param", "a b"), ("idle_timeout", "-1"), ("idle_timeout", "1e3"), ("idle_timeout", "nan"), ("idle_timeout", "1_0"), ("idle_timeout", "x"),
-    ("max_body", "0"), ("max_body", "1.5"), ("max_streams", "-1"), ("demo", "maybe"), ("log_format", "xml"),
+    ("param", "temperature=NaN"), ("max_body", "0"), ("max_body", "1.5"), ("max_streams", "-1"), ("demo", "maybe"), ("log_format", "xml"),
 ]  # fmt: skip
 
 
@@ -650,6 +650,14 @@ def test_settings_flag_over_variable_over_default() -> None:
     assert settings.model == "from-flag"
     assert settings.param == {"temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0, "top_p": 0.5}
     assert streamproxy.Settings.load({**environ, "STREAMPROXY_MODEL": ""}).model == "gpt-4.1-mini"
+
+
+def test_settings_an_empty_variable_is_none_and_an_empty_flag_is_a_value() -> None:
+    environ = {"OPENAI_API_KEY": KEY, "STREAMPROXY_MODEL": "", "STREAMPROXY_SYSTEM": "Be kind."}
+    assert streamproxy.Settings.load(environ).system == "Be kind."
+    assert streamproxy.Settings.load(environ, {"system": ""}).system == ""
+    with pytest.raises(streamproxy.SettingsError, match="--model"):
+        streamproxy.Settings.load(environ, {"model": ""})
 
 
 def test_settings_key_from_a_file_or_the_environment_not_both(tmp_path: Path) -> None:
@@ -835,6 +843,35 @@ def test_relay_no_limits_means_none() -> None:
         stage.upstream.send(chunk(delta("x")))
         assert stage.at(0)
         assert stage.at(1e7) == b"" and not stage.ended
+
+
+@pytest.mark.parametrize("late", ["total time-out", "abort"])
+def test_relay_a_settled_answer_is_complete_whatever_comes_then(late: str) -> None:
+    with Stage(total_timeout=50.0) as stage:
+        stage.carry()
+        stage.upstream.send(chunk(delta("x")))
+        stage.at(49.5)
+        stage.upstream.send(chunk(STOP))
+        stage.at(49.6)
+        if late == "abort":
+            stage.stream.fail(streamproxy.Aborted("The server is shutting down."))
+        assert stage.at(50.0).endswith(b"0\r\n\r\n")
+        assert stage.ended and stage.stream.intact and not stage.stream.failure
+
+
+def test_relay_idle_clock_does_not_count_time_in_which_we_did_not_listen() -> None:
+    with Stage(idle_timeout=5.0, client_timeout=0.0) as stage:
+        stage.carry()
+        while not stage.stream._blocked:
+            stage.upstream.send(chunk(delta("x" * 30000)))
+            stage.turn()
+        stage.now += 100
+        while stage.stream._blocked:
+            stage.client.more()
+            stage.turn()
+        stage.now += 4.9
+        stage.turn()
+        assert not stage.ended
 
 
 def test_relay_head_leaves_after_one_heartbeat_in_sse_mode_and_errors_come_as_events() -> None:
@@ -1082,6 +1119,49 @@ def test_refused_request_gets_a_status_and_a_sentence(server: Any, provider: Pro
         assert head.status == status and fields.items() <= head.fields.items()
         assert list(json.loads(client.exactly(int(head.fields["Content-Length"])))) == ["error"]
     assert provider.nobody_came()
+
+
+SMUGGLED = b"GET /healthz?smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("head", [
+    b"GET /healthz HTTP/1.1\r\nContent-Length: %d\r\n\r\n", b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nA: %d\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: %d\r\n\r\n", b"GET /healthz HTTP/1.1\r\nContent-Length : %d\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nno colon\r\nContent-Length: %d\r\n\r\n", b"POST /healthz HTTP/1.1\r\nContent-Length: %d\r\n\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: %d\r\n\r\n",
+])
+def test_a_body_that_nobody_wants_is_not_taken_for_the_next_request(server: Any, provider: Provider, head: bytes) -> None:
+    with Client(server) as client:
+        client.send(head % len(SMUGGLED), SMUGGLED)
+        answers = client.rest()
+        assert answers.count(b"HTTP/1.1 ") == 1 and re.match(rb"HTTP/1.1 4\d\d ", answers) and b"\r\nConnection: close\r\n" in answers
+
+
+@pytest.mark.parametrize(("version", "chunked"), [("1.2", True), ("1.00", False), ("1.10", True)])
+def test_other_minor_versions_are_framed_as_the_one_they_are_like(server: Any, provider: Provider, version: str, chunked: bool) -> None:
+    with Client(server).ask(PROMPT, version=version) as client, provider.take() as upstream:
+        upstream.start(A)
+        assert ("Transfer-Encoding" in client.head().fields) == chunked
+        upstream.finish()
+        assert client.exactly(1 if not chunked else 4) == (b"1\r\na" if chunked else b"a")
+
+
+def test_no_limits_in_a_real_server(provider: Provider) -> None:
+    names = ["connect_timeout", "first_byte_timeout", "idle_timeout", "total_timeout", "client_timeout", "heartbeat"]
+    for value in (0.0, 999999999.0):
+        with running(provider, **dict.fromkeys(names, value)) as server, Client(server).ask(PROMPT) as client:
+            with provider.take() as upstream:
+                upstream.start(A)
+                upstream.finish()
+                assert client.head().status == 200 and client.body() == b"a"
+
+
+def test_upstream_heads_that_stall_half_way_hold_up_nobody_else(server: Any, provider: Provider) -> None:
+    for _ in range(streamproxy.MAX_WORKING + 4):
+        Client(server).ask(PROMPT)
+        provider.take().send(b"HTTP/1.1 200 OK\r\nContent-T")
+    with Client(server).ask(method="GET", path="/healthz") as client:
+        assert client.head().status == 200
 
 
 def test_refused_large_body_does_not_cost_the_client_its_answer(provider: Provider) -> None:
@@ -1550,6 +1630,16 @@ def test_tls_pieces_arrive_one_by_one_and_all_of_those_that_share_a_record(provi
             assert client.body().decode() == text * 3000
 
 
+def test_tls_text_that_shares_a_record_with_the_head_is_not_held_back(provider: Provider, certificate: Path) -> None:
+    with running(provider, upstream=tls_url(provider), ca_file=str(certificate)) as server, Client(server).ask(PROMPT) as client:
+        with take_tls(provider, certificate) as upstream:
+            upstream.start(*[delta("x" * 100)] * 60)  # 12 kB: more than the head's buffer holds, less than a record
+            client.head()
+            got = b""
+            while len(got) < 6000:
+                got += client.chunk()
+
+
 def test_tls_client_leaves(provider: Provider, certificate: Path) -> None:
     with running(provider, upstream=tls_url(provider), ca_file=str(certificate)) as server:
         with Client(server).ask(PROMPT) as client, take_tls(provider, certificate) as upstream:
@@ -1708,6 +1798,13 @@ def test_log_holds_no_query_and_cannot_be_forged(server: Any, provider: Provider
     assert "secret" not in caplog.text and re.fullmatch("[0-9a-f]{16}", entry["id"])
 
 
+def test_log_does_not_quote_a_request_line_that_it_cannot_read(server: Any, caplog: Any) -> None:
+    with Client(server) as client:
+        client.send(b"GET /?prompt=my secret words HTTP/1.1\r\n\r\n")
+        assert client.error() == (400, "Bad Request.")
+    assert " status=400 " in str(log_entries(caplog, 1)[0]) and "secret" not in caplog.text
+
+
 def test_upstream_message_is_not_logged_since_it_may_quote_the_prompt(server: Any, provider: Provider, caplog: Any) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         upstream.send(error_answer(400, b'{"error": {"message": "I dislike: my secret"}}'))
@@ -1730,6 +1827,26 @@ def test_drain_lets_streams_end_and_takes_nobody_new(provider: Provider) -> None
             assert client.body() == b"ab" and client.rest() == b""
             stopping.join(DEADLINE)
             assert not stopping.is_alive()
+
+
+def test_stop_twice_or_before_the_start_is_fine(provider: Provider) -> None:
+    settings = streamproxy.Settings(bind="127.0.0.1:0", upstream=provider.url)
+    with streamproxy.Server(settings) as server:
+        server.stop()
+    streamproxy.Server(settings).stop()
+
+
+def test_drain_says_that_a_connection_ends_with_its_answer(provider: Provider) -> None:
+    with running(provider, drain_timeout=DEADLINE) as server, Client(server) as client:
+        client.send(b"GET /healthz HTTP/1.1\r\n")
+        wait_for(lambda: server._connections)
+        time.sleep(0.05)  # so that the request has begun, and is not a connection between two
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        wait_for(lambda: refused(server))
+        client.send(b"\r\n")
+        assert client.head().fields["Connection"] == "close"
+        stopping.join(DEADLINE)
 
 
 def test_drain_serves_who_connected_before_it(provider: Provider) -> None:
