@@ -1075,15 +1075,19 @@ class _PatientReader(io.RawIOBase):
     """A socket to read from, with the gate left while nothing comes."""
 
     def __init__(self, sock: socket.socket, gate: Gate) -> None:
-        self._socket = sock
+        self._file = sock.makefile("rb", buffering=0)
         self._gate = gate
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> int | None:
         with self._gate.outside:
-            return self._socket.recv_into(buffer)
+            return self._file.readinto(buffer)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class _Response(http.client.HTTPResponse):
@@ -1094,7 +1098,6 @@ class _Response(http.client.HTTPResponse):
         self.fp.close()
         self.fp = io.BufferedReader(_PatientReader(sock, gate))
         self.socket = sock
-        self.file = sock.makefile("rb", buffering=0)  # the socket is open for as long as this is
 
     def _read_status(self) -> tuple[str, int, str]:
         line = super()._read_status()  # type: ignore[misc]
@@ -1102,10 +1105,6 @@ class _Response(http.client.HTTPResponse):
             http.client.parse_headers(self.fp)
             line = super()._read_status()  # type: ignore[misc]
         return line  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        super().close()
-        self.file.close()
 
 
 class _Connection(http.client.HTTPConnection):
@@ -1183,7 +1182,7 @@ class UpstreamAnswer:
         # TLS may hold decrypted bytes that a selector does not see: it is read until it would block.
         self.hides = isinstance(self.socket, ssl.SSLSocket)
         self.early = b""  # what came with the head
-        self._response = response
+        self._file = self.socket.makefile("rb", buffering=0)  # keeps the socket open without response
         try:
             self.body = body_decoder(self.status, self.headers)
             self.socket.setblocking(False)
@@ -1192,10 +1191,11 @@ class UpstreamAnswer:
         except BaseException:
             self.close()
             raise
-        response.fp.close()
+        finally:
+            response.close()
 
     def close(self) -> None:
-        self._response.file.close()
+        self._file.close()
 
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
