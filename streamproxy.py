@@ -1710,7 +1710,8 @@ class ClientReader(io.RawIOBase):
     def _wait(self) -> bool:
         if self._deadline is None:
             return wait_for(self._socket, selectors.EVENT_READ, self._timeout, self._server.drain_signal)
-        if not wait_for(self._socket, selectors.EVENT_READ, max(0.0, self._deadline - time.monotonic())):
+        left = self._deadline - time.monotonic()
+        if left <= 0 or not wait_for(self._socket, selectors.EVENT_READ, left):
             raise RequestError("The request did not arrive in time.", 408)
         return True
 
