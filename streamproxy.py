@@ -1578,6 +1578,8 @@ class Stream:
         if self._upstream:
             self._relay.watch(self._upstream.socket, selectors.EVENT_READ, self.on_upstream)
             self.on_upstream(selectors.EVENT_READ)  # also for what TLS may hold
+        if self._settled_at is not None:
+            self._set_alarm()  # END_GRACE did not run meanwhile, and is shorter than the other clocks
 
     def _close_upstream(self) -> None:
         """Nobody pays for what would come from now on."""
