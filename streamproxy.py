@@ -21,15 +21,15 @@ It terminates no TLS, stores nothing and knows no users: nginx in front does the
 
 Life of a request, and the section of this file for each step:
 
-    Server accepts; a thread takes the connection                        9
-      Handler reads and checks the request                               9
-        Stream has the relay watch the client                            8
-        Upstream.open connects, asks and reads upstream's head           7
-        the thread sleeps; the relay moves what arrives:                 8
-          ChunkedDecoder    upstream's framing to the bytes of the body  5
+    Server accepts; a thread takes the connection                        10
+      Handler reads and checks the request                               10
+        Stream has the relay watch the client                            9
+        Upstream.open connects and sends the request                     8
+        the thread sleeps; the relay moves what arrives:                 7
+          BodyDecoder       upstream's framing to the bytes of the body  5
           EventParser       bytes to events                              3
           Answer            events to what the client asked for          4
-          Stream            one chunk, one send                          8
+          Stream            one chunk, one send                          9
         the thread wakes, answers with an error if nothing was sent, logs the request
 
 There is a thread a connection for what is short and blocks, and one, the relay, for what is
@@ -52,7 +52,6 @@ import hashlib
 import heapq
 import http.client
 import http.server
-import io
 import ipaddress
 import itertools
 import json
@@ -71,7 +70,6 @@ import struct
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 
@@ -86,11 +84,18 @@ __all__ = ["Event", "EventParser", "ProxyError", "Server", "Settings", "Settings
 log = logging.getLogger("streamproxy")
 
 
-# 1 ------------------------------------------------------------------ Defaults and limits
+# 1 ------------------------------------------------------------------ Limits
 
 # Bytes asked of a socket at a time.  What is read at once leaves at once, so this also bounds
 # what waits for a slow client.
 READ_SIZE = 64 * 1024
+
+# Bytes and fields of a head, of a request or an answer.  40 fields are seen in practice.
+MAX_HEAD_SIZE = 64 * 1024
+MAX_FIELDS = 100
+
+# Interim answers (100, 103) before the one that counts.
+MAX_INTERIM = 10
 
 # Bytes of one event, or of one JSON answer, held until it is whole.  Events of 1 MB are seen in
 # practice (images); an event that never ends must not fill the memory.
@@ -103,9 +108,6 @@ MAX_TRAILER_SIZE = 16 * 1024
 # Bytes of the next request taken in while an answer is on its way: unless they are read, the end
 # of the connection behind them is not seen.
 MAX_PIPELINED = 64 * 1024
-
-# Bytes of a line of a request's head (http.server's own limit).
-MAX_LINE = 64 * 1024
 
 # Bytes and seconds of reading what a refused client still sends: closing with bytes unread resets
 # the connection, and the client would never see why it was refused.
@@ -124,6 +126,10 @@ FOREVER = 86400.0
 # Threads that work at a time; those that wait do not count.  More of them starve the relay of the
 # interpreter when a thousand requests arrive at once.
 MAX_WORKING = 16
+
+# Connections to upstream kept between two requests, and for how many seconds.
+MAX_IDLE_CONNECTIONS = 128
+KEEP_ALIVE_TIMEOUT = 60.0
 
 # Reads of one upstream in a row before other streams get their turn.
 READS_PER_TURN = 4
@@ -144,9 +150,7 @@ class ProxyError(Exception):
 
     ProxyError
     +-- RequestError           the client asked for what cannot be done
-    +-- UpstreamError          upstream is unreachable or unwilling
-    |   +-- UpstreamTimeout    it took too long
-    |   +-- Truncated          it ended before its last event
+    +-- UpstreamError          upstream is unreachable, unwilling, too slow or cut off
     |   +-- Garbled            it sent what its protocol does not have
     +-- Aborted                we cut the stream: drain, stalled client
     +-- Disconnected           the client left
@@ -155,12 +159,13 @@ class ProxyError(Exception):
     status = 500
     ending = "error"
 
-    def __init__(self, message: str, status: int = 0, *fields: tuple[str, str]) -> None:
+    def __init__(self, message: str, status: int = 0, ending: str = "", fields: Iterable[tuple[str, str]] = ()) -> None:
         """fields are header fields that the answer must have."""
         super().__init__(message)
         self.message = message
         self.logged = message  # differs where message quotes upstream, which may quote the prompt
         self.status = status or self.status
+        self.ending = ending or self.ending
         self.fields = list(fields)
 
 
@@ -170,15 +175,6 @@ class RequestError(ProxyError):
 
 class UpstreamError(ProxyError):
     status = 502
-
-
-class UpstreamTimeout(UpstreamError):
-    status = 504
-    ending = "aborted"
-
-
-class Truncated(UpstreamError):
-    ending = "truncated"
 
 
 class Garbled(UpstreamError):
@@ -209,21 +205,14 @@ def place_of(error: BaseException) -> str:
 
 def reason_of(error: BaseException) -> str:
     """Why a system call or a handshake failed, in words that hold no address, path or secret."""
-    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
-        return reason_of(error.reason)
-    for kind, words in _REASONS:
+    for kind, words in (
+        (ssl.SSLCertVerificationError, "its certificate is not trusted"),
+        (ssl.SSLError, "the TLS handshake failed"),
+        (socket.gaierror, "its name was not found"),
+    ):
         if isinstance(error, kind):
             return words
     return os.strerror(error.errno).lower() if isinstance(error, OSError) and error.errno else "it failed"
-
-
-_REASONS: tuple[tuple[type[Exception], str], ...] = (
-    (ssl.SSLCertVerificationError, "its certificate is not trusted"),
-    (ssl.SSLError, "the TLS handshake failed"),
-    (socket.gaierror, "its name was not found"),
-    (http.client.RemoteDisconnected, "it closed the connection without an answer"),
-    (http.client.HTTPException, "its answer is not HTTP"),
-)
 
 
 # 3 ------------------------------------------------------------------ Event streams
@@ -344,7 +333,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_load_json = functools.partial(json.loads, parse_constant=_refuse_constant)
+load_json = functools.partial(json.loads, parse_constant=_refuse_constant)
 # For what is as short as an event this is twice as fast.
 _parse_json = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
 
@@ -364,7 +353,7 @@ def parse_payload(data: str, type: str = "message") -> dict[str, Any]:
     if type == "error" or (isinstance(payload, dict) and payload.get("error")):
         error = payload.get("error") if isinstance(payload, dict) else None
         code = error.get("code") if isinstance(error, dict) else None
-        raise quoting("Upstream reported an error.", code if isinstance(code, int) and code in PASSED_STATUSES else 502, payload)
+        raise quoting("Upstream reported an error.", code if code in PASSED_STATUSES else 502, payload)
     if not isinstance(payload, dict):
         raise Garbled("Upstream sent JSON that is not an object.")
     return payload
@@ -443,74 +432,19 @@ class SurrogateJoiner:
         return "\ufffd".encode() if self._half else b""
 
 
-class TextFormat:
-    """The answer as bare text: byte for byte what the deltas add."""
-
-    content_type = "text/plain; charset=utf-8"
-    pings = False  # any byte would be part of the text
-
-    def ping(self) -> bytes:
-        return b""
-
-    def text(self, text: bytes) -> bytes:
-        return text
-
-    def reasoning(self, text: bytes) -> bytes:
-        return b""
-
-    def done(self, finish_reason: str | None, usage: object) -> bytes:
-        return b""
-
-    def error(self, message: str) -> bytes | None:
-        """What tells the client of a failure; None: nothing can but a body that does not end."""
-        return None
-
-
-class EventFormat(TextFormat):
-    """The answer as server-sent events of our own, the first with an id."""
-
-    content_type = "text/event-stream"
-    pings = True
-
-    def __init__(self, request_id: str, reconnects: bool = False) -> None:
-        """reconnects: the client is an EventSource, which asks again when it is cut off."""
-        self._id = request_id
-        self._tell_id = reconnects
-
-    def ping(self) -> bytes:
-        # One that is cut off after a ping must know an id already, or it would pay again.  A block
-        # of id alone sets it and is no event (WHATWG HTML section 9.2.6).
-        tell, self._tell_id = self._tell_id, False
-        return b"id: %b\n\n" % self._id.encode() + PING if tell else PING
-
-    def text(self, text: bytes) -> bytes:
-        return self._event({"text": text.decode()})
-
-    def reasoning(self, text: bytes) -> bytes:
-        return self._event({"text": text.decode()}, "reasoning")
-
-    def done(self, finish_reason: str | None, usage: object) -> bytes:
-        return self._event({"finish_reason": finish_reason, "usage": usage}, "done")
-
-    def error(self, message: str) -> bytes | None:
-        return self._event({"error": message}, "error")
-
-    def _event(self, payload: dict[str, Any], type: str = "") -> bytes:
-        last_event_id, self._id, self._tell_id = self._id, "", False
-        return encode_event(json.dumps(payload, ensure_ascii=False), type, last_event_id)
-
-
-class Answer:
-    """What the client of one prompt is sent, made from the body that upstream sends.
+class TextAnswer:
+    """The answer to one prompt as bare text, made from the body that upstream sends.
 
     done: the end event came, nothing more is waited for.  finish_reason: once set, the answer is
     complete however the body ends.  failure: it can no longer become complete; what feed returned
     before, and returns with it, still counts.
     """
 
-    def __init__(self, format: TextFormat, redact: Callable[[str], str] = str) -> None:
+    content_type = "text/plain; charset=utf-8"
+    pings = False  # any byte would be part of the text
+
+    def __init__(self, redact: Callable[[str], str] = str) -> None:
         """redact takes secrets out of what upstream says of its errors."""
-        self.format = format
         self.done = False
         self.failure: UpstreamError | None = None
         self.finish_reason: str | None = None
@@ -519,20 +453,19 @@ class Answer:
         self._redact = redact
         self._parser = EventParser()
         self._document: bytearray | None = None  # instead of events
-        self._refusal: Callable[[bytes], UpstreamError] | None = None
+        self._refused: tuple[int, str] | None = None  # upstream's status, if not 200, and Retry-After
         self._text, self._reasoning = SurrogateJoiner(), SurrogateJoiner()
 
-    def start(self, status: int, headers: http.client.HTTPMessage) -> None:
+    def start(self, status: int, fields: Mapping[str, str]) -> None:
         """Take upstream's head, which says how the body is to be read."""
-        content_type = headers.get_content_type()
+        content_type = fields.get("content-type", "").partition(";")[0].strip().lower()
         if status != 200:
-            retry_after = headers.get("Retry-After", "")
-            self._refusal = lambda document: refusal(status, document, retry_after)
+            self._refused = status, fields.get("retry-after", "")
         if status != 200 or content_type == "application/json":
             self._document = bytearray()
         elif content_type != "text/event-stream":
             self.failure = Garbled("Upstream sent neither an event stream nor JSON.")
-        if headers.get("Content-Encoding", "identity").lower() != "identity":
+        if fields.get("content-encoding", "identity").lower() != "identity":
             self.failure = Garbled("Upstream compressed its answer, although asked not to.")
 
     def feed(self, body: bytes) -> bytes:
@@ -541,7 +474,7 @@ class Answer:
         if self.failure:
             return b""
         if self._document is not None:
-            self.events += 1
+            self.events += bool(body)
             self._document += body
             return self.close(None) if len(self._document) > MAX_EVENT_SIZE else b""
         try:
@@ -559,14 +492,10 @@ class Answer:
         if self.done or self.failure:
             return b""
         try:
-            if self._refusal:
-                raise self._refusal(bytes(self._document or b""))
+            if self._refused:
+                raise refusal(self._refused[0], bytes(self._document or b""), self._refused[1])
             if self._document is not None:
-                payload = parse_payload(self._document.decode("utf-8", "replace"))
-                if not payload.get("choices"):
-                    raise Garbled("Upstream sent JSON that is not a chat completion.")
-                self._take_payload(payload, "message", out)
-                self.done = True
+                self._take_document(self._document.decode("utf-8", "replace"), out)
             for event in self._parser.close():
                 self._take_event(event, out)
         except Garbled as error:  # also an event that the end cut in two
@@ -576,14 +505,14 @@ class Answer:
         if not self.failure and (self.finish_reason is not None or self.done):
             self.done = True
         elif not self.failure:
-            self.failure = cut or Truncated("Upstream ended before the end of its answer.")
+            self.failure = cut or UpstreamError("Upstream ended before the end of its answer.", ending="truncated")
         return b"".join(out)
 
     def end(self) -> bytes:
         """Return what follows the last text of a complete answer."""
         reasoning, text = self._reasoning.close(), self._text.close()
-        rest = (self.format.reasoning(reasoning) if reasoning else b"") + (self.format.text(text) if text else b"")
-        return rest + self.format.done(self.finish_reason, self.usage)
+        rest = (self.encode_reasoning(reasoning) if reasoning else b"") + (self.encode_text(text) if text else b"")
+        return rest + self.encode_done()
 
     def _take_event(self, event: Event, out: list[bytes]) -> None:
         self.events += 1
@@ -592,17 +521,24 @@ class Answer:
         else:
             self._take_payload(parse_payload(event.data, event.type), "delta", out)
 
+    def _take_document(self, document: str, out: list[bytes]) -> None:
+        payload = parse_payload(document)
+        if not payload.get("choices"):
+            raise Garbled("Upstream sent JSON that is not a chat completion.")
+        self._take_payload(payload, "message", out)
+        self.done = True
+
     def _take_payload(self, payload: dict[str, Any], part: str, out: list[bytes]) -> None:
         text, reasoning, finish_reason = parse_choice(payload, part)
         if reasoning:
             data = self._reasoning.feed(reasoning)
-            out.append(self.format.reasoning(data) if data else b"")
+            out.append(self.encode_reasoning(data) if data else b"")
         if text:
             data = self._text.feed(text)
             if data:
                 self.pieces += 1
                 self.size += len(data)
-                out.append(self.format.text(data))
+                out.append(self.encode_text(data))
         if finish_reason:
             self.finish_reason = finish_reason
         if isinstance(payload.get("usage"), dict):
@@ -615,18 +551,73 @@ class Answer:
             error.message = self._redact(error.message)
             self.failure = error
 
+    # How it looks to the client.
+
+    def ping(self) -> bytes:
+        return b""
+
+    def encode_text(self, text: bytes) -> bytes:
+        return text
+
+    def encode_reasoning(self, text: bytes) -> bytes:
+        return b""
+
+    def encode_done(self) -> bytes:
+        return b""
+
+    def encode_error(self, message: str) -> bytes:
+        """What tells the client of a failure; nothing where only a body that does not end can."""
+        return b""
+
+
+class EventAnswer(TextAnswer):
+    """The answer as server-sent events of our own, the first with an id."""
+
+    content_type = "text/event-stream"
+    pings = True
+
+    def __init__(self, request_id: str, redact: Callable[[str], str] = str, reconnects: bool = False) -> None:
+        """reconnects: the client is an EventSource, which asks again when it is cut off."""
+        super().__init__(redact)
+        self._id = request_id
+        self._tell_id = reconnects
+
+    def ping(self) -> bytes:
+        # One that is cut off after a ping must know an id already, or it would pay again.  A block
+        # of id alone sets it and is no event (WHATWG HTML section 9.2.6).
+        tell, self._tell_id = self._tell_id, False
+        return b"id: %b\n\n" % self._id.encode() + PING if tell else PING
+
+    def encode_text(self, text: bytes) -> bytes:
+        return self._encode({"text": text.decode()})
+
+    def encode_reasoning(self, text: bytes) -> bytes:
+        return self._encode({"text": text.decode()}, "reasoning")
+
+    def encode_done(self) -> bytes:
+        return self._encode({"finish_reason": self.finish_reason, "usage": self.usage}, "done")
+
+    def encode_error(self, message: str) -> bytes:
+        return self._encode({"error": message}, "error")
+
+    def _encode(self, payload: dict[str, Any], type: str = "") -> bytes:
+        last_event_id, self._id, self._tell_id = self._id, "", False
+        return encode_event(json.dumps(payload, ensure_ascii=False), type, last_event_id)
+
 
 # 5 ------------------------------------------------------------------ HTTP framing
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
-_QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'  # section 5.6.4
-_FIELD_VALUE = r"[\t \x21-\x7e\x80-\xff]*"  # section 5.5: no CR, LF or NUL
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
+_QUOTED = r'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'  # section 5.6.4
+_VALUE = r"[\t \x21-\x7e\x80-\xff]*"  # section 5.5: no CR, LF or NUL
 
-# The lines of RFC 9112 section 7.1, matched whole: int() would also take "+5", "0x5" and "1_0".
-_CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*" % (_TOKEN, _TOKEN, _QUOTED)
+# Lines of RFC 9112, matched whole: int() would also take "+5", "0x5" and "1_0".
+_FIELD_LINE = re.compile(f"({_TOKEN}):({_VALUE})")  # section 5: no space before the colon, no folding
+_STATUS_LINE = re.compile(f"HTTP/1\\.([01]) ([1-5][0-9][0-9])(?: {_VALUE})?")  # section 4
+_CHUNK_LINE = re.compile(  # section 7.1
+    f"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|{_QUOTED}))?)*".encode("latin-1")
 )
-_TRAILER_LINE = re.compile(rb"%b:%b" % (_TOKEN, _FIELD_VALUE.encode()))
+_TRAILER_LINE = re.compile(_FIELD_LINE.pattern.encode("latin-1"))
 
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -636,31 +627,74 @@ def encode_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-def encode_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
-    """Return a status line and its fields.  Raises ValueError for a value that would forge a line."""
-    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
+def encode_head(line: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    """Return a head.  Raises ValueError for a value that would forge a line."""
+    lines = [line]
     for name, value in fields:
-        if not re.fullmatch(_FIELD_VALUE, value):
+        if not re.fullmatch(_VALUE, value):
             raise ValueError(f"bad value for header field {name}")
         lines.append(f"{name}: {value}")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
+def parse_head(head: bytes) -> tuple[str, dict[str, str]]:
+    """Return the first line of a head, and its fields by name in lower case.
+
+    Fields of one name are joined with ", " (RFC 9110 section 5.3).  Raises ValueError for what
+    is not in the grammar of RFC 9112 section 5, or too much.
+    """
+    first, *lines = head.decode("latin-1").split("\r\n")
+    if len(lines) > MAX_FIELDS:
+        raise ValueError("too many header fields")
+    fields: dict[str, str] = {}
+    for line in lines:
+        match = _FIELD_LINE.fullmatch(line)
+        if not match:
+            raise ValueError("a header field is not in HTTP's grammar")
+        name, value = match[1].lower(), match[2].strip(" \t")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return first, fields
+
+
+def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
+    """Return (status, fields, what follows the head) of an answer; None while the head is not whole.
+
+    Interim answers are skipped (RFC 9110 section 15.2).  Raises ValueError.
+    """
+    for _ in range(MAX_INTERIM):
+        head, end, rest = data.partition(b"\r\n\r\n")
+        if len(head) > MAX_HEAD_SIZE or head[:7] != b"HTTP/1."[: len(head)]:
+            break
+        if not end:
+            return None
+        line, fields = parse_head(head)
+        match = _STATUS_LINE.fullmatch(line)
+        if not match:
+            break
+        if match[1] == "0":
+            fields["connection"] = "close"  # as good as said
+        if match[2] == "101" or match[2] >= "200":
+            return int(match[2]), fields, rest
+        data = rest
+    raise ValueError("not an answer")
+
+
 class BodyDecoder:
     """The data of a body that the end of the connection ends: only its text can tell if it is whole.
 
-    complete: the body has ended.  failure: its framing is broken; data before that still counts.
+    complete: the body has ended; rest is what came behind it.  broken: its framing is not HTTP's.
     """
 
     complete = False
-    failure: UpstreamError | None = None
+    broken = False
+    rest = b""
 
     def feed(self, data: bytes) -> bytes:
-        """Return the body's part of data; bytes past its end are dropped."""
+        """Return the body's part of data.  What came before the framing broke still counts."""
         return data
 
     def close(self) -> None:
-        """Take the end of the connection; sets complete or failure."""
+        """Take the end of the connection."""
         self.complete = True
 
 
@@ -672,14 +706,13 @@ class LengthDecoder(BodyDecoder):
         self.complete = length == 0
 
     def feed(self, data: bytes) -> bytes:
-        data = data[: self._left]
-        self._left -= len(data)
+        body, self.rest = data[: self._left], data[self._left :]
+        self._left -= len(body)
         self.complete = self._left == 0
-        return data
+        return body
 
     def close(self) -> None:
-        if not (self.complete or self.failure):
-            self.failure = Truncated("Upstream closed the connection within its answer.")
+        pass
 
 
 @functools.lru_cache(maxsize=1024)
@@ -689,20 +722,20 @@ def parse_chunk_line(line: bytes) -> int:
     return int(match[1], 16) if match else -1
 
 
-class ChunkedDecoder(LengthDecoder):
+class ChunkedDecoder(BodyDecoder):
     """The data of a chunked body, read strictly; trailers are dropped.  Source: RFC 9112 section 7.1."""
 
     def __init__(self) -> None:
         self._left = 0  # bytes of the chunk still to come, with the line end behind its data
-        self._rest = b""  # the start of a line
+        self._line = b""  # the start of a line
         self._trailer_room = MAX_TRAILER_SIZE
         self._in_trailer = False
 
     def feed(self, data: bytes) -> bytes:
-        if self._rest:
-            data, self._rest = self._rest + data, b""
+        if self._line:
+            data, self._line = self._line + data, b""
         at, end, out = 0, len(data), []
-        while at < end and not (self.complete or self.failure):
+        while at < end and not (self.complete or self.broken):
             if self._left > 2:
                 piece = data[at : at + self._left - 2]
                 out.append(piece)
@@ -717,46 +750,46 @@ class ChunkedDecoder(LengthDecoder):
                 self._hold(data[at:])
                 break
             at = line_end + 2
+        self.rest = data[at:] if self.complete else b""
         return out[0] if len(out) == 1 else b"".join(out)
+
+    def close(self) -> None:
+        pass
 
     def _take_line(self, line: bytes) -> None:
         if self._in_trailer:
             self.complete = not line
             self._trailer_room -= len(line)
-            if self._trailer_room < 0 or (line and not _TRAILER_LINE.fullmatch(line)):
-                self._break()
+            self.broken = self._trailer_room < 0 or not (self.complete or _TRAILER_LINE.fullmatch(line))
         else:
             size = -1 if self._left else parse_chunk_line(line)
             self._left = size + 2 if size else 0
             self._in_trailer = size == 0
-            if size < 0:
-                self._break()
+            self.broken = size < 0
 
-    def _hold(self, rest: bytes) -> None:
+    def _hold(self, line: bytes) -> None:
         """Keep the start of a line, if it can become one."""
-        self._rest = rest
-        if len(rest) > MAX_CHUNK_LINE or b"\n" in rest or (self._left == 2 and rest not in (b"", b"\r")):
-            self._break()
-
-    def _break(self) -> None:
-        self.failure = Garbled("Upstream broke the chunked coding of its answer.")
+        self._line = line
+        self.broken = len(line) > MAX_CHUNK_LINE or b"\n" in line or (self._left == 2 and line not in (b"", b"\r"))
 
 
-def body_decoder(status: int, headers: http.client.HTTPMessage) -> BodyDecoder:
-    """Return the decoder for an answer's body.  Source: RFC 9112 section 6.3.  Raises Garbled."""
-    coding = ", ".join(headers.get_all("Transfer-Encoding", []))
-    lengths = {length.strip() for length in ",".join(headers.get_all("Content-Length", [])).split(",")}
-    if coding.lower().strip() == "chunked":
+def body_decoder(fields: Mapping[str, str], default: Callable[[], BodyDecoder]) -> BodyDecoder:
+    """Return the decoder for the body behind a head; default() where the head says nothing of it.
+
+    Source: RFC 9112 section 6.3, read strictly: a length beside a coding, or two lengths, are how
+    one message hides in another.  Raises ValueError.
+    """
+    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+    if coding is not None:
+        if coding.lower() != "chunked":
+            raise ValueError("a transfer coding that is not chunked")
+        if length is not None:
+            raise ValueError("Content-Length beside Transfer-Encoding")
         return ChunkedDecoder()
-    if coding:
-        raise Garbled("Upstream sent a transfer coding that is not chunked.")
-    if status in (204, 304) or status < 200:
-        return LengthDecoder(0)
-    if lengths == {""}:
-        return BodyDecoder()
-    length = lengths.pop()
-    if lengths or not re.fullmatch("[0-9]{1,15}", length):
-        raise Garbled("Upstream sent a Content-Length that is not a number.")
+    if length is None:
+        return default()
+    if not re.fullmatch("[0-9]{1,15}", length):
+        raise ValueError("a Content-Length that is not one number")
     return LengthDecoder(int(length))
 
 
@@ -798,11 +831,12 @@ _read_size = _matching("[1-9][0-9]{0,14}", "a whole number of bytes, 1 or more",
 _read_text = _matching(r"[^\0]+", "some text")
 _read_key = _matching(r"\s*[!-~]+\s*", "one word of visible ASCII characters", str.strip)
 _read_auth_header = _matching(
-    _TOKEN.decode() + r":(?!.*\{key\}.*\{key\})[ -~]*\{key\}[ -~]*", "NAME: VALUE, with {key} once in the value"
+    _TOKEN + r":(?!.*\{key\}.*\{key\})[ -~]*\{key\}[ -~]*", "NAME: VALUE, with {key} once in the value"
 )
-_read_switch = _matching("(?i:1|true|on|yes|0|false|off|no)", "1, true, on, yes, 0, false, off or no", lambda text: (
-    text.lower() in ("1", "true", "on", "yes")
-))
+_read_switch = _matching(
+    "(?i:1|true|on|yes|0|false|off|no)", "1, true, on, yes, 0, false, off or no",
+    lambda text: text.lower() in ("1", "true", "on", "yes"),
+)
 
 
 def _read_bind(text: str) -> str:
@@ -825,7 +859,7 @@ def _read_params(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, _, value = text.partition("=")
         try:
-            changes = _load_json(text) if text.startswith("{") else {name: _load_json(value or "null")}
+            changes = load_json(text) if text.startswith("{") else {name: load_json(value or "null")}
         except (ValueError, RecursionError):
             changes = {"": None}
         if ("=" not in text and not text.startswith("{")) or not changes.keys().isdisjoint(("", *OWN_PARAMS)):
@@ -909,7 +943,7 @@ class Settings:
             value = getattr(self, field.name)
             if isinstance(value, str) and value:
                 object.__setattr__(self, field.name, _read(field, value))
-        path, host, _ = self.address
+        path, host, _ = parse_address(self.bind)
         if not (path or is_loopback(host) or self.allow_anonymous):
             raise SettingsError(
                 f"--bind (STREAMPROXY_BIND): {self.bind!r} lets others spend your money; allowed: a loopback"
@@ -917,11 +951,6 @@ class Settings:
             )
         if not (self.api_key or self.demo or is_loopback(urllib.parse.urlsplit(self.upstream).hostname or "")):
             raise SettingsError("no API key: set OPENAI_API_KEY or OPENAI_API_KEY_FILE, or try --demo")
-
-    @property
-    def address(self) -> tuple[str, str, int]:
-        """bind as (path of a unix socket, host, port)."""
-        return parse_address(self.bind)
 
     @classmethod
     def load(cls, environ: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Settings:
@@ -942,7 +971,7 @@ class Settings:
         if path:
             try:
                 with open(path, encoding="ascii", errors="replace") as file:
-                    values["api_key"] = file.read(MAX_LINE)
+                    values["api_key"] = file.read(MAX_HEAD_SIZE)
             except OSError as error:
                 raise SettingsError(f"OPENAI_API_KEY_FILE: cannot read {path!r}: {reason_of(error)}") from None
         return cls(**values)
@@ -1004,249 +1033,19 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
-# 7 ------------------------------------------------------------------ Upstream
+# 7 ------------------------------------------------------------------ Relay
+
+# A selector with no descriptor of its own, for a wait on one or two sockets.
+_Poll: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-class Gate:
-    """Lets MAX_WORKING threads work at a time; a wait within stands in `with gate.outside:`."""
-
-    def __init__(self) -> None:
-        self._places: queue.SimpleQueue[None] = queue.SimpleQueue()  # the cheapest semaphore there is
-        for _ in range(MAX_WORKING):
-            self._places.put(None)
-        self.outside = _Outside(self)
-
-    def __enter__(self) -> None:
-        self._places.get()
-
-    def __exit__(self, *_: object) -> None:
-        self._places.put(None)
-
-
-class _Outside:
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-
-    def __enter__(self) -> None:
-        self._gate.__exit__()
-
-    def __exit__(self, *_: object) -> None:
-        self._gate.__enter__()
-
-
-class Lifeline:
-    """Lets the relay cut a connection that a thread is still opening, or waits on.
-
-    shutdown() wakes a thread that is blocked on the socket, within TLS too; close() does not.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.connected_at: float | None = None  # by clock
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
-        self._copied = False
-        self._cut = False
-
-    def hold(self, sock: socket.socket | None, copy: bool = False) -> None:
-        """Hold the connection that sock is about to make; None: let go.  Raises OSError after cut().
-
-        copy: hold a copy of its descriptor, since TLS takes the one of the socket that it wraps.
-        """
-        with self._lock:
-            if self._socket and self._copied:
-                self._socket.close()
-            self._socket, self._copied = sock.dup() if sock and copy else sock, copy
-            if self._cut and sock:
-                raise ConnectionAbortedError(errno.ECONNABORTED, "cut")
-
-    def connected(self) -> None:
-        self.connected_at = self._clock()
-
-    def cut(self) -> None:
-        with self._lock:
-            self._cut = True
-            if self._socket:
-                with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
-
-
-class _PatientReader(io.RawIOBase):
-    """A socket to read from, with the gate left while nothing comes."""
-
-    def __init__(self, sock: socket.socket, gate: Gate) -> None:
-        self._file = sock.makefile("rb", buffering=0)
-        self._gate = gate
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        with self._gate.outside:
-            return self._file.readinto(buffer)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-class _Response(http.client.HTTPResponse):
-    """An answer that is waited for outside the gate, and whose socket can be had."""
-
-    def __init__(self, gate: Gate, sock: socket.socket, *args: Any, **options: Any) -> None:
-        super().__init__(sock, *args, **options)
-        self.fp.close()
-        self.fp = io.BufferedReader(_PatientReader(sock, gate))
-        self.socket = sock
-
-    def _read_status(self) -> tuple[str, int, str]:
-        line = super()._read_status()  # type: ignore[misc]
-        while 101 < line[1] < 200:  # it skips 100 alone, but 103 is no answer either (RFC 9110 section 15.2)
-            http.client.parse_headers(self.fp)
-            line = super()._read_status()  # type: ignore[misc]
-        return line  # type: ignore[no-any-return]
-
-
-class _Connection(http.client.HTTPConnection):
-    """A connection that its lifeline can cut at any time, and that waits outside the gate."""
-
-    tls = False
-
-    def __init__(self, host: str, *, gate: Gate, lifeline: Lifeline, **options: Any) -> None:
-        super().__init__(host, **options)
-        self.gate = gate
-        self.lifeline = lifeline
-        self.response_class = functools.partial(_Response, gate)  # type: ignore[assignment]
-        self._create_connection = self._dial
-
-    def connect(self) -> None:
-        with self.gate.outside:
-            super().connect()
-        self.sock.settimeout(None)  # from here on the relay's clocks count
-        self.lifeline.connected()
-
-    def send(self, data: Any) -> None:
-        if self.sock is None:
-            self.connect()
-        with self.gate.outside:
-            super().send(data)
-
-    def _dial(self, address: tuple[str, int], timeout: float | None, *_: object) -> socket.socket:
-        """Connect as socket.create_connection does, with each attempt on the lifeline."""
-        failure = OSError(errno.EADDRNOTAVAIL, "no address")
-        for family, kind, protocol, _name, target in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
-            sock = socket.socket(family, kind, protocol)
-            try:
-                self.lifeline.hold(sock, copy=self.tls)
-                sock.settimeout(timeout)
-                sock.connect(target)
-                return sock
-            except OSError as error:
-                failure = error
-                sock.close()
-        raise failure
-
-
-class _TLSConnection(_Connection, http.client.HTTPSConnection):
-    tls = True
-
-
-class _ConnectionHandler(urllib.request.AbstractHTTPHandler):
-    """Opens http and https addresses, through proxies too, on connections of our own kind."""
-
-    def __init__(self, gate: Gate, context: ssl.SSLContext | None) -> None:
-        super().__init__()
-        self._gate = gate
-        self._context = context
-
-    def http_open(self, request: Any) -> Any:
-        return self._open(_Connection, request)
-
-    def https_open(self, request: Any) -> Any:
-        return self._open(_TLSConnection, request, context=self._context)
-
-    def _open(self, kind: Any, request: Any, **options: Any) -> Any:
-        return self.do_open(kind, request, gate=self._gate, lifeline=request.lifeline, **options)
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-
-class UpstreamAnswer:
-    """An answer of upstream whose head has come, and whose socket does not block any more."""
-
-    def __init__(self, response: Any) -> None:
-        """Raises Garbled where the body's framing is not HTTP's."""
-        self.status: int = response.status
-        self.headers: http.client.HTTPMessage = response.headers
-        self.socket: socket.socket = response.socket
-        # TLS may hold decrypted bytes that a selector does not see: it is read until it would block.
-        self.hides = isinstance(self.socket, ssl.SSLSocket)
-        self.early = b""  # what came with the head
-        self._file = self.socket.makefile("rb", buffering=0)  # keeps the socket open without response
-        try:
-            self.body = body_decoder(self.status, self.headers)
-            self.socket.setblocking(False)
-            with contextlib.suppress(*WOULD_BLOCK):
-                self.early = response.fp.peek()  # all of its buffer: 8 KiB, since Python 3.14 128 KiB
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            response.close()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-
-class Upstream:
-    """The API: opens one answer after another, from any thread."""
-
-    def __init__(self, settings: Settings, gate: Gate) -> None:
-        """Raises SettingsError for certificates that cannot be read."""
-        self.redact = redactor(settings.api_key)
-        self._base = urllib.parse.urlsplit(settings.upstream)
-        # The relay's clock cuts first; this is for systems where that does not wake connect().
-        self._timeout = settings.connect_timeout + 1 if settings.connect_timeout else None
-        self._fields = {
-            "Content-Type": "application/json",
-            "Accept": "text/event-stream, application/json",
-            "User-Agent": f"streamproxy/{__version__}",
-        }
-        if settings.api_key:
-            name, _, template = settings.auth_header.partition(":")
-            self._fields[name] = template.strip().replace("{key}", settings.api_key)
-        context = None  # reading the system's certificates takes time and memory
-        if self._base.scheme == "https":
-            try:
-                context = ssl.create_default_context(cafile=settings.ca_file or None)
-            except OSError:
-                raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {settings.ca_file!r}") from None
-        # Neither redirects nor file: addresses: handlers that are not there.  The built-in upstream is
-        # on this machine, whatever proxy the environment names.
-        self._opener = urllib.request.OpenerDirector()
-        self._opener.add_handler(urllib.request.ProxyHandler({} if settings.demo else None))
-        self._opener.add_handler(_ConnectionHandler(gate, context))
-
-    def open(self, path: str, body: bytes, lifeline: Lifeline) -> UpstreamAnswer:
-        """Send body to path below the base URL and return the answer, its head read.
-
-        Blocks until the head has come or lifeline is cut.  Raises UpstreamError.
-        """
-        url = self._base._replace(path=self._base.path.rstrip("/") + path).geturl()
-        request = urllib.request.Request(url, body, self._fields, method="POST")
-        request.lifeline = lifeline  # type: ignore[attr-defined]
-        try:
-            return UpstreamAnswer(self._opener.open(request, timeout=self._timeout))
-        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last for a name like a..b
-            raise UpstreamError(f"Upstream cannot be reached: {reason_of(error)}.") from None
-        finally:
-            lifeline.hold(None)
-
-
-# 8 ------------------------------------------------------------------ Relay
+def wait_for(sock: socket.socket, events: int, timeout: float, signal: socket.socket | None = None) -> bool:
+    """Wait until sock is ready for events (of selectors); False after timeout seconds, or once signal is readable."""
+    with _Poll() as poll:
+        poll.register(sock, events)
+        if signal:
+            poll.register(signal, selectors.EVENT_READ)
+        return any(key.fileobj is sock for key, _ in poll.select(min(timeout, FOREVER)))
 
 
 class Relay:
@@ -1256,9 +1055,9 @@ class Relay:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.streams: set[Any] = set()  # those under way
         self.clock = clock
         self.now = clock()  # when this turn's events came
-        self.streams: set[Stream] = set()
         self._selector = selectors.DefaultSelector()
         self._watched: set[socket.socket] = set()
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
@@ -1293,16 +1092,17 @@ class Relay:
             self._rope.send(b"!")
 
     def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
-        """Call back with the events (of selectors) that sock is ready for; for no events, no more."""
-        if not events:
-            if sock in self._watched:
-                self._watched.remove(sock)
-                self._selector.unregister(sock)
-        elif sock in self._watched:
+        """Call back with the events (of selectors) that sock is ready for."""
+        if sock in self._watched:
             self._selector.modify(sock, events, callback)
         else:
             self._watched.add(sock)
             self._selector.register(sock, events, callback)
+
+    def unwatch(self, sock: socket.socket) -> None:
+        if sock in self._watched:
+            self._watched.remove(sock)
+            self._selector.unregister(sock)
 
     def again(self, callback: Callable[[int], None]) -> None:
         """Call back in the next turn, which will not wait."""
@@ -1351,9 +1151,274 @@ class Relay:
             callback(*events)
         except Exception as error:  # noqa: BLE001
             log.error("fault in the relay: %s", place_of(error))
-            stream = getattr(getattr(callback, "func", callback), "__self__", None)
-            if isinstance(stream, Stream):
-                stream.drop(ProxyError("Internal error."))
+            owner: Any = getattr(getattr(callback, "func", callback), "__self__", None)
+            if owner in self.streams:
+                owner.drop(ProxyError("Internal error."))
+
+
+# 8 ------------------------------------------------------------------ Upstream
+
+
+class Gate(threading.Semaphore):
+    """Lets MAX_WORKING threads work at a time; a wait within stands in `with gate.outside():`."""
+
+    def __init__(self) -> None:
+        super().__init__(MAX_WORKING)
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        self.release()
+        try:
+            yield
+        finally:
+            self.acquire()
+
+
+class Lifeline:
+    """Lets the relay cut a connection that a thread is still opening.
+
+    shutdown() wakes a thread that is blocked on the socket; close() does not.  It is done to a
+    duplicate of the descriptor, since TLS takes the one of the socket that it wraps.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._cut = False
+
+    def hold(self, sock: socket.socket | None) -> None:
+        """Hold the connection that sock is about to make; None: let go.  Raises OSError after cut()."""
+        with self._lock:
+            if self._socket:
+                self._socket.close()
+            self._socket = sock and socket.fromfd(sock.fileno(), sock.family, sock.type)
+            if self._cut and sock:
+                raise ConnectionAbortedError(errno.ECONNABORTED, "cut")
+
+    def cut(self) -> None:
+        with self._lock:
+            self._cut = True
+            if self._socket:
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+
+@dataclasses.dataclass
+class Call:
+    """A request to upstream, and the moment, by the relay's clock, when it could be sent."""
+
+    path: str  # below the base URL
+    body: bytes
+    fields: Sequence[tuple[str, str]] = ()
+    method: str = "POST"
+    connected_at: float | None = None
+    lifeline: Lifeline = dataclasses.field(default_factory=Lifeline)
+
+
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Connection:
+    """A connection to upstream, whose socket does not block but while a request is sent."""
+
+    def __init__(self, sock: socket.socket, key: object, pool: Pool) -> None:
+        self.sock = sock
+        self.key = key  # what it leads to
+        self.pool = pool
+        self.reused = False
+        # TLS may hold decrypted bytes that a selector does not see: it is read until it would block.
+        self.hides = isinstance(sock, ssl.SSLSocket)
+        self.alarm: list[Any] = [0.0, 0, None]
+
+    def read(self) -> bytes | None:
+        """Return what has come; b"" at the end of the connection, None where nothing came."""
+        try:
+            return self.sock.recv(READ_SIZE)
+        except WOULD_BLOCK:
+            return None
+        except OSError:
+            return b""
+
+
+class Pool:
+    """Connections to upstream between two requests.  All but take belongs to the relay's thread."""
+
+    def __init__(self, relay: Relay) -> None:
+        self.relay = relay
+        self._lock = threading.Lock()  # guards _idle, and the sockets in it
+        self._idle: dict[object, list[Connection]] = collections.defaultdict(list)
+
+    def take(self, key: object) -> Connection | None:
+        """Return the connection that was used last, if one is alive.  For any thread."""
+        with self._lock:
+            while self._idle[key]:
+                connection = self._idle[key].pop()
+                if connection.read() is None:
+                    connection.reused = True
+                    return connection
+                self.relay.post(functools.partial(self.close, connection))
+        return None
+
+    def settle(self, connection: Connection, body: BodyDecoder) -> None:
+        """Keep a connection whose answer nobody waits for any more, once body, the rest of it, has ended."""
+        self.relay.watch(connection.sock, selectors.EVENT_READ, functools.partial(self._on_rest, connection, body))
+        connection.alarm = self.relay.set_alarm(self.relay.now + END_GRACE, functools.partial(self.close, connection))
+        self._on_rest(connection, body)
+
+    def close(self, connection: Connection) -> None:
+        connection.alarm[2] = None
+        self.relay.unwatch(connection.sock)
+        connection.sock.close()
+
+    def close_all(self) -> None:
+        for connection in itertools.chain(*self._idle.values()):
+            connection.sock.close()
+
+    def _on_rest(self, connection: Connection, body: BodyDecoder, events: int = 0) -> None:
+        data = b"" if body.complete else connection.read()
+        if data:
+            body.feed(data)
+        if body.complete and not body.rest:
+            self._keep(connection)
+        elif data is not None and (not data or body.complete or body.broken):
+            self.close(connection)
+
+    def _keep(self, connection: Connection) -> None:
+        connection.alarm[2] = None
+        connection.alarm = self.relay.set_alarm(
+            self.relay.now + KEEP_ALIVE_TIMEOUT, functools.partial(self._drop, connection)
+        )
+        self.relay.watch(connection.sock, selectors.EVENT_READ, functools.partial(self._on_idle, connection))
+        with self._lock:
+            self._idle[connection.key].append(connection)
+            oldest = self._idle[connection.key][0]
+            full = len(self._idle[connection.key]) > MAX_IDLE_CONNECTIONS
+        if full:
+            self._drop(oldest)
+
+    def _on_idle(self, connection: Connection, events: int) -> None:
+        """Upstream closed the connection, or says what nobody asked for."""
+        with self._lock:
+            if connection not in self._idle[connection.key]:  # a thread has just taken it
+                self.relay.unwatch(connection.sock)
+                return
+            if connection.read() is None:  # it was TLS's own affair
+                return
+        self._drop(connection)
+
+    def _drop(self, connection: Connection) -> None:
+        with self._lock:
+            idle = connection in self._idle[connection.key]
+            if idle:
+                self._idle[connection.key].remove(connection)
+        if idle:
+            self.close(connection)
+
+
+class Upstream(urllib.request.BaseHandler):
+    """The API, asked from any thread: a handler of urllib's, so that the proxies of the environment count."""
+
+    def __init__(self, settings: Settings, gate: Gate, relay: Relay) -> None:
+        """Raises SettingsError for certificates that cannot be read."""
+        self.redact = redactor(settings.api_key)
+        self.pool = Pool(relay)
+        self._gate = gate
+        self._base = urllib.parse.urlsplit(settings.upstream)
+        # The relay's clock cuts first; this is for systems where that does not wake connect().
+        self._timeout = settings.connect_timeout + 1 if settings.connect_timeout else None
+        self._fields = [("Host", self._base.netloc), ("Accept-Encoding", "identity")]
+        if settings.api_key:
+            name, _, template = settings.auth_header.partition(":")
+            self._fields.append((name, template.strip().replace("{key}", settings.api_key)))
+        self._context = None  # reading the system's certificates takes time and memory
+        if self._base.scheme == "https":
+            try:
+                self._context = ssl.create_default_context(cafile=settings.ca_file or None)
+            except OSError:
+                raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {settings.ca_file!r}") from None
+        # Neither redirects nor file: addresses: handlers that are not there.  The built-in upstream is
+        # on this machine, whatever proxy the environment names.
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(urllib.request.ProxyHandler({} if settings.demo else None))
+        self._opener.add_handler(self)
+
+    def open(self, call: Call, fresh: bool = False) -> Connection:
+        """Send a request, and return the connection on which its answer will come.
+
+        Blocks until it is sent or the call's lifeline is cut.  fresh: on a new connection.
+        Raises UpstreamError.
+        """
+        url = self._base._replace(path=self._base.path.rstrip("/") + call.path).geturl()
+        request = urllib.request.Request(url, method=call.method)
+        request.call, request.fresh = call, fresh  # type: ignore[attr-defined]
+        try:
+            return self._opener.open(request)  # type: ignore[no-any-return]
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last for a name like a..b
+            raise UpstreamError(f"Upstream cannot be reached: {reason_of(error)}.") from None
+        finally:
+            call.lifeline.hold(None)
+
+    def http_open(self, request: Any) -> Connection:
+        """What urllib calls, once it has set the proxy."""
+        call, key = request.call, (request.type, request.host, request._tunnel_host)
+        proxy_fields = {} if request._tunnel_host else request.headers
+        fields = [*self._fields, *proxy_fields.items(), *call.fields, ("Content-Length", str(len(call.body)))]
+        data = encode_head(f"{call.method} {request.selector} HTTP/1.1", fields) + call.body
+        connection = None if request.fresh else self.pool.take(key)
+        if connection:
+            try:
+                return self._send(connection, call, data)
+            except OSError:  # it was closed just now
+                self.pool.relay.post(functools.partial(self.pool.close, connection))
+        connection = Connection(self._connect(request), key, self.pool)
+        try:
+            return self._send(connection, call, data)
+        except BaseException:
+            connection.sock.close()
+            raise
+
+    https_open = http_open
+
+    def _send(self, connection: Connection, call: Call, data: bytes) -> Connection:
+        call.lifeline.hold(connection.sock)
+        call.connected_at = self.pool.relay.clock()
+        connection.sock.setblocking(True)  # from here on the relay's clocks count
+        with self._gate.outside():
+            connection.sock.sendall(data)
+        connection.sock.setblocking(False)
+        return connection
+
+    def _connect(self, request: Any) -> socket.socket:
+        """Connect, through TLS and a proxy's tunnel where they are needed."""
+        kind: Any = http.client.HTTPConnection
+        if request.type == "https":
+            kind = functools.partial(http.client.HTTPSConnection, context=self._context)
+        connection = kind(request.host, timeout=self._timeout)
+        connection._create_connection = functools.partial(self._dial, request.call.lifeline)
+        if request._tunnel_host:
+            connection.set_tunnel(request._tunnel_host, headers=request.headers)
+        with self._gate.outside():
+            connection.connect()
+        return connection.sock  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _dial(lifeline: Lifeline, address: tuple[str, int], timeout: float | None, *_: object) -> socket.socket:
+        """Connect as socket.create_connection does, with each attempt on the lifeline."""
+        failure = OSError(errno.EADDRNOTAVAIL, "no address")
+        for family, kind, protocol, _name, target in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
+            sock = socket.socket(family, kind, protocol)
+            try:
+                lifeline.hold(sock)
+                sock.settimeout(timeout)
+                sock.connect(target)
+                return sock
+            except OSError as error:
+                failure = error
+                sock.close()
+        raise failure
+
+
+# 9 ------------------------------------------------------------------ Streams
 
 
 class Stream:
@@ -1365,10 +1430,14 @@ class Stream:
     """
 
     def __init__(
-        self, relay: Relay, client: socket.socket, answer: Answer, settings: Settings,
-        head: bytes, chunked: bool, on_end: Callable[[], None],
+        self, relay: Relay, client: socket.socket, answer: TextAnswer, call: Call, settings: Settings,
+        encode_head: Callable[[], bytes], chunked: bool, on_news: Callable[[bool], None],
     ) -> None:
-        """client must not block; head leaves with the first bytes of the body; on_end is called in the relay."""
+        """client must not block; encode_head is called for what leaves with the first bytes of the body.
+
+        on_news is called in the relay: with False at the end, with True where the request got
+        nowhere, over a connection that turned out closed, and should be opened afresh.
+        """
         self.answer = answer
         self.failure: ProxyError | None = None  # why the answer is not complete
         self.started = False  # the client was sent something
@@ -1377,12 +1446,15 @@ class Stream:
         self.early = bytearray()  # what the client sent meanwhile: its next request
         self._relay = relay
         self._client = client
+        self._call = call
         self._settings = settings
-        self._head = head
+        self._encode_head = encode_head
         self._chunked = chunked
-        self._on_end = on_end
-        self._lifeline = Lifeline(relay.clock)
-        self._upstream: UpstreamAnswer | None = None
+        self._on_news = on_news
+        self._connection: Connection | None = None
+        self._head = b""  # what came of upstream's head, until it is whole
+        self._body: BodyDecoder | None = None  # once it is
+        self._keeps_alive = False
         self._pending = b""  # what the client's socket did not take
         self._blocked = False  # pending waits for the client, and upstream is not read
         self._closing = False  # nothing comes after pending
@@ -1391,18 +1463,19 @@ class Stream:
         self._began_at = self._event_at = self._write_at = relay.clock()
         self._settled_at: float | None = None  # when the finish_reason came
 
-    def open(self, upstream: Upstream, path: str, body: bytes) -> None:
-        """Ask upstream, and leave the rest to the relay.  Blocks until upstream's head has come."""
-        self._relay.post(self.begin)
-        call: Callable[[], None]
+    def open(self, upstream: Upstream, fresh: bool = False) -> None:
+        """Ask upstream, and leave the rest to the relay.  Blocks until the request is sent."""
+        if not fresh:
+            self._relay.post(self.begin)
+        news: Callable[[], None]
         try:
-            call = functools.partial(self.carry, upstream.open(path, body, self._lifeline))
+            news = functools.partial(self.carry, upstream.open(self._call, fresh))
         except UpstreamError as error:
-            call = functools.partial(self.fail, error)
+            news = functools.partial(self.fail, error)
         except Exception as error:  # noqa: BLE001
             log.error("fault in asking upstream: %s", place_of(error))
-            call = functools.partial(self.fail, ProxyError("Internal error."))
-        self._relay.post(call)
+            news = functools.partial(self.fail, ProxyError("Internal error."))
+        self._relay.post(news)
 
     # The rest is called by the relay.
 
@@ -1412,38 +1485,31 @@ class Stream:
         self._relay.watch(self._client, selectors.EVENT_READ, self.on_client)
         self._set_alarm()
 
-    def carry(self, upstream: UpstreamAnswer) -> None:
-        """Move the body of upstream's answer from now on."""
+    def carry(self, connection: Connection) -> None:
+        """Move what comes over connection from now on."""
+        connection.alarm[2] = None
         if self._ended or self._closing:
-            upstream.close()
+            connection.pool.close(connection)
             return
-        self._upstream = upstream
-        self.answer.start(upstream.status, upstream.headers)
-        if self.answer.failure:
-            self.fail(self.answer.failure)
-        elif upstream.body.complete:
-            self._take(b"")
-        elif upstream.early:
-            self._take(upstream.early)
-        if self._upstream and not self._blocked:
-            self._relay.watch(upstream.socket, selectors.EVENT_READ, self.on_upstream)
-            if upstream.hides:
-                self.on_upstream(selectors.EVENT_READ)
+        self._connection = connection
+        self._relay.watch(connection.sock, selectors.EVENT_READ, self.on_upstream)
+        if connection.hides:
+            self.on_upstream(selectors.EVENT_READ)
 
     def on_upstream(self, events: int) -> None:
         """Read what has arrived and pass it on."""
         for _ in range(READS_PER_TURN):
-            upstream = self._upstream
-            if not upstream or self._blocked:
+            connection = self._connection
+            if not connection or self._blocked:
                 return
-            try:
-                data = upstream.socket.recv(READ_SIZE)
-            except WOULD_BLOCK:
+            data = connection.read()
+            if data is None:
                 return
-            except OSError:
-                data = b""
-            self._take(data)
-            if not upstream.hides:
+            if self._body:
+                self._take(data, closed=not data)
+            else:
+                self._take_head(data)
+            if not connection.hides:
                 return
         self._relay.again(self.on_upstream)
 
@@ -1482,8 +1548,8 @@ class Stream:
             return
         self.failure = failure
         self._close_upstream()
-        told = self.answer.format.error(failure.message) if self.started else None
-        if told is not None:
+        told = self.answer.encode_error(failure.message) if self.started else b""
+        if told:
             self._write(told, last=True)
         elif self._pending:
             self._closing = True
@@ -1497,15 +1563,38 @@ class Stream:
             self.intact = False
             self._end()
 
-    def _take(self, data: bytes) -> None:
-        """Pass on what data adds to the answer; b"" is the end of upstream's connection."""
-        assert self._upstream
-        answer, body, events = self.answer, self._upstream.body, self.answer.events
-        if not data:
-            body.close()
+    def _take_head(self, data: bytes) -> None:
+        """Read on in upstream's head; b"" is the end of its connection."""
+        assert self._connection
+        if not (data or self._head) and self._connection.reused:
+            self._close_upstream(cut=False)
+            self._on_news(True)
+            return
+        self._head += data
+        try:
+            if not data:
+                raise ValueError("the connection was closed within it" if self._head else "there is none")
+            parsed = parse_answer_head(self._head)
+            if not parsed:
+                return
+            status, fields, rest = parsed
+            self._body = LengthDecoder(0) if status in (204, 304) else body_decoder(fields, BodyDecoder)
+        except ValueError as error:
+            self.fail(Garbled(f"Upstream's answer cannot be read: {error}."))
+            return
+        self._keeps_alive = type(self._body) is not BodyDecoder and "close" not in fields.get("connection", "").lower()
+        self.answer.start(status, fields)
+        self._take(rest)
+
+    def _take(self, data: bytes, closed: bool = False) -> None:
+        """Pass on what data adds to the answer; closed: it is the last of upstream's connection."""
+        assert self._body
+        answer, body, events = self.answer, self._body, self.answer.events
         out = answer.feed(body.feed(data))
-        if body.complete or body.failure:
-            out += answer.close(body.failure)
+        if closed:
+            body.close()
+        if body.complete or body.broken or closed:
+            out += answer.close(self._fault_of(body))
         if answer.done:
             self._complete(out)
             return
@@ -1519,12 +1608,20 @@ class Stream:
                 self._settled_at = self._event_at
                 self._set_alarm(END_GRACE)
 
+    @staticmethod
+    def _fault_of(body: BodyDecoder) -> UpstreamError | None:
+        if body.complete:
+            return None
+        if body.broken:
+            return Garbled("Upstream broke the chunked coding of its answer.")
+        return UpstreamError("Upstream closed the connection within its answer.", ending="truncated")
+
     def _complete(self, out: bytes = b"") -> None:
-        self._close_upstream()
+        self._close_upstream(keep=self._keeps_alive)
         self._write(out + self.answer.end(), last=True)
 
     def _ping(self) -> None:
-        self._write(self.answer.format.ping())
+        self._write(self.answer.ping())
 
     def _write(self, body: bytes, last: bool = False) -> None:
         """Send body as one chunk, with the head before the first and the last chunk behind the last."""
@@ -1534,7 +1631,7 @@ class Stream:
         self._write_at = self._relay.now
         if not self.started:
             self.started = True
-            data = self._head + data
+            data = self._encode_head() + data
         if self.first_text_at is None and self.answer.pieces:
             self.first_text_at = self._write_at
         if last:
@@ -1568,34 +1665,36 @@ class Stream:
         """Back-pressure: while the client does not read, neither do we."""
         self._blocked = True
         self._relay.watch(self._client, selectors.EVENT_READ | selectors.EVENT_WRITE, self.on_client)
-        if self._upstream:
-            self._relay.watch(self._upstream.socket, 0, self.on_upstream)
+        if self._connection:
+            self._relay.unwatch(self._connection.sock)
 
     def _unblock(self) -> None:
         self._blocked = False
         self._event_at = self._write_at = self._relay.now  # upstream was not silent: we did not listen
         self._relay.watch(self._client, selectors.EVENT_READ, self.on_client)
-        if self._upstream:
-            self._relay.watch(self._upstream.socket, selectors.EVENT_READ, self.on_upstream)
+        if self._connection:
+            self._relay.watch(self._connection.sock, selectors.EVENT_READ, self.on_upstream)
             self.on_upstream(selectors.EVENT_READ)  # also for what TLS may hold
         if self._settled_at is not None:
             self._set_alarm()  # END_GRACE did not run meanwhile, and is shorter than the other clocks
 
-    def _close_upstream(self) -> None:
-        """Nobody pays for what would come from now on."""
-        self._lifeline.cut()
-        if self._upstream:
-            self._relay.watch(self._upstream.socket, 0, self.on_upstream)
-            self._upstream.close()
-            self._upstream = None
+    def _close_upstream(self, keep: bool = False, cut: bool = True) -> None:
+        """Nobody pays for what would come from now on.  keep: what comes is a few bytes that were paid for."""
+        if cut:
+            self._call.lifeline.cut()
+        connection, self._connection = self._connection, None
+        if connection and keep and self._body:
+            connection.pool.settle(connection, self._body)
+        elif connection:
+            connection.pool.close(connection)
 
     def _end(self) -> None:
         self._ended = True
         self._alarm[2] = None
         self._close_upstream()
-        self._relay.watch(self._client, 0, self.on_client)
+        self._relay.unwatch(self._client)
         self._relay.streams.discard(self)
-        self._on_end()
+        self._on_news(False)
 
     def _set_alarm(self, within: float = FOREVER) -> None:
         """Look at the clocks again when the next is due, in within seconds at most.
@@ -1605,14 +1704,14 @@ class Stream:
         if not self._ended:
             limits = self._settings
             timeouts = (limits.connect_timeout, limits.first_byte_timeout, limits.idle_timeout, limits.client_timeout,
-                        limits.heartbeat if self.answer.format.pings else 0)
+                        limits.heartbeat if self.answer.pings else 0)
             soon = self._relay.now + min([within, *filter(None, timeouts)])
             self._alarm[2] = None
             self._alarm = self._relay.set_alarm(min([soon, *(due for due, _ in self._clocks())]), self.on_alarm)
 
     def _clocks(self) -> Iterator[tuple[float, Callable[[], None]]]:
         """What is due when, as things stand."""
-        limits, connected_at = self._settings, self._lifeline.connected_at
+        limits, connected_at = self._settings, self._call.connected_at
         if limits.total_timeout and not self._closing:
             yield self._began_at + limits.total_timeout, self._late("to end its answer")
         if self._blocked:
@@ -1629,20 +1728,20 @@ class Stream:
                 yield connected_at + limits.first_byte_timeout, self._late("to start its answer")
         elif limits.connect_timeout:
             yield self._began_at + limits.connect_timeout, self._late("to connect")
-        if limits.heartbeat and self.answer.format.pings:
+        if limits.heartbeat and self.answer.pings:
             yield self._write_at + limits.heartbeat, self._ping
 
     def _late(self, what: str) -> Callable[[], None]:
-        return lambda: self.fail(UpstreamTimeout(f"Upstream took too long {what}."))
+        return lambda: self.fail(UpstreamError(f"Upstream took too long {what}.", 504, "aborted"))
 
     def _stalled(self) -> None:
         self.drop(Aborted("The client stopped reading."))
 
 
-# 9 ------------------------------------------------------------------ Server
+# 10 ----------------------------------------------------------------- Server
 
-# A selector with no descriptor of its own, for a wait on one or two sockets.
-_Poll: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
+_REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])")  # RFC 9112 section 3
+_HOST = re.compile(r"([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
 
 
 class LogEntry(dict):  # type: ignore[type-arg]
@@ -1661,75 +1760,20 @@ _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
-def wait_for(sock: socket.socket, events: int, timeout: float, signal: socket.socket | None = None) -> bool:
-    """Wait until sock is ready for events (of selectors); False after timeout seconds, or once signal is readable."""
-    with _Poll() as poll:
-        poll.register(sock, events)
-        if signal:
-            poll.register(signal, selectors.EVENT_READ)
-        return any(key.fileobj is sock for key, _ in poll.select(min(timeout, FOREVER)))
-
-
-class ClientReader(io.RawIOBase):
-    """What a client sends, waited for outside the gate and, for one request, client_timeout in all."""
-
-    def __init__(self, server: Server, sock: socket.socket) -> None:
-        self.early = bytearray()  # what the relay has read already
-        self._server = server
-        self._socket = sock
-        self._timeout = server.settings.client_timeout or FOREVER
-        self._deadline: float | None = None  # None: between two requests
-
-    def expect_request(self) -> None:
-        self._deadline = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what there is into buffer; 0 at the end of the connection.
-
-        Between two requests that is also when the server drains, or nothing comes for
-        client_timeout.  Raises RequestError where a request takes longer than that.
-        """
-        if self.early:
-            size = min(len(buffer), len(self.early))
-            buffer[:size] = self.early[:size]
-            del self.early[:size]
-            return size
-        with self._server.gate.outside:
-            while True:
-                try:
-                    size = self._socket.recv_into(buffer)
-                except BlockingIOError:
-                    if not self._wait():
-                        return 0
-                    continue
-                if self._deadline is None:
-                    self._deadline = time.monotonic() + self._timeout
-                return size
-
-    def _wait(self) -> bool:
-        if self._deadline is None:
-            return wait_for(self._socket, selectors.EVENT_READ, self._timeout, self._server.drain_signal)
-        left = self._deadline - time.monotonic()
-        if left <= 0 or not wait_for(self._socket, selectors.EVENT_READ, left):
-            raise RequestError("The request did not arrive in time.", 408)
-        return True
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: reads requests, answers them, and leaves streams to the relay."""
+    """One connection: reads requests, answers them, and leaves streams to the relay.
+
+    http.server's own reading of requests is not used: it lets one hide in another.
+    """
 
     server: Server
-    protocol_version = "HTTP/1.1"
-    rbufsize = 0
 
     def setup(self) -> None:
-        super().setup()
-        self.rfile.close()
-        self.reader = ClientReader(self.server, self.connection)
-        self.rfile = io.BufferedReader(self.reader)
+        self.connection = self.request
+        self.buffer = bytearray()  # what the client sent and nobody has taken yet
+
+    def finish(self) -> None:
+        pass
 
     def handle(self) -> None:
         with self.server.gate:
@@ -1738,20 +1782,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read a request and answer it, whatever happens, with one line in the log."""
         self.close_connection = True
-        self.command, self.path, self.request_version = "-", "-", self.protocol_version
+        self.method = self.path = "-"
+        self.query = ""
+        self.http11 = True
+        self.fields: dict[str, str] = {}
+        self.body: BodyDecoder = BodyDecoder()  # which is not complete: who knows what comes
         self.request_id, self.status, self.began_at = f"{random.getrandbits(64):016x}", 0, time.monotonic()
         self.stream: Stream | None = None
         self.failure: ProxyError | None = None
-        self.unread = True  # bytes of the request may be left
-        self.reader.expect_request()
         try:
-            with contextlib.suppress(ConnectionError):
-                self.raw_requestline = b""
-                self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
-            if not self.raw_requestline:
+            if not self._read_head():
                 return
-            self.began_at = time.monotonic()
-            self._handle_request()
+            self._dispatch()
         except ProxyError as failure:
             self._refuse(failure)
         except OSError:
@@ -1761,107 +1803,166 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._refuse(ProxyError("Internal error."))
         self._log()
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server calls for a head that it cannot take."""
-        raise RequestError(f"{http.HTTPStatus(code).phrase}.", int(code))  # message may quote the query
-
-    def handle_expect_100(self) -> bool:
-        return True  # said when the body is wanted
-
     # What is asked.
 
-    def _handle_request(self) -> None:
-        if len(self.raw_requestline) > MAX_LINE:
-            raise RequestError("The request line is too long.", 414)
-        if not self.parse_request():
-            raise RequestError("The request line is empty.")
-        major, minor = map(int, self.request_version[5:].split("."))
-        if major != 1:
-            raise RequestError("This server speaks HTTP/1.1 and HTTP/1.0.")
-        self.request_version = "HTTP/1.1" if minor else "HTTP/1.0"
-        self.close_connection |= self.request_version == "HTTP/1.0"
-        lengths = self.headers.get_all("Content-Length", [])
-        self.unread = "Transfer-Encoding" in self.headers or any(length != "0" for length in lengths)
-        if self.headers.defects or not all(re.fullmatch(_TOKEN, name.encode("latin-1")) for name in self.headers):
-            self.unread = True  # who knows where this request ends
-            raise RequestError("A header field is not in HTTP's grammar.")
-        if re.fullmatch("[0-9A-Za-z._-]{1,64}", self.headers.get("X-Request-Id", "")):
-            self.request_id = self.headers["X-Request-Id"]
-        path, _, query = self.path.partition("?")
-        methods = _ROUTES.get(path)
+    def _read_head(self) -> bool:
+        """Take the next request's head; False where the connection ends, or idles, before it."""
+        self._deadline: float | None = None
+        while True:
+            if self.buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2
+                del self.buffer[:2]
+            head, end, rest = self.buffer.partition(b"\r\n\r\n")
+            line, line_end, _ = head.partition(b"\r\n")
+            if len(head) > MAX_HEAD_SIZE:
+                raise RequestError("The head of the request is too large.", 431 if line_end else 414)
+            if line_end or end or not re.match(_TOKEN.encode(), head or b"-") or b"\n" in line:
+                self._take_request_line(line.decode("latin-1"))  # HTTP/0.9 and TLS are told at once
+            if end:
+                self.buffer = rest
+                self._take_fields(bytes(head))
+                return True
+            if not self._fill():
+                if self.buffer:
+                    raise Disconnected("The client left.")
+                return False
+
+    def _fill(self) -> bool:
+        """Read more of what the client sends; False at the end of the connection.
+
+        Between two requests that is also when the server drains, or nothing comes for
+        client_timeout.  Raises RequestError where a request takes longer than that in all.
+        """
+        timeout = self.server.settings.client_timeout or FOREVER
+        with self.server.gate.outside():
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    data = self.connection.recv(READ_SIZE)
+                    if self._deadline is None:
+                        self._deadline = time.monotonic() + timeout
+                    self.buffer += data
+                    return bool(data)
+                if self._deadline is None:
+                    if not wait_for(self.connection, selectors.EVENT_READ, timeout, self.server.drain_signal):
+                        return False
+                elif not wait_for(self.connection, selectors.EVENT_READ, max(0.0, self._deadline - time.monotonic())):
+                    raise RequestError("The request did not arrive in time.", 408)
+
+    def _take_request_line(self, line: str) -> None:
+        match = _REQUEST_LINE.fullmatch(line)
+        if not match:
+            raise RequestError("The request line is not in HTTP's grammar.")
+        if match[3] != "1":
+            raise RequestError("This server speaks HTTP/1.1 and HTTP/1.0.", 505)
+        self.method, target, self.http11 = match[1], match[2], match[4] != "0"
+        self.path, _, self.query = target.partition("?")
+
+    def _take_fields(self, head: bytes) -> None:
+        """Take the fields, and from them the framing of the body.  Raises RequestError."""
+        self.began_at = time.monotonic()
+        if head.count(b"\r\n") > MAX_FIELDS:
+            raise RequestError("The request has too many header fields.", 431)
+        try:
+            self.fields = parse_head(head)[1]
+            if "transfer-encoding" in self.fields and not self.http11:
+                raise ValueError("a transfer coding in HTTP/1.0")
+            body = body_decoder(self.fields, lambda: LengthDecoder(0))
+        except ValueError as error:
+            raise RequestError(f"The request cannot be read: {error}.") from None
+        if not _HOST.fullmatch(self.fields.get("host", "" if self.http11 else "localhost")):
+            raise RequestError("The request needs one Host field.")
+        self.body = body
+        if re.fullmatch("[0-9A-Za-z._-]{1,64}", self.fields.get("x-request-id", "")):
+            self.request_id = self.fields["x-request-id"]
+        tokens = [token.strip() for token in self.fields.get("connection", "").lower().split(",")]
+        self.close_connection = not self.http11 or "close" in tokens
+
+    def _dispatch(self) -> None:
+        methods = _ROUTES.get(self.path)
         if not methods:
             raise RequestError("There is nothing at this path.", 404)
-        if self.command not in methods:
+        if self.method not in methods:
             allowed = ", ".join(methods)
-            raise RequestError(f"This path takes {allowed} only.", 405, ("Allow", allowed))
-        if self.unread and self.command != "POST":
+            raise RequestError(f"This path takes {allowed} only.", 405, fields=[("Allow", allowed)])
+        if self.method != "POST" and not self.body.complete:
             raise RequestError("Only POST takes a body.")
-        methods[self.command](self, query)
+        methods[self.method](self)
 
-    def post_prompt(self, query: str) -> None:
+    def post_prompt(self) -> None:
         """Answer a JSON body with a stream."""
         try:
-            asked = _load_json(self._read_body())
+            asked = load_json(self._read_body().decode())
         except (ValueError, RecursionError):
             raise RequestError("Invalid JSON data") from None  # the script's own words
-        format = EventFormat(self.request_id) if self._wants_events() else TextFormat()
-        self._stream(encode_request(asked, self.server.settings), format)
+        redact = self.server.upstream.redact
+        answer = EventAnswer(self.request_id, redact) if self._wants_events() else TextAnswer(redact)
+        self._stream(answer, asked)
 
-    def get_root(self, query: str) -> None:
+    def get_root(self) -> None:
         """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
         if not self._wants_events():
             self._answer(200, PAGE, "text/html; charset=utf-8", [("Content-Security-Policy", PAGE_POLICY)])
-        elif "Last-Event-ID" in self.headers:  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
+        elif "last-event-id" in self.fields:  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
             self._answer(204, b"")
         else:
             try:
-                prompts = urllib.parse.parse_qs(query, errors="strict").get("prompt", [])
+                prompts = urllib.parse.parse_qs(self.query, errors="strict").get("prompt", [])
             except ValueError:
                 raise RequestError("The query is not UTF-8.") from None
-            asked = {"prompt": prompts[0] if len(prompts) == 1 else None}
-            self._stream(encode_request(asked, self.server.settings), EventFormat(self.request_id, reconnects=True))
+            answer = EventAnswer(self.request_id, self.server.upstream.redact, reconnects=True)
+            self._stream(answer, {"prompt": prompts[0] if len(prompts) == 1 else None})
 
-    def get_health(self, query: str) -> None:
+    def get_health(self) -> None:
         """Say that the process is alive."""
         self._answer(200, b"ok\n", "text/plain; charset=utf-8")
 
     def _wants_events(self) -> bool:
-        ranges = [part.partition(";")[0].strip().lower() for part in self.headers.get("Accept", "").split(",")]
-        return "text/event-stream" in ranges and self.command != "HEAD"
+        ranges = [part.partition(";")[0].strip().lower() for part in self.fields.get("accept", "").split(",")]
+        return "text/event-stream" in ranges and self.method != "HEAD"
 
     def _read_body(self) -> bytes:
-        lengths, limit = self.headers.get_all("Content-Length", []), self.server.settings.max_body
-        if "Transfer-Encoding" in self.headers or not lengths:
+        limit, length = self.server.settings.max_body, self.fields.get("content-length", "0")
+        if "transfer-encoding" not in self.fields and "content-length" not in self.fields:
             raise RequestError("A body needs a Content-Length.", 411)
-        if len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", lengths[0]):
-            raise RequestError("Content-Length is not a number.")
-        if int(lengths[0]) > limit:
+        if int(length) > limit:
             raise RequestError(f"The body is larger than {limit} bytes.", 413)
-        if self.headers.get("Expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1":
+        if self.fields.get("expect", "").lower() == "100-continue" and self.http11 and not self.buffer:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.rfile.read(int(lengths[0]))
-        if len(body) < int(lengths[0]):
-            raise Disconnected("The client left.")
-        self.unread = False
-        return body
+        body = bytearray()
+        while not self.body.complete:
+            if not self.buffer and not self._fill():
+                raise Disconnected("The client left.")
+            body += self.body.feed(bytes(self.buffer))
+            self.buffer = bytearray(self.body.rest)
+            if self.body.broken:
+                raise RequestError("The chunked coding of the body is broken.")
+            if len(body) > limit:
+                raise RequestError(f"The body is larger than {limit} bytes.", 413)
+        return bytes(body)
 
     # How it is answered.
 
-    def _stream(self, body: bytes, format: TextFormat) -> None:
+    def _stream(self, answer: TextAnswer, asked: Any) -> None:
         """Have upstream's answer relayed, and sleep until it has ended."""
-        server, ended, chunked = self.server, threading.Event(), self.request_version == "HTTP/1.1"
-        framing = [("Transfer-Encoding", "chunked")] if chunked else []
-        head = self._encode_head(200, format.content_type, [*framing, *STREAM_FIELDS])
+        server, news = self.server, queue.SimpleQueue()  # type: ignore[var-annotated]
+        call = Call("/chat/completions", encode_request(asked, server.settings), CALL_FIELDS)
+        framing = [("Transfer-Encoding", "chunked")] if self.http11 else []
+
+        def encode_head() -> bytes:
+            return self._encode_head(200, answer.content_type, [*framing, *STREAM_FIELDS])
+
         with server.stream_place():
-            answer = Answer(format, server.upstream.redact)
-            self.stream = Stream(server.relay, self.connection, answer, server.settings, head, chunked, ended.set)
-            self.stream.open(server.upstream, "/chat/completions", body)
-            with server.gate.outside:
-                ended.wait()
-        self.reader.early += self.stream.early
-        self.status = 200 if self.stream.started else 0
-        if self.stream.failure:
-            raise self.stream.failure
+            self.stream = stream = Stream(
+                server.relay, self.connection, answer, call, server.settings, encode_head, self.http11, news.put
+            )
+            for fresh in (False, True):
+                stream.open(server.upstream, fresh)
+                with server.gate.outside():
+                    if not news.get():
+                        break
+        self.buffer += stream.early
+        self.status = 200 if stream.started else 0
+        if stream.failure:
+            raise stream.failure
 
     def _refuse(self, failure: ProxyError) -> None:
         """Tell the client that its request failed, as far as that can still be told."""
@@ -1870,21 +1971,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         elif self.stream and self.stream.started:
             self.close_connection |= not self.stream.intact
-            if not self.stream.intact and self.request_version == "HTTP/1.0":
+            if not self.stream.intact and not self.http11:
                 self._reset()  # its body ends where the connection does
         else:
-            self.close_connection |= self.unread
+            unread = not self.body.complete
+            self.close_connection |= unread
             body = json.dumps({"error": failure.message}).encode() + b"\n"
             with contextlib.suppress(OSError):
                 self._answer(failure.status, body, "application/json", failure.fields)
-                if self.unread:
+                if unread:
                     self._linger()
 
     def _answer(self, status: int, body: bytes, type: str = "", fields: Iterable[tuple[str, str]] = ()) -> None:
         self.status = status
         length = [("Content-Length", str(len(body)))] if body else []
         head = self._encode_head(status, type, [*length, *fields, ("Cache-Control", "no-store")])
-        self._send(head if self.command == "HEAD" else head + body)
+        self._send(head if self.method == "HEAD" else head + body)
 
     def _encode_head(self, status: int, type: str, fields: Iterable[tuple[str, str]]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
@@ -1896,10 +1998,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("Content-Type", type),
             ("Connection", "close" if self.close_connection else ""),
         ]
-        return encode_head(status, [field for field in common if field[1]] + [*fields])
+        line = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
+        return encode_head(line, [field for field in common if field[1]] + [*fields])
 
     def _send(self, data: bytes) -> None:
-        with self.server.gate.outside:
+        with self.server.gate.outside():
             while data:
                 try:
                     data = data[self.connection.send(data) :]
@@ -1910,7 +2013,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _linger(self) -> None:
         """Read what the client still sends: closing now would reset the connection under our answer."""
         deadline, room = time.monotonic() + LINGER_TIMEOUT, MAX_LINGER_SIZE
-        with self.server.gate.outside:
+        with self.server.gate.outside():
             self.connection.shutdown(socket.SHUT_WR)
             while room > 0 and wait_for(self.connection, selectors.EVENT_READ, deadline - time.monotonic()):
                 room -= len(self.connection.recv(READ_SIZE)) or room
@@ -1926,8 +2029,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03}Z",
             id=self.request_id,
             client=self.client_address[0] if self.client_address else "unix",
-            method=self.command,
-            path=self.path.partition("?")[0][:200],  # the query may hold a prompt
+            method=self.method,
+            path=self.path[:200],  # the query may hold a prompt
             status=self.status,
             ending=self.failure.ending if self.failure else "complete",
             error=self.failure.logged if self.failure else None,
@@ -1940,7 +2043,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 # Path, then method.  HEAD is answered as GET without the body.
-_ROUTES: dict[str, dict[str, Callable[[Handler, str], None]]] = {
+_ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
     "/": {"GET": Handler.get_root, "HEAD": Handler.get_root, "POST": Handler.post_prompt},
     "/healthz": {"GET": Handler.get_health, "HEAD": Handler.get_health},
 }
@@ -1952,6 +2055,13 @@ STREAM_FIELDS = (
     ("Incremental", "?1"),
 )
 
+# What upstream is told of a request of our own.
+CALL_FIELDS = (
+    ("Content-Type", "application/json"),
+    ("Accept", "text/event-stream, application/json"),
+    ("User-Agent", f"streamproxy/{__version__}"),
+)
+
 
 class Server(http.server.ThreadingHTTPServer):
     """The proxy: bound once made, serving from start() to stop(), or within a with block."""
@@ -1961,8 +2071,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings: Settings) -> None:
         """Raises SettingsError, and OSError where the address cannot be bound."""
-        path, host, port = settings.address
-        found: Any = [(socket.AF_UNIX, 0, 0, "", path)] if path else socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        self.path, host, port = parse_address(settings.bind)
+        found: Any = [(socket.AF_UNIX, 0, 0, "", self.path)] if self.path else socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
         self.address_family = found[0][0]
         super().__init__(found[0][4], Handler, bind_and_activate=False)
         self._demo = Demo() if settings.demo else None
@@ -1978,7 +2088,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._listening = False
         self._accepting = threading.Thread(target=self._accept, name="accept", daemon=True)
         try:
-            self.upstream = Upstream(self.settings, self.gate)
+            self.upstream = Upstream(self.settings, self.gate, self.relay)
             self.server_bind()
             self.server_activate()
         except BaseException:
@@ -1995,9 +2105,9 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where the server can be reached, with the port that was bound; unix:PATH for a socket."""
-        path, host, _ = self.settings.address
+        host = parse_address(self.settings.bind)[1]
         host = f"[{host}]" if ":" in host else host
-        return f"unix:{path}" if path else f"http://{host}:{self.server_address[1]}"
+        return f"unix:{self.path}" if self.path else f"http://{host}:{self.server_address[1]}"
 
     def start(self) -> None:
         """Serve, in threads of its own."""
@@ -2014,21 +2124,19 @@ class Server(http.server.ThreadingHTTPServer):
         if self.draining:
             return
         self.draining = True
-        if not self._accepting.ident:  # never started
-            self.server_close()
-            return
-        self._drain_sender.send(b"!")
-        self._accepting.join()
-        if not self._wait_for_connections(self.settings.drain_timeout):
-            self.relay.post(self._abort_streams)
-            self._hurried = False
-            self._wait_for_connections(ABORT_GRACE)
-            for connection in list(self._connections):
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-        self.relay.stop()
-        if self._demo:
-            self._demo.stop()
+        if self._accepting.ident:  # or it never started
+            self._drain_sender.send(b"!")
+            self._accepting.join()
+            if not self._wait_for_connections(self.settings.drain_timeout):
+                self.relay.post(self._abort_streams)
+                self._hurried = False
+                self._wait_for_connections(ABORT_GRACE)
+                for connection in list(self._connections):
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)
+            self.relay.stop()
+            if self._demo:
+                self._demo.shutdown()
         self.server_close()
 
     def abort(self) -> None:
@@ -2041,7 +2149,7 @@ class Server(http.server.ThreadingHTTPServer):
     def stream_place(self) -> Iterator[None]:
         """Hold one of max_streams places.  Raises RequestError where none is free."""
         if not self._places.acquire(blocking=False):
-            raise RequestError("Too many answers are on their way.", 503, ("Retry-After", "1"))
+            raise RequestError("Too many answers are on their way.", 503, fields=[("Retry-After", "1")])
         try:
             yield
         finally:
@@ -2054,18 +2162,17 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _abort_streams(self) -> None:
         for stream in list(self.relay.streams):
-            stream.fail(Aborted("The server is shutting down.", 0, ("Retry-After", "1")))
+            stream.fail(Aborted("The server is shutting down.", fields=[("Retry-After", "1")]))
 
     # What socketserver calls, or is called of it.
 
     def server_bind(self) -> None:
-        path = self.settings.address[0]
-        if path:
-            _remove_stale_socket(path)
+        if self.path:
+            _remove_stale_socket(self.path)
         socketserver.TCPServer.server_bind(self)  # http.server's looks its own name up, which may take long
         self._listening = True
-        if path:
-            os.chmod(path, 0o666)  # as open as a loopback port; the folder's mode can say otherwise
+        if self.path:
+            os.chmod(self.path, 0o666)  # as open as a loopback port; the folder's mode can say otherwise
 
     def server_close(self) -> None:
         self._stop_listening()
@@ -2073,15 +2180,17 @@ class Server(http.server.ThreadingHTTPServer):
         self.relay.close()
         self.drain_signal.close()
         self._drain_sender.close()
+        if hasattr(self, "upstream"):
+            self.upstream.pool.close_all()
         if self._demo:
             self._demo.server_close()
 
     def _stop_listening(self) -> None:
         if self._listening:
             self._listening = False
-            if self.settings.address[0]:  # removed now: a successor may bind it while we drain
+            if self.path:  # removed now: a successor may bind it while we drain
                 with contextlib.suppress(OSError):
-                    os.unlink(self.settings.address[0])
+                    os.unlink(self.path)
             self.socket.close()
 
     def _accept(self) -> None:
@@ -2143,18 +2252,18 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
     if demo:
         demo.start()
         settings = dataclasses.replace(settings, upstream=demo.url)
-    gate = Gate()
-    upstream = Upstream(settings, gate)
-    relay = Relay()
+    gate, relay = Gate(), Relay()
+    upstream = Upstream(settings, gate, relay)
+    call = Call("/chat/completions", encode_request({"prompt": prompt}, settings), CALL_FIELDS)
     reader, client = socket.socketpair()  # the loop is a client like any other, but for HTTP
     client.setblocking(False)
-    answer = Answer(TextFormat(), upstream.redact)
-    stream = Stream(relay, client, answer, settings, head=b"", chunked=False, on_end=client.close)
+    answer = TextAnswer(upstream.redact)
+    stream = Stream(relay, client, answer, call, settings, bytes, False, lambda again: client.close())
     decoder = codecs.getincrementaldecoder("utf-8")()
     relay.start()
     try:
         with gate:
-            stream.open(upstream, "/chat/completions", encode_request({"prompt": prompt}, settings))
+            stream.open(upstream)
         for data in iter(functools.partial(reader.recv, READ_SIZE), b""):
             yield decoder.decode(data)
         if stream.failure:
@@ -2162,12 +2271,14 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
     finally:
         relay.post(functools.partial(stream.drop, Disconnected("The loop was left.")))
         relay.stop()
+        upstream.pool.close_all()
         reader.close()
         if demo:
-            demo.stop()
+            demo.shutdown()
+            demo.server_close()
 
 
-# 10 ----------------------------------------------------------------- Demo upstream
+# 11 ----------------------------------------------------------------- Demo upstream
 
 DEMO_PAUSE = 0.05  # seconds between two words: a human pace
 DEMO_ANSWER = (
@@ -2225,12 +2336,8 @@ class Demo(http.server.ThreadingHTTPServer):
     def start(self) -> None:
         threading.Thread(target=self.serve_forever, args=(0.1,), name="demo", daemon=True).start()
 
-    def stop(self) -> None:
-        self.shutdown()
-        self.server_close()
 
-
-# 11 ----------------------------------------------------------------- Chat page
+# 12 ----------------------------------------------------------------- Chat page
 
 _PAGE = r"""<!doctype html>
 <html lang="en">
@@ -2375,7 +2482,7 @@ def _page_policy(page: str) -> str:
 PAGE, PAGE_POLICY = _PAGE.encode(), _page_policy(_PAGE)
 
 
-# 12 ----------------------------------------------------------------- Command line
+# 13 ----------------------------------------------------------------- Command line
 
 
 class _ArgumentParser(argparse.ArgumentParser):
@@ -2444,7 +2551,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     server.start()
     print(f"streamproxy {__version__} on {server.url}", flush=True)
     if settings.demo:
-        to = f"--unix-socket {server.url[5:]} http://localhost" if settings.address[0] else server.url
+        to = f"--unix-socket {server.url[5:]} http://localhost" if server.path else server.url
         print(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""", flush=True)
     news.recv(1)
     threading.Thread(target=_stop, args=(server, teller), daemon=True).start()
