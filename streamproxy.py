@@ -46,6 +46,7 @@ import codecs
 import collections
 import contextlib
 import dataclasses
+import email.utils
 import errno
 import functools
 import hashlib
@@ -125,7 +126,7 @@ FOREVER = 86400.0
 
 # Threads that work at a time; those that wait do not count.  More of them starve the relay of the
 # interpreter when a thousand requests arrive at once.
-MAX_WORKING = 16
+MAX_WORKING = 4
 
 # Connections to upstream kept between two requests, and for how many seconds.
 MAX_IDLE_CONNECTIONS = 128
@@ -734,6 +735,10 @@ class ChunkedDecoder(BodyDecoder):
     def feed(self, data: bytes) -> bytes:
         if self._line:
             data, self._line = self._line + data, b""
+        elif not self._left and data[-2:] == b"\r\n":  # mostly, one chunk comes at a time
+            line, _, rest = data.partition(b"\r\n")
+            if len(rest) - 2 == parse_chunk_line(line) > 0 and not self._in_trailer:
+                return rest[:-2]
         at, end, out = 0, len(data), []
         while at < end and not (self.complete or self.broken):
             if self._left > 2:
@@ -1059,7 +1064,7 @@ class Relay:
         self.clock = clock
         self.now = clock()  # when this turn's events came
         self._selector = selectors.DefaultSelector()
-        self._watched: set[socket.socket] = set()
+        self._watched: dict[Any, tuple[int, Callable[[int], None]]] = {}  # by socket
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
         self._again: list[Callable[[int], None]] = []
         self._alarms: list[list[Any]] = []  # a heap of [when, order, callback, or None if cancelled]
@@ -1067,7 +1072,7 @@ class Relay:
         self._bell, self._rope = socket.socketpair()  # pulling the rope rings the bell, which wakes the selector
         self._bell.setblocking(False)
         self._rung = False
-        self._selector.register(self._bell, selectors.EVENT_READ)
+        self.watch(self._bell, selectors.EVENT_READ, self._on_bell)
         self._running = True
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
 
@@ -1093,15 +1098,15 @@ class Relay:
 
     def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
         """Call back with the events (of selectors) that sock is ready for."""
-        if sock in self._watched:
-            self._selector.modify(sock, events, callback)
-        else:
-            self._watched.add(sock)
-            self._selector.register(sock, events, callback)
+        before = self._watched.get(sock)
+        self._watched[sock] = events, callback
+        if not before:
+            self._selector.register(sock, events)
+        elif before[0] != events:
+            self._selector.modify(sock, events)
 
     def unwatch(self, sock: socket.socket) -> None:
-        if sock in self._watched:
-            self._watched.remove(sock)
+        if self._watched.pop(sock, None):
             self._selector.unregister(sock)
 
     def again(self, callback: Callable[[int], None]) -> None:
@@ -1124,11 +1129,8 @@ class Relay:
         ready = self._selector.select(timeout)
         self.now = self.clock()
         for key, events in ready:
-            if key.data:
-                self._call(key.data, events)
-            else:
-                self._bell.recv(READ_SIZE)
-                self._rung = False
+            if key.fileobj in self._watched:  # or what came before has ended it
+                self._call(self._watched[key.fileobj][1], events)
         for callback in again:
             self._call(callback, selectors.EVENT_READ)
         while self._posts:
@@ -1141,6 +1143,10 @@ class Relay:
     def _run(self) -> None:
         while self._running:
             self.turn()
+
+    def _on_bell(self, events: int) -> None:
+        self._bell.recv(READ_SIZE)
+        self._rung = False
 
     def _stop(self) -> None:
         self._running = False
@@ -1177,21 +1183,26 @@ class Gate(threading.Semaphore):
 class Lifeline:
     """Lets the relay cut a connection that a thread is still opening.
 
-    shutdown() wakes a thread that is blocked on the socket; close() does not.  It is done to a
-    duplicate of the descriptor, since TLS takes the one of the socket that it wraps.
+    shutdown() wakes a thread that is blocked on the socket; close() does not.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
+        self._copied = False
         self._cut = False
 
-    def hold(self, sock: socket.socket | None) -> None:
-        """Hold the connection that sock is about to make; None: let go.  Raises OSError after cut()."""
+    def hold(self, sock: socket.socket | None, copy: bool = False) -> None:
+        """Hold the connection that a thread waits on; None: let go.  Raises OSError after cut().
+
+        copy: hold a copy of its descriptor, since TLS takes the one of the socket that it wraps.
+        """
         with self._lock:
-            if self._socket:
+            if self._socket and self._copied:
                 self._socket.close()
-            self._socket = sock and socket.fromfd(sock.fileno(), sock.family, sock.type)
+            self._socket, self._copied = sock, copy
+            if sock and copy:
+                self._socket = socket.fromfd(sock.fileno(), sock.family, sock.type)
             if self._cut and sock:
                 raise ConnectionAbortedError(errno.ECONNABORTED, "cut")
 
@@ -1200,7 +1211,7 @@ class Lifeline:
             self._cut = True
             if self._socket:
                 with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # ssl's own would forget the session
 
 
 @dataclasses.dataclass
@@ -1261,8 +1272,9 @@ class Pool:
 
     def settle(self, connection: Connection, body: BodyDecoder) -> None:
         """Keep a connection whose answer nobody waits for any more, once body, the rest of it, has ended."""
-        self.relay.watch(connection.sock, selectors.EVENT_READ, functools.partial(self._on_rest, connection, body))
-        connection.alarm = self.relay.set_alarm(self.relay.now + END_GRACE, functools.partial(self.close, connection))
+        if not body.complete:
+            self.relay.watch(connection.sock, selectors.EVENT_READ, functools.partial(self._on_rest, connection, body))
+            connection.alarm = self.relay.set_alarm(self.relay.now + END_GRACE, functools.partial(self.close, connection))
         self._on_rest(connection, body)
 
     def close(self, connection: Connection) -> None:
@@ -1394,7 +1406,7 @@ class Upstream(urllib.request.BaseHandler):
         if request.type == "https":
             kind = functools.partial(http.client.HTTPSConnection, context=self._context)
         connection = kind(request.host, timeout=self._timeout)
-        connection._create_connection = functools.partial(self._dial, request.call.lifeline)
+        connection._create_connection = functools.partial(self._dial, request.call.lifeline, request.type)
         if request._tunnel_host:
             connection.set_tunnel(request._tunnel_host, headers=request.headers)
         with self._gate.outside():
@@ -1402,13 +1414,15 @@ class Upstream(urllib.request.BaseHandler):
         return connection.sock  # type: ignore[no-any-return]
 
     @staticmethod
-    def _dial(lifeline: Lifeline, address: tuple[str, int], timeout: float | None, *_: object) -> socket.socket:
+    def _dial(
+        lifeline: Lifeline, scheme: str, address: tuple[str, int], timeout: float | None, *_: object
+    ) -> socket.socket:
         """Connect as socket.create_connection does, with each attempt on the lifeline."""
         failure = OSError(errno.EADDRNOTAVAIL, "no address")
         for family, kind, protocol, _name, target in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
             sock = socket.socket(family, kind, protocol)
             try:
-                lifeline.hold(sock)
+                lifeline.hold(sock, copy=scheme == "https")
                 sock.settimeout(timeout)
                 sock.connect(target)
                 return sock
@@ -1744,6 +1758,12 @@ _REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])
 _HOST = re.compile(r"([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
 
 
+@functools.lru_cache(maxsize=1)
+def http_date(seconds: int) -> str:
+    """A time of the system's clock as RFC 9110 section 5.6.7 has it."""
+    return email.utils.formatdate(seconds, usegmt=True)
+
+
 class LogEntry(dict):  # type: ignore[type-arg]
     """What the log says of one request.  As text: name=value, nothing from the wire unescaped."""
 
@@ -1992,7 +2012,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return a head with the fields that every answer has, and Connection where it is the last."""
         self.close_connection |= self.server.draining
         common = [
-            ("Date", self.date_time_string()),
+            ("Date", http_date(int(time.time()))),
             ("X-Request-Id", self.request_id),
             ("X-Content-Type-Options", "nosniff"),
             ("Content-Type", type),
@@ -2195,11 +2215,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _accept(self) -> None:
         self.socket.setblocking(False)
-        while wait_for(self.socket, selectors.EVENT_READ, FOREVER, self.drain_signal) or not self.draining:
+        while True:
             try:
                 self.process_request(*self.get_request())
             except BlockingIOError:
-                continue
+                if not wait_for(self.socket, selectors.EVENT_READ, FOREVER, self.drain_signal) and self.draining:
+                    break
             except (OSError, RuntimeError) as error:  # no descriptor, or no thread, is left
                 log.error("a connection was not accepted: %s", place_of(error))
                 if self.draining:
@@ -2224,7 +2245,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
+        request.close()
         with self._changed:
             self._connections.discard(request)
             self._changed.notify_all()
