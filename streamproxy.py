@@ -160,14 +160,18 @@ class ProxyError(Exception):
     status = 500
     ending = "error"
 
-    def __init__(self, message: str, status: int = 0, ending: str = "", fields: Iterable[tuple[str, str]] = ()) -> None:
-        """fields are header fields that the answer must have."""
+    def __init__(
+        self, message: str, status: int = 0, ending: str = "", fields: Mapping[str, str] | None = None, code: str = ""
+    ) -> None:
+        """fields are header fields that the answer must have; code is the API's word for the error."""
         super().__init__(message)
         self.message = message
         self.logged = message  # differs where message quotes upstream, which may quote the prompt
         self.status = status or self.status
         self.ending = ending or self.ending
-        self.fields = list(fields)
+        self.fields = dict(fields or {})
+        self.code = code
+        self.document = b""  # what upstream said, whole
 
 
 class RequestError(ProxyError):
@@ -214,6 +218,31 @@ def reason_of(error: BaseException) -> str:
         if isinstance(error, kind):
             return words
     return os.strerror(error.errno).lower() if isinstance(error, OSError) and error.errno else "it failed"
+
+
+def encode_error(error: ProxyError, path: str) -> bytes:
+    """Return the body of an error answer: {"error": sentence}, or on the paths of the API its own shape."""
+    payload: dict[str, Any] = {"error": error.message}
+    if path.startswith("/v1/"):
+        if error.document:
+            return error.document
+        type, code = _API_ERRORS.get(error.status, ("invalid_request_error" if error.status < 500 else "api_error", None))
+        payload = {"error": {"message": error.message, "type": type, "param": None, "code": error.code or code}}
+        if path == "/v1/messages":  # Anthropic's
+            payload["type"] = "error"
+    return json.dumps(payload).encode() + b"\n"
+
+
+_API_ERRORS: dict[int, tuple[str, str | None]] = {
+    401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "forbidden"),
+    404: ("not_found_error", "not_found"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    502: ("api_error", "bad_gateway"),
+    503: ("overloaded_error", "overloaded"),
+    504: ("timeout_error", "timeout"),
+}
 
 
 # 3 ------------------------------------------------------------------ Event streams
@@ -331,10 +360,27 @@ PING = b": ping\n"
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise json.JSONDecodeError("not JSON", name, 0)
 
 
-load_json = functools.partial(json.loads, parse_constant=_refuse_constant)
+def _parse_number(text: str) -> float:
+    number = float(text) if len(text) < 400 else float("inf")  # int() takes quadratic time in Python 3.9
+    if not -1e308 < number < 1e308:
+        raise ValueError("a number is too large")
+    return int(text) if text.lstrip("-").isdigit() else number
+
+
+def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("a member is named twice")  # and upstream may take the other one
+    return members
+
+
+load_json = functools.partial(
+    json.loads, parse_constant=_refuse_constant, parse_int=_parse_number, parse_float=_parse_number,
+    object_pairs_hook=_unique_members,
+)
 # For what is as short as an event this is twice as fast.
 _parse_json = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
 
@@ -399,7 +445,8 @@ def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
         error = quoting(f"Upstream refused the request with status {status}.", status, payload)
         if status == 429:
             told = re.fullmatch(r"[0-9]{1,9}|[A-Z][a-z]{2}, [0-9A-Za-z :]{20,26}", retry_after)
-            error.fields.append(("Retry-After", told.group() if told else "1"))
+            error.fields["Retry-After"] = told.group() if told else "1"
+        error.document = document if isinstance(payload, dict) and "error" in payload else b""
         return error
     if status in (401, 403):
         return UpstreamError(f"Upstream refused our API key with status {status}.")
@@ -433,41 +480,41 @@ class SurrogateJoiner:
         return "\ufffd".encode() if self._half else b""
 
 
-class TextAnswer:
-    """The answer to one prompt as bare text, made from the body that upstream sends.
+class Answer:
+    """What the client is sent, made from the body that upstream sends.
 
-    done: the end event came, nothing more is waited for.  finish_reason: once set, the answer is
-    complete however the body ends.  failure: it can no longer become complete; what feed returned
-    before, and returns with it, still counts.
+    done: nothing more is waited for.  settled: complete however the body ends now.  ending: the
+    last event but for a word or two has come, and the body should end in a moment.  failure: it
+    can no longer become complete; what feed returned before, and returns with it, still counts.
     """
 
-    content_type = "text/plain; charset=utf-8"
-    pings = False  # any byte would be part of the text
+    content_type = ""
+    eager = False  # the head leaves as soon as upstream's has come, not with the first text
+    pings = False
 
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         """redact takes secrets out of what upstream says of its errors."""
-        self.done = False
+        self.status = 200
+        self.fields: dict[str, str] = {}  # of upstream's head, those that the client is to see
+        self.request_id: str | None = None  # upstream's
+        self.done = self.settled = self.ending = False
         self.failure: UpstreamError | None = None
-        self.finish_reason: str | None = None
         self.usage: dict[str, Any] | None = None
-        self.events = self.pieces = self.size = 0  # size: bytes of text
+        self.events = self.pieces = self.size = 0  # pieces and size: of what was passed on, in bytes
         self._redact = redact
-        self._parser = EventParser()
-        self._document: bytearray | None = None  # instead of events
-        self._refused: tuple[int, str] | None = None  # upstream's status, if not 200, and Retry-After
-        self._text, self._reasoning = SurrogateJoiner(), SurrogateJoiner()
+        self._document: bytearray | None = None  # what comes is one, and is taken when it is whole
+        self.refused: tuple[int, str] | None = None  # upstream's status, if it is none to pass on, and Retry-After
 
     def start(self, status: int, fields: Mapping[str, str]) -> None:
         """Take upstream's head, which says how the body is to be read."""
-        content_type = fields.get("content-type", "").partition(";")[0].strip().lower()
-        if status != 200:
-            self._refused = status, fields.get("retry-after", "")
-        if status != 200 or content_type == "application/json":
-            self._document = bytearray()
-        elif content_type != "text/event-stream":
-            self.failure = Garbled("Upstream sent neither an event stream nor JSON.")
+        self.request_id = fields.get("x-request-id") or fields.get("request-id")
         if fields.get("content-encoding", "identity").lower() != "identity":
             self.failure = Garbled("Upstream compressed its answer, although asked not to.")
+        elif status not in (200, 201, 202):
+            self.refused = status, fields.get("retry-after", "")
+            self._document = bytearray()
+        else:
+            self._start(status, fields, fields.get("content-type", "").partition(";")[0].strip().lower())
 
     def feed(self, body: bytes) -> bytes:
         """Return what body adds to the answer, for the client."""
@@ -479,10 +526,7 @@ class TextAnswer:
             self._document += body
             return self.close(None) if len(self._document) > MAX_EVENT_SIZE else b""
         try:
-            for event in self._parser.feed(body):
-                self._take_event(event, out)
-                if self.done:
-                    break
+            self._feed(body, out)
         except UpstreamError as error:
             self._fail(error)
         return b"".join(out)
@@ -493,41 +537,95 @@ class TextAnswer:
         if self.done or self.failure:
             return b""
         try:
-            if self._refused:
-                raise refusal(self._refused[0], bytes(self._document or b""), self._refused[1])
-            if self._document is not None:
-                self._take_document(self._document.decode("utf-8", "replace"), out)
-            for event in self._parser.close():
-                self._take_event(event, out)
+            if self.refused:
+                raise refusal(self.refused[0], bytes(self._document or b""), self.refused[1])
+            self._finish(out)
         except Garbled as error:  # also an event that the end cut in two
             cut = cut or (error if self._document else None)
         except UpstreamError as error:
             self._fail(error)
-        if not self.failure and (self.finish_reason is not None or self.done):
-            self.done = True
-        elif not self.failure:
-            self.failure = cut or UpstreamError("Upstream ended before the end of its answer.", ending="truncated")
+        if not self.failure:
+            self.done = self.settled
+            self.failure = None if self.done else cut or UpstreamError(
+                "Upstream ended before the end of its answer.", ending="truncated"
+            )
         return b"".join(out)
 
     def end(self) -> bytes:
         """Return what follows the last text of a complete answer."""
+        return b""
+
+    def ping(self) -> bytes:
+        return b""
+
+    def encode_error(self, message: str) -> bytes:
+        """What tells the client of a failure once it was sent something; nothing: only a body that does not end does."""
+        return b""
+
+    def _fail(self, error: UpstreamError) -> None:
+        if isinstance(error, Garbled) and self.settled:
+            self.done = True  # it was complete before
+        else:
+            error.message = self._redact(error.message)
+            error.document = self._redact(error.document.decode("utf-8", "replace")).encode()
+            self.failure = error
+
+    # What the kinds of answers differ in.
+
+    def _start(self, status: int, fields: Mapping[str, str], content_type: str) -> None:
+        raise NotImplementedError
+
+    def _feed(self, body: bytes, out: list[bytes]) -> None:
+        raise NotImplementedError
+
+    def _finish(self, out: list[bytes]) -> None:
+        raise NotImplementedError
+
+
+class TextAnswer(Answer):
+    """The answer to one prompt as bare text."""
+
+    content_type = "text/plain; charset=utf-8"
+
+    def __init__(self, redact: Callable[[str], str] = str) -> None:
+        super().__init__(redact)
+        self.finish_reason: str | None = None
+        self._parser = EventParser()
+        self._text, self._reasoning = SurrogateJoiner(), SurrogateJoiner()
+
+    def end(self) -> bytes:
         reasoning, text = self._reasoning.close(), self._text.close()
         rest = (self.encode_reasoning(reasoning) if reasoning else b"") + (self.encode_text(text) if text else b"")
         return rest + self.encode_done()
 
+    def _start(self, status: int, fields: Mapping[str, str], content_type: str) -> None:
+        if content_type == "application/json":
+            self._document = bytearray()
+        elif content_type != "text/event-stream":
+            self.failure = Garbled("Upstream sent neither an event stream nor JSON.")
+
+    def _feed(self, body: bytes, out: list[bytes]) -> None:
+        for event in self._parser.feed(body):
+            self._take_event(event, out)
+            if self.done:
+                break
+
+    def _finish(self, out: list[bytes]) -> None:
+        if self._document is not None:
+            payload = parse_payload(self._document.decode("utf-8", "replace"))
+            if not payload.get("choices"):
+                raise Garbled("Upstream sent JSON that is not a chat completion.")
+            self._take_payload(payload, "message", out)
+            self.settled = True
+        for event in self._parser.close():
+            self._take_event(event, out)
+
     def _take_event(self, event: Event, out: list[bytes]) -> None:
         self.events += 1
         if event.data.strip() == "[DONE]":
-            self.done = True
+            self.done = self.settled = True
         else:
             self._take_payload(parse_payload(event.data, event.type), "delta", out)
-
-    def _take_document(self, document: str, out: list[bytes]) -> None:
-        payload = parse_payload(document)
-        if not payload.get("choices"):
-            raise Garbled("Upstream sent JSON that is not a chat completion.")
-        self._take_payload(payload, "message", out)
-        self.done = True
 
     def _take_payload(self, payload: dict[str, Any], part: str, out: list[bytes]) -> None:
         text, reasoning, finish_reason = parse_choice(payload, part)
@@ -542,20 +640,11 @@ class TextAnswer:
                 out.append(self.encode_text(data))
         if finish_reason:
             self.finish_reason = finish_reason
+            self.settled = self.ending = True
         if isinstance(payload.get("usage"), dict):
             self.usage = payload["usage"]
 
-    def _fail(self, error: UpstreamError) -> None:
-        if isinstance(error, Garbled) and self.finish_reason is not None:
-            self.done = True  # it was complete before
-        else:
-            error.message = self._redact(error.message)
-            self.failure = error
-
     # How it looks to the client.
-
-    def ping(self) -> bytes:
-        return b""
 
     def encode_text(self, text: bytes) -> bytes:
         return text
@@ -564,10 +653,6 @@ class TextAnswer:
         return b""
 
     def encode_done(self) -> bytes:
-        return b""
-
-    def encode_error(self, message: str) -> bytes:
-        """What tells the client of a failure; nothing where only a body that does not end can."""
         return b""
 
 
@@ -606,6 +691,97 @@ class EventAnswer(TextAnswer):
         return encode_event(json.dumps(payload, ensure_ascii=False), type, last_event_id)
 
 
+class PassedAnswer(Answer):
+    """The answer to an OpenAI client, passed on byte for byte.
+
+    Event streams are only looked through for the lines that end them, so that one that was cut
+    is not taken for whole.
+    """
+
+    eager = True
+
+    # A line that begins so ends a stream: OpenAI's completions, Anthropic's messages, OpenAI's
+    # responses.  What text says cannot look like it, since JSON escapes line ends and quotes.
+    _LAST_LINE = re.compile(
+        rb'\n(?:data: ?\[DONE\]|event: ?(?:message_stop|response\.(?:completed|incomplete|failed))'
+        rb'|(event: ?error|data: ?\{"error": ?[{"]))'
+    )
+    _FINISH_REASON = re.compile(rb'"finish_reason": ?"')
+    _LONGEST = 40  # bytes of what they match
+
+    def __init__(self, redact: Callable[[str], str] = str) -> None:
+        super().__init__(redact)
+        self._tail = b"\n"  # the last bytes that came, of an event stream
+
+    def close(self, cut: UpstreamError | None) -> bytes:
+        if not cut and not self._tail:  # a document, whose framing alone says that it is whole
+            self.settled = True
+        return super().close(cut)
+
+    def _start(self, status: int, fields: Mapping[str, str], content_type: str) -> None:
+        self.status = status
+        self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
+        if content_type != "text/event-stream":
+            self._tail = b""
+            if "content-length" in fields:
+                self.fields["Content-Length"] = fields["content-length"]
+
+    def _feed(self, body: bytes, out: list[bytes]) -> None:
+        if body:
+            self.events += not body.startswith(b":")  # a comment is none
+            self.pieces += 1
+            self.size += len(body)
+            out.append(body)
+            if self._tail:
+                self._look_through(self._tail + body)
+
+    def _finish(self, out: list[bytes]) -> None:
+        pass
+
+    def _look_through(self, data: bytes) -> None:
+        self._tail = data[-self._LONGEST :]
+        for match in self._LAST_LINE.finditer(data):
+            if match[1]:
+                raise UpstreamError("Upstream reported an error.")
+            self.ending = self.settled = True
+        if not self.settled and self._FINISH_REASON.search(data):
+            self.settled = True
+
+
+class ModelList(PassedAnswer):
+    """The API's list of models, with those left out that a client may not use."""
+
+    eager = False
+
+    def __init__(self, models: Iterable[str], redact: Callable[[str], str] = str) -> None:
+        super().__init__(redact)
+        self._models = frozenset(models)
+
+    def _start(self, status: int, fields: Mapping[str, str], content_type: str) -> None:
+        super()._start(status, fields, content_type)
+        self.fields.pop("Content-Length", None)
+        self._tail, self._document = b"", bytearray()
+
+    def _finish(self, out: list[bytes]) -> None:
+        payload = parse_payload((self._document or b"").decode("utf-8", "replace"))
+        try:
+            payload["data"] = [model for model in payload["data"] if model["id"] in self._models]
+        except (LookupError, TypeError):
+            raise Garbled("Upstream sent JSON that is not a list of models.") from None
+        out.append(json.dumps(payload, ensure_ascii=False).encode())
+
+
+# Fields of a request that upstream is to see: what the call needs, and nothing that says who calls.
+PASSED_FIELDS = ("content-type", "accept", "anthropic-version", "anthropic-beta", "openai-beta", "idempotency-key")
+
+
+def passes_back(name: str) -> bool:
+    """Tell whether a field of upstream's head, its name in lower case, is for the client to see."""
+    return name in ("content-type", "retry-after", "x-request-id", "request-id") or name.startswith(
+        ("x-ratelimit-", "anthropic-ratelimit-")
+    )
+
+
 # 5 ------------------------------------------------------------------ HTTP framing
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
@@ -628,10 +804,10 @@ def encode_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-def encode_head(line: str, fields: Iterable[tuple[str, str]]) -> bytes:
+def encode_head(line: str, fields: Mapping[str, str]) -> bytes:
     """Return a head.  Raises ValueError for a value that would forge a line."""
     lines = [line]
-    for name, value in fields:
+    for name, value in fields.items():
         if not re.fullmatch(_VALUE, value):
             raise ValueError(f"bad value for header field {name}")
         lines.append(f"{name}: {value}")
@@ -880,6 +1056,13 @@ def _read_client_params(texts: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+def _read_models(texts: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(name.strip() for text in texts for name in text.split(","))
+    if not all(names):
+        raise ValueError("NAME, or * for any")
+    return names
+
+
 # Members of the upstream request that --param does not set.
 OWN_PARAMS = ("model", "messages", "stream")
 
@@ -935,6 +1118,9 @@ class Settings:
     heartbeat: float = _row(15.0, _read_seconds, "SECONDS", "of silence before a comment, in SSE mode; 0: never")
     max_body: int = _row(1024 * 1024, _read_size, "BYTES", "largest request body")
     max_streams: int = _row(1024, _read_count, "COUNT", "streams at a time; 0: no limit")
+    allow_model: tuple[str, ...] = _row(
+        (), _read_models, "NAME", "model a client of /v1 may ask besides --model, repeatable; * for any", repeat=True, shown="none"
+    )
     allow_anonymous: bool = _row(
         False, _read_switch, "", "serve anybody, on an address that other machines reach", shown="off"
     )
@@ -1016,9 +1202,9 @@ def redactor(key: str) -> Callable[[str], str]:
     return redact
 
 
-def encode_request(asked: Any, settings: Settings) -> bytes:
+def encode_request(asked: dict[str, Any], settings: Settings) -> bytes:
     """Return the chat-completion request for what a client asked.  Raises RequestError."""
-    if not isinstance(asked, dict) or ("prompt" in asked) == ("messages" in asked):
+    if ("prompt" in asked) == ("messages" in asked):
         raise RequestError('The body must be a JSON object with either "prompt" or "messages".')
     prompt, messages = asked.get("prompt"), asked.get("messages")
     if "prompt" in asked:
@@ -1031,7 +1217,40 @@ def encode_request(asked: Any, settings: Settings) -> bytes:
         messages = [{"role": "system", "content": settings.system}, *messages]
     request = {"model": settings.model, **settings.param}
     request.update((name, asked[name]) for name in settings.client_param if name in asked)
-    return json.dumps({**request, "messages": messages, "stream": True}).encode()
+    try:
+        return json.dumps({**request, "messages": messages, "stream": True}, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError("The text holds half of a surrogate pair.") from None
+
+
+def check_model(body: bytes, settings: Settings) -> None:
+    """Check that the model that a request of the API names may be asked.  Raises RequestError."""
+    if "*" in settings.allow_model:
+        return
+    asked = parse_request(body)
+    names = [name for name in asked if name.lower() == "model"]  # servers in Go take "Model" too
+    if names != ["model"] or not isinstance(asked["model"], str):
+        raise RequestError('The body must have one "model", a string.', code="model_not_found")
+    if asked["model"] not in (settings.model, *settings.allow_model):
+        raise unknown_model(asked["model"])
+
+
+def unknown_model(name: str) -> RequestError:
+    return RequestError(f"The model {name[:100]!a} may not be used here (--allow-model).", 403, code="model_not_found")
+
+
+def parse_request(body: bytes) -> dict[str, Any]:
+    """Return the JSON object that a client sent.  Raises RequestError."""
+    try:
+        asked = load_json(body.decode())
+    except RecursionError:
+        raise RequestError("The JSON is nested too deeply.") from None
+    except ValueError as error:
+        told = "Invalid JSON data"  # the script's own words
+        raise RequestError(told if isinstance(error, (json.JSONDecodeError, UnicodeError)) else f"{told}: {error}.") from None
+    if not isinstance(asked, dict):
+        raise RequestError("The body must be a JSON object.")
+    return asked
 
 
 def _is_message(message: Any) -> bool:
@@ -1220,10 +1439,20 @@ class Call:
 
     path: str  # below the base URL
     body: bytes
-    fields: Sequence[tuple[str, str]] = ()
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     method: str = "POST"
+    query: str = ""
     connected_at: float | None = None
     lifeline: Lifeline = dataclasses.field(default_factory=Lifeline)
+
+
+USER_AGENT = f"streamproxy/{__version__}"
+
+
+def prompt_call(asked: dict[str, Any], settings: Settings) -> Call:
+    """Return the request to upstream for what a client of ours asked.  Raises RequestError."""
+    fields = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json", "User-Agent": USER_AGENT}
+    return Call("/chat/completions", encode_request(asked, settings), fields)
 
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -1338,10 +1567,10 @@ class Upstream(urllib.request.BaseHandler):
         self._base = urllib.parse.urlsplit(settings.upstream)
         # The relay's clock cuts first; this is for systems where that does not wake connect().
         self._timeout = settings.connect_timeout + 1 if settings.connect_timeout else None
-        self._fields = [("Host", self._base.netloc), ("Accept-Encoding", "identity")]
+        self._fields = {"Host": self._base.netloc, "Accept-Encoding": "identity"}
         if settings.api_key:
             name, _, template = settings.auth_header.partition(":")
-            self._fields.append((name, template.strip().replace("{key}", settings.api_key)))
+            self._fields[name] = template.strip().replace("{key}", settings.api_key)
         self._context = None  # reading the system's certificates takes time and memory
         if self._base.scheme == "https":
             try:
@@ -1360,7 +1589,8 @@ class Upstream(urllib.request.BaseHandler):
         Blocks until it is sent or the call's lifeline is cut.  fresh: on a new connection.
         Raises UpstreamError.
         """
-        url = self._base._replace(path=self._base.path.rstrip("/") + call.path).geturl()
+        query = "&".join(filter(None, (self._base.query, call.query)))
+        url = self._base._replace(path=self._base.path.rstrip("/") + call.path, query=query).geturl()
         request = urllib.request.Request(url, method=call.method)
         request.call, request.fresh = call, fresh  # type: ignore[attr-defined]
         try:
@@ -1374,7 +1604,9 @@ class Upstream(urllib.request.BaseHandler):
         """What urllib calls, once it has set the proxy."""
         call, key = request.call, (request.type, request.host, request._tunnel_host)
         proxy_fields = {} if request._tunnel_host else request.headers
-        fields = [*self._fields, *proxy_fields.items(), *call.fields, ("Content-Length", str(len(call.body)))]
+        fields = {**self._fields, **proxy_fields, **call.fields}
+        if call.method == "POST":
+            fields["Content-Length"] = str(len(call.body))
         data = encode_head(f"{call.method} {request.selector} HTTP/1.1", fields) + call.body
         connection = None if request.fresh else self.pool.take(key)
         if connection:
@@ -1444,7 +1676,7 @@ class Stream:
     """
 
     def __init__(
-        self, relay: Relay, client: socket.socket, answer: TextAnswer, call: Call, settings: Settings,
+        self, relay: Relay, client: socket.socket, answer: Answer, call: Call, settings: Settings,
         encode_head: Callable[[], bytes], chunked: bool, on_news: Callable[[bool], None],
     ) -> None:
         """client must not block; encode_head is called for what leaves with the first bytes of the body.
@@ -1453,6 +1685,7 @@ class Stream:
         nowhere, over a connection that turned out closed, and should be opened afresh.
         """
         self.answer = answer
+        self.chunked = chunked  # encode_head may change it
         self.failure: ProxyError | None = None  # why the answer is not complete
         self.started = False  # the client was sent something
         self.intact = False  # the client was sent a body that ends as it should
@@ -1460,10 +1693,9 @@ class Stream:
         self.early = bytearray()  # what the client sent meanwhile: its next request
         self._relay = relay
         self._client = client
-        self._call = call
+        self.call = call
         self._settings = settings
         self._encode_head = encode_head
-        self._chunked = chunked
         self._on_news = on_news
         self._connection: Connection | None = None
         self._head = b""  # what came of upstream's head, until it is whole
@@ -1475,7 +1707,7 @@ class Stream:
         self._ended = False
         self._alarm: list[Any] = [0.0, 0, None]
         self._began_at = self._event_at = self._write_at = relay.clock()
-        self._settled_at: float | None = None  # when the finish_reason came
+        self._ending_at: float | None = None  # when all but a word or two had come
 
     def open(self, upstream: Upstream, fresh: bool = False) -> None:
         """Ask upstream, and leave the rest to the relay.  Blocks until the request is sent."""
@@ -1483,7 +1715,7 @@ class Stream:
             self._relay.post(self.begin)
         news: Callable[[], None]
         try:
-            news = functools.partial(self.carry, upstream.open(self._call, fresh))
+            news = functools.partial(self.carry, upstream.open(self.call, fresh))
         except UpstreamError as error:
             news = functools.partial(self.fail, error)
         except Exception as error:  # noqa: BLE001
@@ -1557,7 +1789,7 @@ class Stream:
         """End the stream so that the client can tell that the answer is not complete."""
         if self._ended or self._closing:
             return
-        if self._settled_at is not None and not self.answer.failure:
+        if self.answer.settled and not self.answer.failure:
             self._complete()  # the answer was, and only usage and [DONE] were waited for
             return
         self.failure = failure
@@ -1584,10 +1816,11 @@ class Stream:
             self._close_upstream(cut=False)
             self._on_news(True)
             return
+        if not data:
+            self.fail(UpstreamError("Upstream closed the connection without an answer."))
+            return
         self._head += data
         try:
-            if not data:
-                raise ValueError("the connection was closed within it" if self._head else "there is none")
             parsed = parse_answer_head(self._head)
             if not parsed:
                 return
@@ -1598,6 +1831,8 @@ class Stream:
             return
         self._keeps_alive = type(self._body) is not BodyDecoder and "close" not in fields.get("connection", "").lower()
         self.answer.start(status, fields)
+        if self.answer.eager and not (self.answer.failure or self.answer.refused):
+            self._write(b"")
         self._take(rest)
 
     def _take(self, data: bytes, closed: bool = False) -> None:
@@ -1618,8 +1853,8 @@ class Stream:
             self.fail(answer.failure)
         elif answer.events != events:
             self._event_at = self._relay.now
-            if answer.finish_reason is not None and self._settled_at is None:
-                self._settled_at = self._event_at
+            if answer.ending and self._ending_at is None:
+                self._ending_at = self._event_at
                 self._set_alarm(END_GRACE)
 
     @staticmethod
@@ -1639,13 +1874,12 @@ class Stream:
 
     def _write(self, body: bytes, last: bool = False) -> None:
         """Send body as one chunk, with the head before the first and the last chunk behind the last."""
-        data = body
-        if self._chunked:
-            data = encode_chunk(body) + LAST_CHUNK if last else encode_chunk(body)
+        head = b"" if self.started else self._encode_head()
+        self.started = True
+        data = encode_chunk(body) if self.chunked else body
+        if head or last:
+            data = head + data + (LAST_CHUNK if last and self.chunked else b"")
         self._write_at = self._relay.now
-        if not self.started:
-            self.started = True
-            data = self._encode_head() + data
         if self.first_text_at is None and self.answer.pieces:
             self.first_text_at = self._write_at
         if last:
@@ -1689,13 +1923,13 @@ class Stream:
         if self._connection:
             self._relay.watch(self._connection.sock, selectors.EVENT_READ, self.on_upstream)
             self.on_upstream(selectors.EVENT_READ)  # also for what TLS may hold
-        if self._settled_at is not None:
+        if self._ending_at is not None:
             self._set_alarm()  # END_GRACE did not run meanwhile, and is shorter than the other clocks
 
     def _close_upstream(self, keep: bool = False, cut: bool = True) -> None:
         """Nobody pays for what would come from now on.  keep: what comes is a few bytes that were paid for."""
         if cut:
-            self._call.lifeline.cut()
+            self.call.lifeline.cut()
         connection, self._connection = self._connection, None
         if connection and keep and self._body:
             connection.pool.settle(connection, self._body)
@@ -1725,15 +1959,15 @@ class Stream:
 
     def _clocks(self) -> Iterator[tuple[float, Callable[[], None]]]:
         """What is due when, as things stand."""
-        limits, connected_at = self._settings, self._call.connected_at
+        limits, connected_at = self._settings, self.call.connected_at
         if limits.total_timeout and not self._closing:
             yield self._began_at + limits.total_timeout, self._late("to end its answer")
         if self._blocked:
             if limits.client_timeout:
                 yield self._write_at + limits.client_timeout, self._stalled
             return
-        if self._settled_at is not None:
-            yield self._settled_at + END_GRACE, self._complete
+        if self._ending_at is not None:
+            yield self._ending_at + END_GRACE, self._complete
         elif self.answer.events:
             if limits.idle_timeout:
                 yield self._event_at + limits.idle_timeout, self._late("to go on with its answer")
@@ -1897,43 +2131,57 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = not self.http11 or "close" in tokens
 
     def _dispatch(self) -> None:
-        methods = _ROUTES.get(self.path)
+        models = re.match("/v1/models/.", self.path)
+        methods = _ROUTES.get("/v1/models" if models else self.path)
         if not methods:
             raise RequestError("There is nothing at this path.", 404)
         if self.method not in methods:
             allowed = ", ".join(methods)
-            raise RequestError(f"This path takes {allowed} only.", 405, fields=[("Allow", allowed)])
+            raise RequestError(f"This path takes {allowed} only.", 405, fields={"Allow": allowed})
         if self.method != "POST" and not self.body.complete:
             raise RequestError("Only POST takes a body.")
         methods[self.method](self)
 
     def post_prompt(self) -> None:
         """Answer a JSON body with a stream."""
-        try:
-            asked = load_json(self._read_body().decode())
-        except (ValueError, RecursionError):
-            raise RequestError("Invalid JSON data") from None  # the script's own words
         redact = self.server.upstream.redact
         answer = EventAnswer(self.request_id, redact) if self._wants_events() else TextAnswer(redact)
-        self._stream(answer, asked)
+        self._ask(answer, parse_request(self._read_body()))
 
     def get_root(self) -> None:
         """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
         if not self._wants_events():
-            self._answer(200, PAGE, "text/html; charset=utf-8", [("Content-Security-Policy", PAGE_POLICY)])
+            self._answer(200, PAGE, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": PAGE_POLICY})
         elif "last-event-id" in self.fields:  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
-            self._answer(204, b"")
+            self._answer(204, b"", {})
         else:
             try:
                 prompts = urllib.parse.parse_qs(self.query, errors="strict").get("prompt", [])
             except ValueError:
                 raise RequestError("The query is not UTF-8.") from None
             answer = EventAnswer(self.request_id, self.server.upstream.redact, reconnects=True)
-            self._stream(answer, {"prompt": prompts[0] if len(prompts) == 1 else None})
+            self._ask(answer, {"prompt": prompts[0] if len(prompts) == 1 else None})
 
     def get_health(self) -> None:
         """Say that the process is alive."""
-        self._answer(200, b"ok\n", "text/plain; charset=utf-8")
+        self._answer(200, b"ok\n", {"Content-Type": "text/plain; charset=utf-8"})
+
+    def post_api(self) -> None:
+        """Pass a request of the API on, and its answer back."""
+        body = self._read_body()
+        check_model(body, self.server.settings)
+        self._pass(PassedAnswer(self.server.upstream.redact), body)
+
+    def get_models(self) -> None:
+        """Answer with the models that may be used, or with one of them."""
+        settings, redact = self.server.settings, self.server.upstream.redact
+        name = urllib.parse.unquote(self.path[len("/v1/models/") :])
+        models = (settings.model, *settings.allow_model)
+        if any(not part.strip(".") for part in name.split("/")) and name:
+            raise RequestError("There is nothing at this path.", 404)  # nor at one that it leads to
+        if name and not {name, "*"}.intersection(models):
+            raise unknown_model(name)
+        self._pass(PassedAnswer(redact) if name or "*" in models else ModelList(models, redact))
 
     def _wants_events(self) -> bool:
         ranges = [part.partition(";")[0].strip().lower() for part in self.fields.get("accept", "").split(",")]
@@ -1961,14 +2209,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # How it is answered.
 
-    def _stream(self, answer: TextAnswer, asked: Any) -> None:
+    def _ask(self, answer: Answer, asked: dict[str, Any]) -> None:
+        self._stream(answer, prompt_call(asked, self.server.settings))
+
+    def _pass(self, answer: Answer, body: bytes = b"") -> None:
+        """Answer a request of the API.  User-Agent says who connects, and behind it for whom."""
+        fields = {name.title(): self.fields[name] for name in PASSED_FIELDS if name in self.fields}
+        fields["User-Agent"] = f"{USER_AGENT} {self.fields.get('user-agent', '')}".strip()
+        self._stream(answer, Call(self.path[len("/v1") :], body, fields, self.method, self.query))
+
+    def _stream(self, answer: Answer, call: Call) -> None:
         """Have upstream's answer relayed, and sleep until it has ended."""
         server, news = self.server, queue.SimpleQueue()  # type: ignore[var-annotated]
-        call = Call("/chat/completions", encode_request(asked, server.settings), CALL_FIELDS)
-        framing = [("Transfer-Encoding", "chunked")] if self.http11 else []
 
         def encode_head() -> bytes:
-            return self._encode_head(200, answer.content_type, [*framing, *STREAM_FIELDS])
+            fields = {"Content-Type": answer.content_type, **STREAM_FIELDS, **answer.fields}
+            stream.chunked = self.http11 and "Content-Length" not in fields
+            if stream.chunked:
+                fields["Transfer-Encoding"] = "chunked"
+            return self._encode_head(answer.status, fields)
 
         with server.stream_place():
             self.stream = stream = Stream(
@@ -1980,7 +2239,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     if not news.get():
                         break
         self.buffer += stream.early
-        self.status = 200 if stream.started else 0
+        self.status = answer.status if stream.started else 0
         if stream.failure:
             raise stream.failure
 
@@ -1996,30 +2255,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             unread = not self.body.complete
             self.close_connection |= unread
-            body = json.dumps({"error": failure.message}).encode() + b"\n"
+            fields = {"Content-Type": "application/json", **failure.fields}
+            if self.stream and self.stream.call.connected_at is not None and failure.status >= 500:
+                fields["X-Should-Retry"] = "false"  # SDKs heed it: what was asked may have been paid for
             with contextlib.suppress(OSError):
-                self._answer(failure.status, body, "application/json", failure.fields)
+                self._answer(failure.status, encode_error(failure, self.path), fields)
                 if unread:
                     self._linger()
 
-    def _answer(self, status: int, body: bytes, type: str = "", fields: Iterable[tuple[str, str]] = ()) -> None:
+    def _answer(self, status: int, body: bytes, fields: Mapping[str, str]) -> None:
         self.status = status
-        length = [("Content-Length", str(len(body)))] if body else []
-        head = self._encode_head(status, type, [*length, *fields, ("Cache-Control", "no-store")])
+        length = {"Content-Length": str(len(body))} if body else {}
+        head = self._encode_head(status, {"Cache-Control": "no-store", **length, **fields})
         self._send(head if self.method == "HEAD" else head + body)
 
-    def _encode_head(self, status: int, type: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    def _encode_head(self, status: int, fields: Mapping[str, str]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
         self.close_connection |= self.server.draining
-        common = [
-            ("Date", http_date(int(time.time()))),
-            ("X-Request-Id", self.request_id),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Content-Type", type),
-            ("Connection", "close" if self.close_connection else ""),
-        ]
-        line = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
-        return encode_head(line, [field for field in common if field[1]] + [*fields])
+        common = {
+            "Date": http_date(int(time.time())),
+            "X-Request-Id": self.request_id,
+            "X-Content-Type-Options": "nosniff",
+        }
+        if self.close_connection:
+            common["Connection"] = "close"
+        return encode_head(f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", {**common, **fields})
 
     def _send(self, data: bytes) -> None:
         with self.server.gate.outside():
@@ -2058,7 +2318,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
         if stream:
             ttft = None if stream.first_text_at is None else round(stream.first_text_at - self.began_at, 3)
-            entry.update(ttft=ttft, pieces=stream.answer.pieces, bytes=stream.answer.size, usage=stream.answer.usage)
+            answer = stream.answer
+            entry.update(
+                ttft=ttft, pieces=answer.pieces, bytes=answer.size, usage=answer.usage, upstream_id=answer.request_id
+            )
         log.info(entry)
 
 
@@ -2066,21 +2329,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 _ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
     "/": {"GET": Handler.get_root, "HEAD": Handler.get_root, "POST": Handler.post_prompt},
     "/healthz": {"GET": Handler.get_health, "HEAD": Handler.get_health},
+    "/v1/models": {"GET": Handler.get_models},
+    **{f"/v1/{name}": {"POST": Handler.post_api} for name in ("chat/completions", "completions", "responses", "embeddings", "messages")},
 }
 
 # What keeps nginx, proxies that compress, and whoever knows RFC 10036 from holding text back.
-STREAM_FIELDS = (
-    ("X-Accel-Buffering", "no"),
-    ("Cache-Control", "no-cache, no-transform"),
-    ("Incremental", "?1"),
-)
-
-# What upstream is told of a request of our own.
-CALL_FIELDS = (
-    ("Content-Type", "application/json"),
-    ("Accept", "text/event-stream, application/json"),
-    ("User-Agent", f"streamproxy/{__version__}"),
-)
+STREAM_FIELDS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform", "Incremental": "?1"}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2169,7 +2423,7 @@ class Server(http.server.ThreadingHTTPServer):
     def stream_place(self) -> Iterator[None]:
         """Hold one of max_streams places.  Raises RequestError where none is free."""
         if not self._places.acquire(blocking=False):
-            raise RequestError("Too many answers are on their way.", 503, fields=[("Retry-After", "1")])
+            raise RequestError("Too many answers are on their way.", 503, fields={"Retry-After": "1"})
         try:
             yield
         finally:
@@ -2182,7 +2436,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _abort_streams(self) -> None:
         for stream in list(self.relay.streams):
-            stream.fail(Aborted("The server is shutting down.", fields=[("Retry-After", "1")]))
+            stream.fail(Aborted("The server is shutting down.", fields={"Retry-After": "1"}))
 
     # What socketserver calls, or is called of it.
 
@@ -2275,7 +2529,7 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
         settings = dataclasses.replace(settings, upstream=demo.url)
     gate, relay = Gate(), Relay()
     upstream = Upstream(settings, gate, relay)
-    call = Call("/chat/completions", encode_request({"prompt": prompt}, settings), CALL_FIELDS)
+    call = prompt_call({"prompt": prompt}, settings)
     reader, client = socket.socketpair()  # the loop is a client like any other, but for HTTP
     client.setblocking(False)
     answer = TextAnswer(upstream.redact)
