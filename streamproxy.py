@@ -2570,10 +2570,21 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
+    def do_GET(self) -> None:
+        models = [{"id": "gpt-4.1-mini", "object": "model", "created": 0, "owned_by": "streamproxy"}]
+        self._answer({"object": "list", "data": models})
+
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
-        words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{prompt}", str(asked)))
-        usage = {"prompt_tokens": len(str(asked).split()), "completion_tokens": len(words)}
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = str(asked["messages"][-1]["content"])
+        words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{prompt}", prompt))
+        usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
+        usage["total_tokens"] = sum(usage.values())
+        if not asked.get("stream"):
+            message = {"role": "assistant", "content": "".join(words)}
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            self._answer({"id": "chatcmpl-demo", "object": "chat.completion", "choices": choices, "usage": usage})
+            return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -2584,12 +2595,20 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
                 time.sleep(DEMO_PAUSE)
                 self._send([{"index": 0, "delta": {"content": word}, "finish_reason": None}])
             self._send([{"index": 0, "delta": {}, "finish_reason": "stop"}])
-            self._send([], usage={**usage, "total_tokens": sum(usage.values())})
+            self._send([], usage=usage)
             self.wfile.write(encode_chunk(encode_event("[DONE]")) + LAST_CHUNK)
 
     def _send(self, choices: Sequence[object], **more: object) -> None:
         payload = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": choices, **more}
         self.wfile.write(encode_chunk(encode_event(json.dumps(payload))))
+
+    def _answer(self, payload: object) -> None:
+        body = json.dumps(payload).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -2531,7 +2531,7 @@ def test_documents_name_no_flag_or_variable_that_does_not_exist() -> None:
     flags = {flag for command in ours for flag in re.findall(r"--[a-z][a-z-]+", command)}
     assert flags - {streamproxy.flag_of(field) for field in dataclasses.fields(streamproxy.Settings)} <= {"--help", "--version"}
     names = {streamproxy.variable_of(field) for field in dataclasses.fields(streamproxy.Settings)} | {"OPENAI_API_KEY_FILE"}
-    assert set(re.findall(r"\b(?:STREAMPROXY|OPENAI)_[A-Z_]+", text)) - names <= {"STREAMPROXY_TEST_REQUIRE_ALL", "STREAMPROXY_TEST_AIMOCK"}
+    assert set(re.findall(r"\b(?:STREAMPROXY|OPENAI)_[A-Z_]+", text)) - names <= {"STREAMPROXY_TEST_REQUIRE_ALL", "STREAMPROXY_TEST_AIMOCK", "STREAMPROXY_TEST_SDKS"}
 
 
 def test_module_says_its_licence_and_runs_by_itself() -> None:
@@ -2925,6 +2925,8 @@ AIMOCK_FIXTURES = [
     {"match": {"userMessage": "broken"}, "response": {"error": {"message": "Server error.", "type": "server_error"}, "status": 500}},
     {"match": {"userMessage": "reason"}, "response": {"reasoning": "Let me think.", "content": "Done."}},
     {"match": {"userMessage": "drop"}, "response": {"content": "never"}, "chaos": {"disconnectRate": 1.0}},
+    {"match": {"userMessage": "weather"}, "response": {"toolCalls": [{"name": "get_weather", "arguments": {"city": "Paris"}}]}},
+    {"match": {"inputText": "hello"}, "response": {"embedding": [0.1, 0.2, 0.3]}},
     {"match": {"userMessage": "unicode"}, "response": {"content": "héllo 👋🏽 wörld 👩‍👩‍👧"}, "chunkSize": 1},
 ]
 
@@ -2970,3 +2972,241 @@ def test_aimock_reasoning_as_events(aimock: str) -> None:
             events = streamproxy.EventParser().feed(client.body())
     assert [event.type for event in events] == ["reasoning", "message", "done"]
     assert json.loads(events[0].data) == {"text": "Let me think."} and json.loads(events[-1].data)["usage"]["total_tokens"]
+
+
+KINDS = ["/chat/completions", "/responses", "/messages", "/embeddings", "/completions"]
+
+
+def recorded(base: str) -> Iterator[tuple[str, bytes]]:
+    """Answers of aimock of every kind: content type and body."""
+    host, port = base[len("http://") :].removesuffix("/v1").split(":")
+    for path in KINDS:
+        for prompt in ("hello", "unicode", "reason", "slow", "weather"):
+            for stream in (False, True):
+                asked = {"model": "gpt-4.1-mini", "messages": [{"role": "user", "content": prompt}], "input": prompt, "prompt": prompt,
+                         "stream": stream, "max_tokens": 50, "stream_options": {"include_usage": True}}
+                connection = http.client.HTTPConnection(host, int(port), timeout=DEADLINE)
+                connection.request("POST", "/v1" + path, json.dumps(asked), {"Content-Type": "application/json", "Authorization": "Bearer x"})
+                response = connection.getresponse()
+                if response.status == 200:
+                    yield response.headers["Content-Type"], response.read()
+                connection.close()
+
+
+def test_aimock_answers_of_every_kind_pass_byte_for_byte_however_they_are_cut(aimock: str, provider: Provider) -> None:
+    answers, rng = list(recorded(aimock)), random.Random(5)
+    streams = [body for content_type, body in answers if content_type.startswith("text/event-stream")]
+    assert len(answers) >= 25 and len(streams) >= 10
+    with running(provider) as server, Client(server) as client:
+        for content_type, body in answers * (200 // len(answers) + 1):
+            client.ask(ASKED, path="/v1/chat/completions")
+            places = sorted(rng.sample(range(1, len(body)), min(len(body) - 1, rng.randrange(30))))
+            pieces = [body[a:b] for a, b in zip([0, *places], [*places, len(body)])]
+            head = OK + b"Content-Type: " + content_type.encode() + b"\r\n"
+            with provider.take() as upstream:
+                if rng.random() < 0.5:
+                    wire = head + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + b"".join(map(chunk, pieces)) + b"0\r\n\r\n"
+                else:
+                    wire = head + (b"Content-Length: %d\r\nConnection: close\r\n" % len(body) if rng.random() < 0.5 else b"") + b"\r\n" + body
+                at = 0
+                while at < len(wire):
+                    size = rng.choice([7, 100, 1000, 5000])
+                    upstream.send(wire[at : at + size])
+                    at += size
+            got = client.head()
+            assert got.status == 200 and got.fields["Content-Type"] == content_type
+            assert (client.exactly(len(body)) if "Content-Length" in got.fields else client.body()) == body
+
+
+# ---------------------------------------------------------------- SDKs
+
+OPENAI_PYTHON = """
+import json, sys, openai
+url, told = sys.argv[1], {}
+client = openai.OpenAI(base_url=url, api_key="theirs", max_retries=0)
+say = lambda text: [{"role": "user", "content": text}]
+def name(call):
+    try:
+        return call()
+    except Exception as error:
+        return [type(error).__name__, (getattr(error, "body", None) or {}).get("message"), getattr(error, "code", None)]
+def chat(text, **more):
+    return client.chat.completions.create(model="gpt-4.1-mini", messages=say(text), **more)
+def streamed(text):
+    got = ""
+    try:
+        for part in chat(text, stream=True):
+            got += (part.choices and part.choices[0].delta.content) or ""
+    except Exception as error:
+        return [got, type(error).__name__]
+    return got
+def tools():
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
+    calls = [call for part in chat("weather", tools=[tool], stream=True) for call in (part.choices and part.choices[0].delta.tool_calls) or []]
+    return [calls[0].function.name, json.loads("".join(call.function.arguments or "" for call in calls))]
+def usage():
+    return [part.usage.total_tokens > 0 for part in chat("hello", stream=True, stream_options={"include_usage": True}) if part.usage]
+def responses():
+    return "".join(event.delta for event in client.responses.create(model="gpt-4.1-mini", input="hello", stream=True) if event.type == "response.output_text.delta")
+told["chat"] = name(lambda: chat("hello").choices[0].message.content)
+told["stream"] = name(lambda: streamed("unicode"))
+told["tools"] = name(tools)
+told["usage"] = name(usage)
+told["responses"] = name(responses)
+told["response"] = name(lambda: client.responses.create(model="gpt-4.1-mini", input="hello").output_text)
+told["embeddings"] = name(lambda: len(client.embeddings.create(model="gpt-4.1-mini", input="hello").data))
+told["models"] = name(lambda: [model.id for model in client.models.list()])
+told["limit"] = name(lambda: chat("limit", stream=True))
+told["broken"] = name(lambda: chat("broken"))
+told["cut"] = name(lambda: streamed("cut"))
+told["wrong model"] = name(lambda: client.chat.completions.create(model="gpt-5", messages=say("hello")))
+told["no model"] = name(lambda: client.post("/chat/completions", cast_to=object, body={}))
+told["no path"] = name(lambda: client.post("/nothing", cast_to=object, body={}))
+print(json.dumps(told))
+"""
+
+ANTHROPIC_PYTHON = """
+import json, sys, anthropic
+url, told = sys.argv[1].removesuffix("/v1"), {}
+client = anthropic.Anthropic(base_url=url, api_key="theirs", max_retries=0)
+def ask(text, model="gpt-4.1-mini"):
+    return dict(model=model, max_tokens=50, messages=[{"role": "user", "content": text}])
+def name(call):
+    try:
+        return call()
+    except Exception as error:
+        return [type(error).__name__, ((getattr(error, "body", None) or {}).get("error") or {}).get("message")]
+def streamed(text):
+    got = ""
+    try:
+        with client.messages.stream(**ask(text)) as stream:
+            for piece in stream.text_stream:
+                got += piece
+    except Exception as error:
+        return [got, type(error).__name__]
+    return got
+told["message"] = name(lambda: client.messages.create(**ask("hello")).content[0].text)
+told["stream"] = name(lambda: streamed("unicode"))
+told["limit"] = name(lambda: client.messages.create(**ask("limit")))
+told["broken"] = name(lambda: client.messages.create(**ask("broken")))
+told["cut"] = name(lambda: streamed("cut"))
+told["wrong model"] = name(lambda: client.messages.create(**ask("hello", "gpt-5")))
+print(json.dumps(told))
+"""
+
+OPENAI_NODE = """
+import OpenAI from "openai";
+const client = new OpenAI({baseURL: process.argv[2], apiKey: "theirs", maxRetries: 0}), told = {};
+const name = async call => { try { return await call(); } catch (error) { return [error.constructor.name, error.message]; } };
+const chat = (text, more = {}) => client.chat.completions.create({model: "gpt-4.1-mini", messages: [{role: "user", content: text}], ...more});
+const streamed = async text => {
+  let got = "";
+  try { for await (const part of await chat(text, {stream: true})) got += part.choices[0]?.delta?.content ?? ""; }
+  catch (error) { return [got, "error"]; }
+  return got;
+};
+told["chat"] = await name(async () => (await chat("hello")).choices[0].message.content);
+told["stream"] = await name(() => streamed("unicode"));
+told["responses"] = await name(async () => {
+  let got = "";
+  for await (const event of await client.responses.create({model: "gpt-4.1-mini", input: "hello", stream: true}))
+    if (event.type === "response.output_text.delta") got += event.delta;
+  return got;
+});
+told["models"] = await name(async () => (await client.models.list()).data.map(model => model.id));
+told["limit"] = await name(() => chat("limit"));
+told["broken"] = await name(() => chat("broken"));
+told["cut"] = await name(() => streamed("cut"));
+told["wrong model"] = await name(() => client.chat.completions.create({model: "gpt-5", messages: [{role: "user", content: "hello"}]}));
+console.log(JSON.stringify(told));
+"""
+
+HELLO, UNICODE = "Hello from aimock, piece by piece.", "héllo 👋🏽 wörld 👩‍👩‍👧"
+NO_MODEL = "The model 'gpt-5' may not be used here (--allow-model)."
+
+
+@pytest.fixture
+def python_sdks() -> list[str]:
+    python = os.environ.get("STREAMPROXY_TEST_SDKS") or missing("STREAMPROXY_TEST_SDKS names no Python that has openai and anthropic")
+    return [python, "-"]
+
+
+@pytest.fixture
+def node_sdk() -> list[str]:
+    folder = os.environ.get("STREAMPROXY_TEST_AIMOCK") or missing("STREAMPROXY_TEST_AIMOCK names no folder with the SDK for Node")
+    return ["env", "-C", folder, program("node"), "--input-type=module", "-"]
+
+
+def run_script(command: list[str], script: str, url: str) -> Any:
+    """What a script that uses an SDK tells, as JSON."""
+    environ = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    done = subprocess.run([*command, url], input=script, env=environ, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    check_no_key(done.stdout + done.stderr)
+    return json.loads(done.stdout)
+
+
+def test_openai_for_python(aimock: str, python_sdks: list[str]) -> None:
+    with running(None, upstream=aimock) as server:
+        assert run_script(python_sdks, OPENAI_PYTHON, server.url + "/v1") == {
+            "chat": HELLO, "stream": UNICODE, "tools": ["get_weather", {"city": "Paris"}], "usage": [True], "responses": HELLO, "response": HELLO,
+            "embeddings": 1, "models": [], "cut": ["This ", "APIConnectionError"],
+            "limit": ["RateLimitError", "Slow down.", None],
+            "broken": ["InternalServerError", "Upstream failed with status 500.", "bad_gateway"],
+            "wrong model": ["PermissionDeniedError", NO_MODEL, "model_not_found"],
+            "no model": ["BadRequestError", 'The body must have one "model", a string.', "model_not_found"], "no path": ["NotFoundError", "There is nothing at this path.", "not_found"],
+        }  # fmt: skip
+
+
+def test_anthropic_for_python(aimock: str, python_sdks: list[str]) -> None:
+    with running(None, upstream=aimock) as server:
+        assert run_script(python_sdks, ANTHROPIC_PYTHON, server.url + "/v1") == {
+            "message": HELLO, "stream": UNICODE, "limit": ["RateLimitError", "Slow down."], "broken": ["InternalServerError", "Upstream failed with status 500."],
+            "cut": ["", "RemoteProtocolError"], "wrong model": ["PermissionDeniedError", NO_MODEL],
+        }  # fmt: skip
+
+
+def test_openai_for_node(aimock: str, node_sdk: list[str]) -> None:
+    with running(None, upstream=aimock) as server:
+        assert run_script(node_sdk, OPENAI_NODE, server.url + "/v1") == {
+            "chat": HELLO, "stream": UNICODE, "responses": HELLO, "models": [], "limit": ["RateLimitError", "429 Slow down."],
+            "broken": ["InternalServerError", "502 Upstream failed with status 500."], "cut": ["This ", "error"],
+            "wrong model": ["PermissionDeniedError", f"403 {NO_MODEL}"],
+        }  # fmt: skip
+
+
+OPENAI_CANCELS = """
+import json, sys, openai
+stream = openai.OpenAI(base_url=sys.argv[1], api_key="theirs", max_retries=0).chat.completions.create(
+    model="gpt-4.1-mini", messages=[{"role": "user", "content": "x"}], stream=True)
+got = next(iter(stream)).choices[0].delta.content
+stream.close()
+print(json.dumps(got))
+"""
+
+
+def test_openai_for_python_cancels_and_upstream_is_closed(server: Any, provider: Provider, python_sdks: list[str]) -> None:
+    got: list[Any] = []
+    script = threading.Thread(target=lambda: got.append(run_script(python_sdks, OPENAI_CANCELS, server.url + "/v1")))
+    script.start()
+    with provider.take() as upstream:
+        upstream.start(A)
+        assert upstream.gone()
+    script.join(DEADLINE)
+    assert got == ["a"]
+
+
+OPENAI_ASKS_THE_DEMO = """
+import json, sys, openai
+client = openai.OpenAI(base_url=sys.argv[1], api_key="theirs", max_retries=0)
+ask = dict(model="gpt-4.1-mini", messages=[{"role": "user", "content": "Gr\u00fc\u00dfe"}])
+parts = list(client.chat.completions.create(stream=True, **ask))
+print(json.dumps(["".join(part.choices[0].delta.content or "" for part in parts if part.choices),
+                  client.chat.completions.create(**ask).choices[0].message.content, [model.id for model in client.models.list()]]))
+"""
+
+
+def test_openai_for_python_with_the_demo(python_sdks: list[str]) -> None:
+    with running(None, demo=True, api_key="") as server:
+        streamed, whole, models = run_script(python_sdks, OPENAI_ASKS_THE_DEMO, server.url + "/v1")
+    assert streamed == whole and "Grüße" in whole and models == ["gpt-4.1-mini"]
