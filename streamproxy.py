@@ -21,15 +21,16 @@ It terminates no TLS, stores nothing and knows no users: nginx in front does the
 
 Life of a request, and the section of this file for each step:
 
-    Server accepts; a thread takes the connection                        10
-      Handler reads and checks the request                               10
-        Stream has the relay watch the client                            9
-        Upstream.open connects and sends the request                     8
-        the thread sleeps; the relay moves what arrives:                 7
+    Server accepts; a thread takes the connection                        11
+      Handler reads and checks the request                               11
+        Access and Limits let it pass                                    7
+        Stream has the relay watch the client                            10
+        Upstream.open sends the request, on a new or a warm connection   9
+        the thread sleeps; the relay moves what arrives:                 8
           BodyDecoder       upstream's framing to the bytes of the body  5
           EventParser       bytes to events                              3
           Answer            events to what the client asked for          4
-          Stream            one chunk, one send                          9
+          Stream            one chunk, one send                          10
         the thread wakes, answers with an error if nothing was sent, logs the request
 
 There is a thread a connection for what is short and blocks, and one, the relay, for what is
@@ -51,12 +52,14 @@ import errno
 import functools
 import hashlib
 import heapq
+import hmac
 import http.client
 import http.server
 import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import random
@@ -132,6 +135,15 @@ MAX_WORKING = 4
 # Connections to upstream kept between two requests, and for how many seconds.
 MAX_IDLE_CONNECTIONS = 128
 KEEP_ALIVE_TIMEOUT = 60.0
+
+# Clients remembered for their limits although they have no stream.
+MAX_QUIET_CLIENTS = 10_000
+
+# Connections beyond two a stream: those between two requests, and those that are slow to send one.
+SPARE_CONNECTIONS = 256
+
+# Bytes of a refused request's body that are read for the sake of the connection.
+MAX_DISCARDED = 64 * 1024
 
 # Reads of one upstream in a row before other streams get their turn.
 READS_PER_TURN = 4
@@ -879,13 +891,13 @@ class LengthDecoder(BodyDecoder):
     """The data of a body whose length is known.  Source: RFC 9112 section 6.2."""
 
     def __init__(self, length: int) -> None:
-        self._left = length
+        self.left = length
         self.complete = length == 0
 
     def feed(self, data: bytes) -> bytes:
-        body, self.rest = data[: self._left], data[self._left :]
-        self._left -= len(body)
-        self.complete = self._left == 0
+        body, self.rest = data[: self.left], data[self.left :]
+        self.left -= len(body)
+        self.complete = self.left == 0
         return body
 
     def close(self) -> None:
@@ -980,7 +992,7 @@ def body_decoder(fields: Mapping[str, str], default: Callable[[], BodyDecoder]) 
 def is_loopback(host: str) -> bool:
     """Tell, without a look-up, whether host is this machine."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower() == "localhost"
 
@@ -1049,18 +1061,9 @@ def _read_params(texts: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if value is not None}
 
 
-def _read_client_params(texts: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(name.strip() for text in texts for name in text.split(","))
-    if not all(re.fullmatch(r"\w+", name) and name not in ("prompt", "messages", "stream") for name in names):
-        raise ValueError("NAME, other than prompt, messages and stream")
-    return names
-
-
-def _read_models(texts: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(name.strip() for text in texts for name in text.split(","))
-    if not all(names):
-        raise ValueError("NAME, or * for any")
-    return names
+def _listing(pattern: str, allowed: str, convert: Callable[[str], Any] = str) -> Callable[[Sequence[str]], Any]:
+    read = _matching(pattern, allowed, convert)
+    return lambda texts: tuple(read(name.strip()) for text in texts for name in text.split(","))
 
 
 # Members of the upstream request that --param does not set.
@@ -1106,7 +1109,8 @@ class Settings:
     )
     system: str = _row("", _matching(r"[^\0]*", "text"), "TEXT", "system message put before every conversation", shown="none")
     client_param: tuple[str, ...] = _row(
-        (), _read_client_params, "NAME", "member a client may set itself, repeatable", repeat=True, shown="none"
+        (), _listing(r"(?!(?:prompt|messages|stream)$)\w+", "NAME, other than prompt, messages and stream"), "NAME",
+        "member a client may set itself, repeatable", repeat=True, shown="none",
     )
     connect_timeout: float = _row(10.0, _read_seconds, "SECONDS", "to connect to upstream, TLS included; 0: no limit")
     first_byte_timeout: float = _row(120.0, _read_seconds, "SECONDS", "from then to the first event; 0: no limit")
@@ -1118,8 +1122,23 @@ class Settings:
     heartbeat: float = _row(15.0, _read_seconds, "SECONDS", "of silence before a comment, in SSE mode; 0: never")
     max_body: int = _row(1024 * 1024, _read_size, "BYTES", "largest request body")
     max_streams: int = _row(1024, _read_count, "COUNT", "streams at a time; 0: no limit")
+    max_streams_per_client: int = _row(0, _read_count, "COUNT", "streams at a time of one client; 0: no limit")
+    requests_per_minute: int = _row(0, _read_count, "COUNT", "requests a minute of one client; 0: no limit")
+    token_file: str = _row("", _read_text, "FILE", "lines NAME TOKEN: only clients with such a token may ask", shown="none")
     allow_model: tuple[str, ...] = _row(
-        (), _read_models, "NAME", "model a client of /v1 may ask besides --model, repeatable; * for any", repeat=True, shown="none"
+        (), _listing(".+", "NAME, or * for any"), "NAME", "model a client of /v1 may ask besides --model, repeatable; * for any", repeat=True, shown="none"
+    )
+    allow_origin: tuple[str, ...] = _row(
+        (), _listing(r"https?://[^/\s,]+", "SCHEME://HOST or SCHEME://HOST:PORT"), "ORIGIN",
+        "origin whose pages may ask, besides our own, repeatable", repeat=True, shown="none",
+    )
+    allow_host: tuple[str, ...] = _row(
+        (), _listing(r"[A-Za-z0-9._:\[\]-]+", "a host name, without a port"), "NAME",
+        "name that a server without tokens answers to, besides its own, repeatable", repeat=True, shown="none",
+    )
+    trusted_proxy: tuple[Any, ...] = _row(
+        (), _listing(r"[0-9A-Fa-f.:]+(/[0-9]{1,3})?", "an address or a network", ipaddress.ip_network), "NETWORK",
+        "proxy whose X-Forwarded-For counts, besides this machine's, repeatable", repeat=True, shown="none",
     )
     allow_anonymous: bool = _row(
         False, _read_switch, "", "serve anybody, on an address that other machines reach", shown="off"
@@ -1135,10 +1154,10 @@ class Settings:
             if isinstance(value, str) and value:
                 object.__setattr__(self, field.name, _read(field, value))
         path, host, _ = parse_address(self.bind)
-        if not (path or is_loopback(host) or self.allow_anonymous):
+        if not (path or is_loopback(host) or self.token_file or self.allow_anonymous):
             raise SettingsError(
                 f"--bind (STREAMPROXY_BIND): {self.bind!r} lets others spend your money; allowed: a loopback"
-                " address, a unix socket, or any with --allow-anonymous"
+                " address, a unix socket, or any with --token-file or --allow-anonymous"
             )
         if not (self.api_key or self.demo or is_loopback(urllib.parse.urlsplit(self.upstream).hostname or "")):
             raise SettingsError("no API key: set OPENAI_API_KEY or OPENAI_API_KEY_FILE, or try --demo")
@@ -1257,7 +1276,177 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
-# 7 ------------------------------------------------------------------ Relay
+# 7 ------------------------------------------------------------------ Access
+
+
+class Tokens:
+    """The client tokens in a file, which is read again when it changes."""
+
+    def __init__(self, path: str) -> None:
+        """Raises SettingsError where the file cannot be used."""
+        self._path = path
+        self._tokens: list[tuple[bytes, str]] = []  # digest and name
+        self._seen: object = None  # of the version that was read, or refused
+        fault = self._read()
+        if fault:
+            raise SettingsError(f"--token-file (STREAMPROXY_TOKEN_FILE): cannot use {path!r}: {fault}")
+
+    def name_of(self, token: str) -> str | None:
+        """Return the name of the client whose token this is, in a time that says nothing of the others."""
+        fault = self._read()
+        if fault:
+            log.error("the token file was not taken, its last version counts: %s", fault)
+        digest, found = hashlib.sha256(token.encode("latin-1")).digest(), None
+        for known, name in self._tokens:
+            if hmac.compare_digest(known, digest):
+                found = name
+        return found
+
+    def _read(self) -> str:
+        """Take a version that was not seen yet; say what is wrong with it."""
+        try:
+            status = os.stat(self._path)
+            seen = status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode
+            if seen == self._seen:
+                return ""
+            self._seen = seen
+            if status.st_mode & 0o007 and os.name == "posix":
+                return "others may read it; allowed: chmod o-rwx"
+            with open(self._path, encoding="utf-8") as file:
+                lines = [line.split() for line in file if line.strip() and not line.startswith("#")]
+        except OSError as error:
+            fault, self._seen = reason_of(error), self._seen if self._seen is OSError else OSError
+            return fault
+        except UnicodeError:
+            return "it is not UTF-8"
+        for number, line in enumerate(lines, 1):
+            if len(line) != 2 or not re.fullmatch(r"[\w.@-]{1,64}", line[0]) or not re.fullmatch("[!-~]+", line[1]):
+                return f"entry {number} is not NAME TOKEN"
+        self._tokens = [(hashlib.sha256(token.encode()).digest(), name) for name, token in lines]
+        return ""
+
+
+class Limits:
+    """How much a client may ask: streams at a time, its own and of all, and requests a minute."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._total = 0
+        self._clients: dict[str, list[float]] = {}  # streams, requests left, and as of when
+
+    @contextlib.contextmanager
+    def place(self, client: str) -> Iterator[None]:
+        """Hold a place for a stream.  Raises RequestError, with a Retry-After, where there is none."""
+        with self._lock:
+            self._enter(client)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._total -= 1
+                self._clients[client][0] -= 1
+                self._forget()
+
+    def _enter(self, client: str) -> None:
+        limits, now = self._settings, self._clock()
+        state = self._clients.setdefault(client, [0, limits.requests_per_minute, now])
+        if limits.max_streams and self._total >= limits.max_streams:
+            raise RequestError("Too many answers are on their way.", 503, fields={"Retry-After": "1"})
+        if limits.max_streams_per_client and state[0] >= limits.max_streams_per_client:
+            raise RequestError("Too many of your answers are on their way.", 429, fields={"Retry-After": "1"})
+        if limits.requests_per_minute:  # a token bucket that holds those of a minute
+            rate = limits.requests_per_minute / 60
+            left = min(limits.requests_per_minute, state[1] + (now - state[2]) * rate)
+            if left < 1:
+                wait = {"Retry-After": str(math.ceil((1 - left) / rate))}
+                raise RequestError("Too many requests in a minute.", 429, fields=wait)
+            state[1:] = [left - 1, now]
+        state[0] += 1
+        self._total += 1
+
+    def _forget(self) -> None:
+        """Drop clients of whom a minute's silence leaves nothing to know, once there are many."""
+        if len(self._clients) > 2 * self._total + MAX_QUIET_CLIENTS:
+            limit = self._clock() - 60
+            self._clients = {name: state for name, state in self._clients.items() if state[0] or state[2] > limit}
+
+
+class Access:
+    """Who may ask: tokens, the pages of which origins, and under which names."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises SettingsError for a token file that cannot be used."""
+        self._settings = settings
+        self._tokens = Tokens(settings.token_file) if settings.token_file else None
+        path, host, _ = parse_address(settings.bind)
+        self._names = {host.lower(), *(name.lower().strip("[]") for name in settings.allow_host)}
+        self._any_name = bool(path or self._tokens)  # no browser reaches a unix socket
+
+    def address_of(self, peer: str, forwarded: str) -> str:
+        """Return the client's address: peer, or what trusted proxies say of it; "unix" for a unix socket."""
+        hops = forwarded.split(",") if forwarded else []
+        while hops and self._trusts(peer):
+            try:
+                peer = str(ipaddress.ip_address(hops.pop().strip()))
+            except ValueError:
+                break
+        return peer
+
+    def check_host(self, host: str, own: str) -> None:
+        """Check that a server without tokens is asked under a name of its own: DNS may lead any name here.
+
+        own is the address that was connected to.  Raises RequestError.
+        """
+        name = re.sub(":[0-9]*$", "", host).strip("[]").lower()
+        if not (self._any_name or is_loopback(name) or name in self._names or name == own):
+            raise RequestError(f"This server does not answer to the name {name[:100]!a} (--allow-host).", 403)
+
+    def cors_fields(self, fields: Mapping[str, str]) -> dict[str, str]:
+        """Return what lets a page of an allowed origin read the answer (WHATWG Fetch section 3.2)."""
+        if fields.get("origin") not in self._settings.allow_origin:
+            return {}
+        return {
+            "Access-Control-Allow-Origin": fields["origin"],
+            "Access-Control-Expose-Headers": "X-Request-Id, Retry-After",
+            "Vary": "Origin",
+        }
+
+    def check_origin(self, fields: Mapping[str, str]) -> None:
+        """Check that no page asks but our own, or one of an allowed origin.  Raises RequestError."""
+        origin, site = fields.get("origin", ""), fields.get("sec-fetch-site", "")
+        own = re.sub("^https?://", "", origin).lower() == fields.get("host", "").lower() or site == "same-origin"
+        if (origin and not own and origin not in self._settings.allow_origin) or (site == "cross-site" and not origin):
+            raise RequestError(f"Pages of {origin[:100] or 'another site'} may not ask (--allow-origin).", 403)
+
+    def identify(self, fields: Mapping[str, str]) -> str:
+        """Return the name of the client whose token was sent; "" where none is needed.  Raises RequestError."""
+        if not self._tokens:
+            return ""
+        scheme, _, token = fields.get("authorization", "").partition(" ")
+        token = token.strip() if scheme.lower() == "bearer" else fields.get("x-api-key") or fields.get("api-key") or ""
+        name = self._tokens.name_of(token)
+        if not name:
+            words = "This client token is not known." if token else "A client token is needed: Authorization: Bearer TOKEN."
+            raise RequestError(words, 401, fields={"WWW-Authenticate": "Bearer"})
+        return name
+
+    def _trusts(self, address: str) -> bool:
+        if address == "unix" or is_loopback(address):
+            return True
+        return any(ipaddress.ip_address(address) in network for network in self._settings.trusted_proxy)
+
+
+def network_of(address: str) -> str:
+    """Return what limits count as one client: an IPv6 host has a /64 of its own."""
+    if ":" not in address:
+        return address
+    ip = ipaddress.IPv6Address(address.partition("%")[0])
+    return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
+
+
+# 8 ------------------------------------------------------------------ Relay
 
 READ, WRITE = 1, 4  # as in poll(2); a hang-up or an error is told by other bits, and by the next read
 
@@ -1407,7 +1596,7 @@ class Relay:
             owner.drop(ProxyError("Internal error."))
 
 
-# 8 ------------------------------------------------------------------ Upstream
+# 9 ------------------------------------------------------------------ Upstream
 
 
 class Gate(threading.Semaphore):
@@ -1690,7 +1879,7 @@ class Upstream(urllib.request.BaseHandler):
         raise failure
 
 
-# 9 ------------------------------------------------------------------ Streams
+# 10 ----------------------------------------------------------------- Streams
 
 
 class Stream:
@@ -2014,7 +2203,7 @@ class Stream:
         self.drop(Aborted("The client stopped reading."))
 
 
-# 10 ----------------------------------------------------------------- Server
+# 11 ----------------------------------------------------------------- Server
 
 _REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])")  # RFC 9112 section 3
 _HOST = re.compile(r"([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
@@ -2053,6 +2242,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.connection = self.request
         self.buffer = bytearray()  # what the client sent and nobody has taken yet
+        self.peer = self.client_address[0] if self.client_address else "unix"
 
     def finish(self) -> None:
         pass
@@ -2068,6 +2258,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.query = ""
         self.http11 = True
         self.fields: dict[str, str] = {}
+        self.cors: dict[str, str] = {}
+        self.client = self.peer
         self.body: BodyDecoder = BodyDecoder()  # which is not complete: who knows what comes
         self.request_id, self.status, self.began_at = f"{random.getrandbits(64):016x}", 0, time.monotonic()
         self.stream: Stream | None = None
@@ -2096,7 +2288,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             head, end, rest = self.buffer.partition(b"\r\n\r\n")
             line, line_end, _ = head.partition(b"\r\n")
             if len(head) > MAX_HEAD_SIZE:
-                raise RequestError("The head of the request is too large.", 431 if line_end else 414)
+                raise RequestError("The head of the request is too large.", 431 if len(line) < MAX_HEAD_SIZE else 414)
             if line_end or end or not re.match(_TOKEN.encode(), head or b"-") or b"\n" in line:
                 self._take_request_line(line.decode("latin-1"))  # HTTP/0.9 and TLS are told at once
             if end:
@@ -2135,8 +2327,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise RequestError("The request line is not in HTTP's grammar.")
         if match[3] != "1":
             raise RequestError("This server speaks HTTP/1.1 and HTTP/1.0.", 505)
-        self.method, target, self.http11 = match[1], match[2], match[4] != "0"
-        self.path, _, self.query = target.partition("?")
+        self.method, self.http11 = match[1], match[4] != "0"
+        self.path, _, self.query = match[2].partition("?")
 
     def _take_fields(self, head: bytes) -> None:
         """Take the fields, and from them the framing of the body.  Raises RequestError."""
@@ -2150,8 +2342,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = body_decoder(self.fields, lambda: LengthDecoder(0))
         except ValueError as error:
             raise RequestError(f"The request cannot be read: {error}.") from None
-        if not _HOST.fullmatch(self.fields.get("host", "" if self.http11 else "localhost")):
+        host = self.fields.get("host", "" if self.http11 else "localhost")
+        if not _HOST.fullmatch(host):
             raise RequestError("The request needs one Host field.")
+        if re.match(f"(?i)https?://{re.escape(host)}(/|$)", self.path):  # absolute form, RFC 9112 section 3.2.2
+            self.path = "/" + self.path.split("/", 3)[3] if self.path.count("/") > 2 else "/"
         self.body = body
         if re.fullmatch("[0-9A-Za-z._-]{1,64}", self.fields.get("x-request-id", "")):
             self.request_id = self.fields["x-request-id"]
@@ -2159,22 +2354,52 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = not self.http11 or "close" in tokens
 
     def _dispatch(self) -> None:
-        models = re.match("/v1/models/.", self.path)
-        methods = _ROUTES.get("/v1/models" if models else self.path)
+        """Check what every request must have, and call the function of its path and method."""
+        access = self.server.access
+        self.client = access.address_of(self.peer, self.fields.get("x-forwarded-for", ""))
+        self.cors = access.cors_fields(self.fields)
+        methods = _ROUTES.get(re.sub("^/v1/models/.+", "/v1/models", self.path))
         if not methods:
             raise RequestError("There is nothing at this path.", 404)
         if self.method not in methods:
             allowed = ", ".join(methods)
-            raise RequestError(f"This path takes {allowed} only.", 405, fields={"Allow": allowed})
+            known = self.method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT")
+            raise RequestError(f"This path takes {allowed} only.", 405 if known else 501, fields={"Allow": allowed})
         if self.method != "POST" and not self.body.complete:
             raise RequestError("Only POST takes a body.")
+        if self.path not in _OPEN_PATHS:
+            own = "" if self.peer == "unix" else self.connection.getsockname()[0]
+            access.check_host(self.fields.get("host", "localhost"), own)
         methods[self.method](self)
+
+    def answer_preflight(self) -> None:
+        """Tell a page of an allowed origin what it may send (WHATWG Fetch section 3.2.2)."""
+        methods = ", ".join(_ROUTES[re.sub("^/v1/models/.+", "/v1/models", self.path)])
+        fields = {"Allow": methods}
+        if "origin" in self.fields:
+            self.server.access.check_origin(self.fields)
+            asked = [name.strip().lower() for name in self.fields.get("access-control-request-headers", "").split(",")]
+            allowed = [name for name in asked if name in _CORS_FIELDS or name.startswith("x-stainless-")]
+            fields = {"Access-Control-Allow-Methods": methods, "Access-Control-Allow-Headers": ", ".join(allowed),
+                      "Access-Control-Max-Age": "600"}  # fmt: skip
+        self._answer(204, b"", fields)
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """Let in a request that costs money, and count it as long as it lasts.  Raises RequestError."""
+        self.server.access.check_origin(self.fields)
+        key = network_of(self.client) if self.client != "unix" else "unix"
+        name = self.server.access.identify(self.fields)
+        self.client = name or self.client
+        with self.server.limits.place(name or key):
+            yield
 
     def post_prompt(self) -> None:
         """Answer a JSON body with a stream."""
         redact = self.server.upstream.redact
         answer = EventAnswer(self.request_id, redact) if self._wants_events() else TextAnswer(redact)
-        self._ask(answer, parse_request(self._read_body()))
+        with self._admitted():
+            self._ask(answer, parse_request(self._read_body()))
 
     def get_root(self) -> None:
         """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
@@ -2188,17 +2413,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except ValueError:
                 raise RequestError("The query is not UTF-8.") from None
             answer = EventAnswer(self.request_id, self.server.upstream.redact, reconnects=True)
-            self._ask(answer, {"prompt": prompts[0] if len(prompts) == 1 else None})
+            with self._admitted():
+                self._ask(answer, {"prompt": prompts[0] if len(prompts) == 1 else None})
 
     def get_health(self) -> None:
         """Say that the process is alive."""
         self._answer(200, b"ok\n", {"Content-Type": "text/plain; charset=utf-8"})
 
+    def get_ready(self) -> None:
+        """Say whether new requests are welcome."""
+        draining = self.server.draining
+        self._answer(503 if draining else 200, b"draining\n" if draining else b"ok\n", {"Content-Type": "text/plain; charset=utf-8"})
+
     def post_api(self) -> None:
         """Pass a request of the API on, and its answer back."""
-        body = self._read_body()
-        check_model(body, self.server.settings)
-        self._pass(PassedAnswer(self.server.upstream.redact), body)
+        with self._admitted():
+            body = self._read_body()
+            check_model(body, self.server.settings)
+            self._pass(PassedAnswer(self.server.upstream.redact), body)
 
     def get_models(self) -> None:
         """Answer with the models that may be used, or with one of them."""
@@ -2207,9 +2439,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         models = (settings.model, *settings.allow_model)
         if any(not part.strip(".") for part in name.split("/")) and name:
             raise RequestError("There is nothing at this path.", 404)  # nor at one that it leads to
-        if name and not {name, "*"}.intersection(models):
-            raise unknown_model(name)
-        self._pass(PassedAnswer(redact) if name or "*" in models else ModelList(models, redact))
+        with self._admitted():
+            if name and not {name, "*"}.intersection(models):
+                raise unknown_model(name)
+            self._pass(PassedAnswer(redact) if name or "*" in models else ModelList(models, redact))
 
     def _wants_events(self) -> bool:
         ranges = [part.partition(";")[0].strip().lower() for part in self.fields.get("accept", "").split(",")]
@@ -2223,6 +2456,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise RequestError(f"The body is larger than {limit} bytes.", 413)
         if self.fields.get("expect", "").lower() == "100-continue" and self.http11 and not self.buffer:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return self._read_on(limit)
+
+    def _read_on(self, limit: int) -> bytes:
+        """Return the rest of the request's body.  Raises RequestError, and Disconnected."""
         body = bytearray()
         while not self.body.complete:
             if not self.buffer and not self._fill():
@@ -2257,15 +2494,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 fields["Transfer-Encoding"] = "chunked"
             return self._encode_head(answer.status, fields)
 
-        with server.stream_place():
-            self.stream = stream = Stream(
-                server.relay, self.connection, answer, call, server.settings, encode_head, self.http11, news.put
-            )
-            for fresh in (False, True):
-                stream.open(server.upstream, fresh)
-                with server.gate.outside():
-                    if not news.get():
-                        break
+        self.stream = stream = Stream(
+            server.relay, self.connection, answer, call, server.settings, encode_head, self.http11, news.put
+        )
+        for fresh in (False, True):
+            stream.open(server.upstream, fresh)
+            with server.gate.outside():
+                if not news.get():
+                    break
         self.buffer += stream.early
         self.status = answer.status if stream.started else 0
         if stream.failure:
@@ -2282,14 +2518,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._reset()  # its body ends where the connection does
         else:
             unread = not self.body.complete
-            self.close_connection |= unread
+            small = isinstance(self.body, LengthDecoder) and self.body.left <= MAX_DISCARDED and "expect" not in self.fields
+            self.close_connection |= unread and not small
             fields = {"Content-Type": "application/json", **failure.fields}
             if self.stream and self.stream.call.connected_at is not None and failure.status >= 500:
                 fields["X-Should-Retry"] = "false"  # SDKs heed it: what was asked may have been paid for
-            with contextlib.suppress(OSError):
+            try:
                 self._answer(failure.status, encode_error(failure, self.path), fields)
-                if unread:
+                if unread and small:
+                    self._read_on(MAX_DISCARDED)
+                elif unread:
                     self._linger()
+            except (OSError, ProxyError):  # the answer was given, or nobody is there
+                self.close_connection = True
 
     def _answer(self, status: int, body: bytes, fields: Mapping[str, str]) -> None:
         self.status = status
@@ -2307,7 +2548,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
         if self.close_connection:
             common["Connection"] = "close"
-        return encode_head(f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", {**common, **fields})
+        return encode_head(f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", {**common, **self.cors, **fields})
 
     def _send(self, data: bytes) -> None:
         with self.server.gate.outside():
@@ -2336,7 +2577,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         entry = LogEntry(
             time=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03}Z",
             id=self.request_id,
-            client=self.client_address[0] if self.client_address else "unix",
+            client=self.client,
             method=self.method,
             path=self.path[:200],  # the query may hold a prompt
             status=self.status,
@@ -2353,13 +2594,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         log.info(entry)
 
 
-# Path, then method.  HEAD is answered as GET without the body.
+def _get(function: Callable[[Handler], None]) -> dict[str, Callable[[Handler], None]]:
+    return {"GET": function, "HEAD": function, "OPTIONS": Handler.answer_preflight}  # HEAD: the same without the body
+
+
+# Path, then method.
 _ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
-    "/": {"GET": Handler.get_root, "HEAD": Handler.get_root, "POST": Handler.post_prompt},
-    "/healthz": {"GET": Handler.get_health, "HEAD": Handler.get_health},
-    "/v1/models": {"GET": Handler.get_models},
-    **{f"/v1/{name}": {"POST": Handler.post_api} for name in ("chat/completions", "completions", "responses", "embeddings", "messages")},
+    "/": {**_get(Handler.get_root), "POST": Handler.post_prompt},
+    "/healthz": _get(Handler.get_health),
+    "/readyz": _get(Handler.get_ready),
+    "/v1/models": {"GET": Handler.get_models, "OPTIONS": Handler.answer_preflight},
+    **{
+        f"/v1/{name}": {"POST": Handler.post_api, "OPTIONS": Handler.answer_preflight}
+        for name in ("chat/completions", "completions", "responses", "embeddings", "messages")
+    },
 }
+
+_OPEN_PATHS = ("/healthz", "/readyz")  # those that answer under any name
+
+# What a page of another origin may send.
+_CORS_FIELDS = ("accept", "api-key", "authorization", "last-event-id", "x-api-key", "x-request-id", *PASSED_FIELDS)
 
 # What keeps nginx, proxies that compress, and whoever knows RFC 10036 from holding text back.
 STREAM_FIELDS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform", "Incremental": "?1"}
@@ -2383,13 +2637,15 @@ class Server(http.server.ThreadingHTTPServer):
         self.relay = Relay()
         self.draining = False
         self.drain_signal, self._drain_sender = socket.socketpair()  # readable from the start of the drain on
-        self._places = threading.Semaphore(settings.max_streams or sys.maxsize)
+        self.limits = Limits(settings)
+        self._max_connections = 2 * settings.max_streams + SPARE_CONNECTIONS if settings.max_streams else sys.maxsize
         self._connections: set[socket.socket] = set()
         self._changed = threading.Condition()  # guards _connections and _hurried
         self._hurried = False
         self._listening = False
         self._accepting = threading.Thread(target=self._accept, name="accept", daemon=True)
         try:
+            self.access = Access(settings)
             self.upstream = Upstream(self.settings, self.gate, self.relay)
             self.server_bind()
             self.server_activate()
@@ -2446,16 +2702,6 @@ class Server(http.server.ThreadingHTTPServer):
         with self._changed:
             self._hurried = True
             self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def stream_place(self) -> Iterator[None]:
-        """Hold one of max_streams places.  Raises RequestError where none is free."""
-        if not self._places.acquire(blocking=False):
-            raise RequestError("Too many answers are on their way.", 503, fields={"Retry-After": "1"})
-        try:
-            yield
-        finally:
-            self._places.release()
 
     def _wait_for_connections(self, timeout: float) -> bool:
         with self._changed:
@@ -2518,6 +2764,12 @@ class Server(http.server.ThreadingHTTPServer):
         return request, client_address
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self._connections) >= self._max_connections:  # and no thread for it
+            with contextlib.suppress(OSError):
+                request.send(_TOO_MANY)
+                request.recv(READ_SIZE)  # what is unread would reset the connection, and the answer with it
+            request.close()
+            return
         with self._changed:
             self._connections.add(request)
         try:
@@ -2536,6 +2788,12 @@ class Server(http.server.ThreadingHTTPServer):
         error = sys.exc_info()[1]
         if error and not isinstance(error, OSError):  # a client that vanishes is a normal ending
             log.error("fault in a connection: %s", place_of(error))
+
+
+_TOO_MANY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    b'Content-Length: 35\r\n\r\n{"error": "Too many connections."}\n'
+)
 
 
 def _remove_stale_socket(path: str) -> None:
@@ -2581,7 +2839,7 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
             demo.server_close()
 
 
-# 11 ----------------------------------------------------------------- Demo upstream
+# 12 ----------------------------------------------------------------- Demo upstream
 
 DEMO_PAUSE = 0.05  # seconds between two words: a human pace
 DEMO_ANSWER = (
@@ -2659,7 +2917,7 @@ class Demo(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.1,), name="demo", daemon=True).start()
 
 
-# 12 ----------------------------------------------------------------- Chat page
+# 13 ----------------------------------------------------------------- Chat page
 
 _PAGE = r"""<!doctype html>
 <html lang="en">
@@ -2682,21 +2940,23 @@ main { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; }
 @keyframes fade { to { opacity: .2; } }
 form { position: sticky; bottom: 0; display: flex; align-items: end; gap: .5rem;
   padding: .5rem 0 1rem; background: Canvas; }
-textarea, button { padding: .5rem 1rem; border-radius: .75rem; }
-textarea { flex: 1; min-width: 0; resize: none; background: Canvas; }
+textarea, button, input { padding: .5rem 1rem; border-radius: .75rem; }
+textarea, input { flex: 1; min-width: 0; resize: none; background: Canvas; }
 button { border: 0; background: light-dark(#1d57b0, #8fb6f5); color: Canvas; }
 </style>
 <main id="log" role="log" aria-label="Conversation"></main>
 <form>
+  <input id="token" type="password" aria-label="Client token" placeholder="Token" autocomplete="off" hidden>
   <textarea id="prompt" rows="3" aria-label="Message" placeholder="Message" autofocus></textarea>
   <button id="send">Send</button>
   <button id="stop" type="button" hidden>Stop</button>
 </form>
 <script>
-const [page, log, form, input, sendButton, stopButton] =
-  ["html", "#log", "form", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
+const [page, log, form, token, input, sendButton, stopButton] =
+  ["html", "#log", "form", "#token", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
 const messages = [];     // the conversation so far
 let controller = null;   // stops the answer that is arriving; null when none is
+token.value = sessionStorage.getItem("token") || "";   // kept for this tab
 
 // All text enters the page here, as text: nothing that arrives is ever read as markup.
 function grow(element, text) {
@@ -2743,7 +3003,10 @@ async function ask(question) {
   try {
     const response = await fetch(location.origin + location.pathname, {
       method: "POST", body: JSON.stringify({messages: [...messages, turn]}), signal: controller.signal,
-      headers: {"Content-Type": "application/json", "Accept": "text/event-stream"}});
+      headers: {"Content-Type": "application/json", "Accept": "text/event-stream",
+        ...token.value && {"Authorization": `Bearer ${token.value}`}}});
+    token.hidden = response.status !== 401;
+    if (token.hidden) sessionStorage.setItem("token", token.value);
     error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
     if (!response.ok) error = (await response.json()).error || error;
     else for await (const [type, data] of readEvents(response.body)) {
@@ -2758,6 +3021,7 @@ async function ask(question) {
   message.classList.remove("streaming");
   if (answer) messages.push(turn, {role: "assistant", content: answer.textContent});
   else input.value ||= question;   // nothing was said: offer the question again
+  if (!token.hidden) token.focus();
   if (note) add(message, "p", "note", note);
   if (error) add(log, "p", "message error", error);
 }
@@ -2804,7 +3068,7 @@ def _page_policy(page: str) -> str:
 PAGE, PAGE_POLICY = _PAGE.encode(), _page_policy(_PAGE)
 
 
-# 13 ----------------------------------------------------------------- Command line
+# 14 ----------------------------------------------------------------- Command line
 
 
 class _ArgumentParser(argparse.ArgumentParser):
