@@ -19,6 +19,7 @@ import logging
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -1563,6 +1564,24 @@ def test_2000_connections_opened_and_dropped_leave_nothing_behind(server: Any, p
     assert wait_for(lambda: (threading.active_count(), descriptors()), lambda now: now == before) == before
 
 
+@pytest.mark.parametrize("kind", [("-H",), ("-B", "-s", "8192"), ("-X", "-k", "1")], ids=["slow heads", "slow bodies", "slow readers"])
+def test_500_slow_connections_leave_a_good_client_undisturbed(provider: Provider, tmp_path: Path, kind: tuple[str, ...]) -> None:
+    with running(provider, client_timeout=2.0) as server:
+        command = [program("slowhttptest"), "-c", "500", "-r", "250", "-i", "1", "-l", "3", "-p", "1", "-u", server.url + "/", *kind]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as attack:
+            wait_for(lambda: len(server._connections) > 300)
+            while attack.poll() is None:
+                with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+                    upstream.start(A)
+                    assert client.head().status == 200 and client.chunk() == b"a"
+                    upstream.event(delta("b"))
+                    assert client.chunk() == b"b"
+                    upstream.finish()
+                    assert client.chunk() == b""
+                Peer.opened.clear()
+        wait_for(lambda: not server._connections)
+
+
 def mutated(rng: random.Random, data: bytes) -> bytes:
     """data with a few bytes changed, dropped, doubled or swapped for what parsers stumble over."""
     out = bytearray(data)
@@ -2901,6 +2920,56 @@ def test_documents_name_no_flag_or_variable_that_does_not_exist() -> None:
     assert flags - {streamproxy.flag_of(field) for field in dataclasses.fields(streamproxy.Settings)} <= {"--help", "--version"}
     names = {streamproxy.variable_of(field) for field in dataclasses.fields(streamproxy.Settings)} | {"OPENAI_API_KEY_FILE"}
     assert set(re.findall(r"\b(?:STREAMPROXY|OPENAI)_[A-Z_]+", text)) - names <= {"STREAMPROXY_TEST_REQUIRE_ALL", "STREAMPROXY_TEST_AIMOCK", "STREAMPROXY_TEST_SDKS"}
+
+
+def readme_commands() -> list[tuple[dict[str, str], list[str]]]:
+    """The variables and flags of each command line in README.md that starts the program."""
+    text = README.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"(?:^    |`)((?:\w+=\S+ )?python3 /?streamproxy\.py[^`\n#]*)", text, re.MULTILINE)
+    split = [[word for word in shlex.split(command)] for command in commands]
+    return [(dict(word.split("=", 1) for word in words[: words.index("python3")]), words[words.index("python3") + 2 :]) for words in split]
+
+
+def test_readme_commands_are_taken(tmp_path: Path, monkeypatch: Any) -> None:
+    commands = readme_commands()
+    assert len(commands) >= 9
+    for environ, flags in commands:
+        if "--version" not in flags:
+            streamproxy.Settings.load(environ, vars(streamproxy.build_parser().parse_args(flags)))
+
+
+UPSTREAMS = {
+    "Azure": ("POST /openai/deployments/DEPLOYMENT/chat/completions?api-version=2024-10-21 HTTP/1.1", "api-key: "), "Anthropic": ("POST /v1/messages HTTP/1.1", "x-api-key: "),
+    "Ollama": ("POST /v1/chat/completions HTTP/1.1", ""), "vLLM": ("POST /v1/chat/completions HTTP/1.1", ""), "llama.cpp": ("POST /v1/chat/completions HTTP/1.1", ""),
+    "another streamproxy": ("POST /v1/chat/completions HTTP/1.1", "Authorization: Bearer "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UPSTREAMS)
+def test_readme_line_for_each_upstream_asks_it_rightly(provider: Provider, name: str) -> None:
+    line, field = UPSTREAMS[name]
+    row = re.search(rf"^\| {re.escape(name)} \| `(.+)` \|$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert row
+    words = shlex.split(row[1])
+    settings = streamproxy.Settings.load({"OPENAI_API_KEY": KEY} if field else {}, vars(streamproxy.build_parser().parse_args(words[words.index("python3") + 2 :])))
+    there = urllib.parse.urlsplit(settings.upstream)
+    upstream_url = there._replace(scheme="http", netloc=urllib.parse.urlsplit(provider.url).netloc).geturl()
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(running(None, upstream=upstream_url, auth_header=settings.auth_header, model=settings.model, api_key=settings.api_key))
+        path = "/v1/messages" if name == "Anthropic" else "/v1/chat/completions"
+        stack.enter_context(Client(server).ask({**ASKED, "model": settings.model}, path=path))
+        upstream = stack.enter_context(provider.take())
+        assert upstream.head.startswith(line + "\r\n") and (f"\r\n{field}{KEY}\r\n" in upstream.head if field else KEY not in upstream.head)
+
+
+def test_readme_another_streamproxy_as_upstream(provider: Provider, tmp_path: Path) -> None:
+    with running(provider, token_file=token_file(tmp_path, f"proxy {ALICE}")) as far, running(None, upstream=far.url + "/v1", api_key=ALICE) as near:
+        for path, body in (("/", PROMPT), ("/v1/chat/completions", ASKED)):
+            with Client(near).ask(body, path=path) as client, provider.take() as upstream:
+                upstream.start(A)
+                assert client.head().status == 200 and b"a" in client.chunk()
+                upstream.finish()
+                client.body()
 
 
 def test_module_says_its_licence_and_runs_by_itself() -> None:
