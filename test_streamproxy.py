@@ -3184,7 +3184,8 @@ class WebDriver:
 
     ENTER, SHIFT = "\ue007", "\ue008"
     FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--no-first-run", "--disable-quic",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync")  # fmt: skip
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--host-resolver-rules=MAP rebound.example 127.0.0.1")  # fmt: skip
 
     def __init__(self, folder: Path) -> None:
         chromium, driver = program("chromium", "chromium-browser", "google-chrome"), program("chromedriver")
@@ -3351,6 +3352,64 @@ def test_fetch_in_a_browser_rejects_a_cut_answer(page: WebDriver, provider: Prov
     with provider.take() as upstream:
         upstream.start(A)
     assert page.wait("return window.got") == "TypeError"
+
+
+def test_page_asks_for_the_token_and_keeps_it_for_the_tab(browser: WebDriver, provider: Provider, tmp_path: Path) -> None:
+    with running(provider, token_file=token_file(tmp_path, f"alice {ALICE}")) as server:
+        browser.call("POST", "/url", {"url": server.url})
+        assert browser.run("return document.querySelector('#token').hidden")
+        say(browser)
+        conversation(browser, ("user", "Hello"), ("assistant", ""), ("error", "A client token is needed: Authorization: Bearer TOKEN."))
+        assert not browser.run("return document.querySelector('#token').hidden")
+        assert browser.run("return document.querySelector('#prompt').value") == "Hello"  # it is offered again
+        browser.element("#token", "value", text=ALICE)
+        for again in (False, True):
+            if again:
+                browser.call("POST", "/refresh", {})
+                say(browser)
+            else:
+                browser.element("#send", "click")
+            with provider.take() as upstream:
+                upstream.start(A)
+                upstream.finish()
+                browser.wait("return document.querySelector('.assistant:last-child')?.textContent === 'a'")
+            browser.wait("return document.querySelector('#stop').hidden && document.querySelector('#token').hidden")
+    browser.log()
+
+
+FETCH = """const [url, body] = arguments;
+    fetch(url, {method: 'POST', body, headers: {'Content-Type': 'application/json', 'X-Api-Key': 'x'}})
+        .then(async answer => { window.got = [answer.status, answer.headers.get('X-Request-Id').length, await answer.text()] }, error => { window.got = error.name })"""
+
+
+def test_cors_in_a_browser(browser: WebDriver, provider: Provider) -> None:
+    with running(None) as other:
+        with running(provider, allow_origin=(other.url,)) as server:
+            browser.call("POST", "/url", {"url": other.url + "/healthz"})  # a page of another origin
+            browser.run(FETCH, server.url + "/", json.dumps(PROMPT))
+            with provider.take() as upstream:
+                upstream.start(A)
+                upstream.finish()
+                assert browser.wait("return window.got") == [200, 16, "a"]
+            browser.run("window.got = null; " + FETCH, server.url + "/", "{}")
+            assert browser.wait("return window.got")[0] == 400  # errors can be read too
+        with running(provider) as server:
+            browser.run("window.got = null; " + FETCH, server.url + "/", json.dumps(PROMPT))
+            assert browser.wait("return window.got") == "TypeError"
+            # A form or a simple request needs no preflight, and must not cost anything either.
+            browser.run("window.got = null; fetch(arguments[0], {method: 'POST', mode: 'no-cors', body: arguments[1]}).then(() => { window.got = 'sent' })",
+                        server.url + "/", json.dumps(PROMPT))  # fmt: skip
+            assert browser.wait("return window.got") == "sent" and provider.nobody_came()
+    browser.log()
+
+
+def test_rebound_name_in_a_browser_is_refused(browser: WebDriver, provider: Provider) -> None:
+    with running(provider) as server:
+        url = server.url.replace("127.0.0.1", "rebound.example")
+        browser.call("POST", "/url", {"url": url + "/healthz"})
+        browser.run("fetch(arguments[0], {method: 'POST', body: arguments[1]}).then(answer => { window.got = answer.status })", url + "/", json.dumps(PROMPT))
+        assert browser.wait("return window.got") == 403 and provider.nobody_came()
+    browser.log()
 
 
 # ---------------------------------------------------------------- an upstream nobody here wrote
