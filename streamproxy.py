@@ -877,6 +877,7 @@ class BodyDecoder:
     complete = False
     broken = False
     rest = b""
+    wants = 1  # bytes without which it is no use to go on
 
     def feed(self, data: bytes) -> bytes:
         """Return the body's part of data.  What came before the framing broke still counts."""
@@ -891,13 +892,13 @@ class LengthDecoder(BodyDecoder):
     """The data of a body whose length is known.  Source: RFC 9112 section 6.2."""
 
     def __init__(self, length: int) -> None:
-        self.left = length
+        self.wants = length
         self.complete = length == 0
 
     def feed(self, data: bytes) -> bytes:
-        body, self.rest = data[: self.left], data[self.left :]
-        self.left -= len(body)
-        self.complete = self.left == 0
+        body, self.rest = data[: self.wants], data[self.wants :]
+        self.wants -= len(body)
+        self.complete = self.wants == 0
         return body
 
     def close(self) -> None:
@@ -1486,6 +1487,8 @@ class Relay:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.streams: set[Any] = set()  # those under way
+        self.inboxes: set[Any] = set()  # those that wait
+        self.draining = False
         self.clock = clock
         self.now = clock()  # when this turn's events came
         # epoll itself: the way through selectors costs a fifth of what a piece of text costs in all.
@@ -1594,6 +1597,8 @@ class Relay:
         owner: Any = getattr(getattr(callback, "func", callback), "__self__", None)
         if owner in self.streams:
             owner.drop(ProxyError("Internal error."))
+        elif owner in self.inboxes:
+            owner.wake(False)
 
 
 # 9 ------------------------------------------------------------------ Upstream
@@ -1880,6 +1885,88 @@ class Upstream(urllib.request.BaseHandler):
 
 
 # 10 ----------------------------------------------------------------- Streams
+
+
+class Inbox:
+    """What a client sent and its thread has not taken yet.
+
+    The thread reads what is there.  For more it sleeps, and the relay wakes it once that is enough:
+    a request that drips in must not cost a thread's waking for each byte.
+    """
+
+    def __init__(self, relay: Relay, client: socket.socket, timeout: float) -> None:
+        """timeout: seconds for a request to arrive in all, and for a connection to idle before it; 0: no limit."""
+        self.data = bytearray()
+        self.late_at: float | None = None  # when the request must have arrived; None: none has begun
+        self._relay = relay
+        self._client = client
+        self._timeout = timeout or FOREVER
+        self._enough: Callable[[bytearray], bool] = bool
+        self._news: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
+        self._alarm: list[Any] = [0.0, 0, None]
+
+    def read(self, enough: Callable[[bytearray], bool], gate: Gate) -> bool:
+        """Read what there is, or sleep until enough(data); False at the end of the connection.
+
+        Before a request that is also when the server drains, or nothing comes for timeout.
+        Raises RequestError where a request takes longer than that.
+        """
+        try:
+            return self._receive()
+        except BlockingIOError:
+            pass
+        self._enough = enough
+        self._relay.post(self.begin)
+        with gate.outside():
+            more = self._news.get()
+        if more is None:
+            raise RequestError("The request did not arrive in time.", 408)
+        return more
+
+    def _receive(self) -> bool:
+        data = self._client.recv(READ_SIZE)
+        if self.late_at is None and data:
+            self.late_at = self._relay.clock() + self._timeout
+        self.data += data
+        return bool(data)
+
+    # The rest is called by the relay.
+
+    def begin(self) -> None:
+        self._relay.inboxes.add(self)
+        self._relay.watch(self._client, READ, self.on_client)
+        self._alarm = self._relay.set_alarm(self.late_at or self._relay.now + self._timeout, self.on_alarm)
+        if self._relay.draining:
+            self.drain()
+
+    def on_client(self, events: int) -> None:
+        try:
+            more = self._receive()
+        except BlockingIOError:
+            return
+        except OSError:
+            more = False
+        if not more or self._enough(self.data):
+            self.wake(more)
+
+    def on_alarm(self) -> None:
+        if self.late_at is None:
+            self.wake(False)
+        elif self.late_at > self._relay.now:  # it has begun since
+            self._alarm = self._relay.set_alarm(self.late_at, self.on_alarm)
+        else:
+            self.wake(None)
+
+    def drain(self) -> None:
+        """End the wait for a request that has not begun."""
+        if self.late_at is None:
+            self.wake(False)
+
+    def wake(self, more: bool | None) -> None:
+        self._alarm[2] = None
+        self._relay.unwatch(self._client)
+        self._relay.inboxes.discard(self)
+        self._news.put(more)
 
 
 class Stream:
@@ -2241,7 +2328,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self.connection = self.request
-        self.buffer = bytearray()  # what the client sent and nobody has taken yet
+        self.inbox = Inbox(self.server.relay, self.connection, self.server.settings.client_timeout)
         self.peer = self.client_address[0] if self.client_address else "unix"
 
     def finish(self) -> None:
@@ -2281,45 +2368,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _read_head(self) -> bool:
         """Take the next request's head; False where the connection ends, or idles, before it."""
-        self._deadline: float | None = None
+        inbox = self.inbox
+        inbox.late_at = None
         while True:
-            if self.buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2
-                del self.buffer[:2]
-            head, end, rest = self.buffer.partition(b"\r\n\r\n")
-            line, line_end, _ = head.partition(b"\r\n")
+            if inbox.data.startswith(b"\r\n"):  # RFC 9112 section 2.2
+                del inbox.data[:2]
+            head, end, rest = inbox.data.partition(b"\r\n\r\n")
+            line = head.partition(b"\r\n")[0]
             if len(head) > MAX_HEAD_SIZE:
                 raise RequestError("The head of the request is too large.", 431 if len(line) < MAX_HEAD_SIZE else 414)
-            if line_end or end or not re.match(_TOKEN.encode(), head or b"-") or b"\n" in line:
-                self._take_request_line(line.decode("latin-1"))  # HTTP/0.9 and TLS are told at once
+            if end or self._ends_line(inbox.data):
+                self._take_request_line(line.decode("latin-1"))
             if end:
-                self.buffer = rest
+                inbox.data = rest
                 self._take_fields(bytes(head))
                 return True
-            if not self._fill():
-                if self.buffer:
+            if not inbox.read(self._ends_head, self.server.gate):
+                if inbox.data:
                     raise Disconnected("The client left.")
                 return False
 
-    def _fill(self) -> bool:
-        """Read more of what the client sends; False at the end of the connection.
+    def _ends_line(self, data: bytearray) -> bool:
+        """Tell whether the request line is there, or cannot come any more: HTTP/0.9 and TLS are told at once."""
+        return self.method == "-" and bool(data) and (b"\n" in data or not re.match(_TOKEN.encode(), data))
 
-        Between two requests that is also when the server drains, or nothing comes for
-        client_timeout.  Raises RequestError where a request takes longer than that in all.
-        """
-        timeout = self.server.settings.client_timeout or FOREVER
-        with self.server.gate.outside():
-            while True:
-                with contextlib.suppress(BlockingIOError):
-                    data = self.connection.recv(READ_SIZE)
-                    if self._deadline is None:
-                        self._deadline = time.monotonic() + timeout
-                    self.buffer += data
-                    return bool(data)
-                if self._deadline is None:
-                    if not wait_for(self.connection, READ, timeout, self.server.drain_signal):
-                        return False
-                elif not wait_for(self.connection, READ, max(0.0, self._deadline - time.monotonic())):
-                    raise RequestError("The request did not arrive in time.", 408)
+    def _ends_head(self, data: bytearray) -> bool:
+        return b"\r\n\r\n" in data or len(data) > MAX_HEAD_SIZE or self._ends_line(data)
 
     def _take_request_line(self, line: str) -> None:
         match = _REQUEST_LINE.fullmatch(line)
@@ -2454,18 +2528,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise RequestError("A body needs a Content-Length.", 411)
         if int(length) > limit:
             raise RequestError(f"The body is larger than {limit} bytes.", 413)
-        if self.fields.get("expect", "").lower() == "100-continue" and self.http11 and not self.buffer:
+        if self.fields.get("expect", "").lower() == "100-continue" and self.http11 and not self.inbox.data:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         return self._read_on(limit)
 
     def _read_on(self, limit: int) -> bytes:
         """Return the rest of the request's body.  Raises RequestError, and Disconnected."""
-        body = bytearray()
+        inbox, body = self.inbox, bytearray()
         while not self.body.complete:
-            if not self.buffer and not self._fill():
+            if not inbox.data and not inbox.read(lambda data: len(data) >= min(self.body.wants, READ_SIZE), self.server.gate):
                 raise Disconnected("The client left.")
-            body += self.body.feed(bytes(self.buffer))
-            self.buffer = bytearray(self.body.rest)
+            body += self.body.feed(bytes(inbox.data))
+            inbox.data = bytearray(self.body.rest)
             if self.body.broken:
                 raise RequestError("The chunked coding of the body is broken.")
             if len(body) > limit:
@@ -2502,7 +2576,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with server.gate.outside():
                 if not news.get():
                     break
-        self.buffer += stream.early
+        self.inbox.data += stream.early
         self.status = answer.status if stream.started else 0
         if stream.failure:
             raise stream.failure
@@ -2518,7 +2592,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._reset()  # its body ends where the connection does
         else:
             unread = not self.body.complete
-            small = isinstance(self.body, LengthDecoder) and self.body.left <= MAX_DISCARDED and "expect" not in self.fields
+            small = isinstance(self.body, LengthDecoder) and self.body.wants <= MAX_DISCARDED and "expect" not in self.fields
             self.close_connection |= unread and not small
             fields = {"Content-Type": "application/json", **failure.fields}
             if self.stream and self.stream.call.connected_at is not None and failure.status >= 500:
@@ -2636,7 +2710,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.gate = Gate()
         self.relay = Relay()
         self.draining = False
-        self.drain_signal, self._drain_sender = socket.socketpair()  # readable from the start of the drain on
+        self._drain_signal, self._drain_sender = socket.socketpair()  # readable from the start of the drain on
         self.limits = Limits(settings)
         self._max_connections = 2 * settings.max_streams + SPARE_CONNECTIONS if settings.max_streams else sys.maxsize
         self._connections: set[socket.socket] = set()
@@ -2685,6 +2759,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self._accepting.ident:  # or it never started
             self._drain_sender.send(b"!")
             self._accepting.join()
+            self.relay.post(self._drain)
             if not self._wait_for_connections(self.settings.drain_timeout):
                 self.relay.post(self._abort_streams)
                 self._hurried = False
@@ -2708,6 +2783,11 @@ class Server(http.server.ThreadingHTTPServer):
             self._changed.wait_for(lambda: self._hurried or not self._connections, timeout)
             return not self._connections
 
+    def _drain(self) -> None:
+        self.relay.draining = True
+        for inbox in list(self.relay.inboxes):
+            inbox.drain()
+
     def _abort_streams(self) -> None:
         for stream in list(self.relay.streams):
             stream.fail(Aborted("The server is shutting down.", fields={"Retry-After": "1"}))
@@ -2726,7 +2806,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._stop_listening()
         super().server_close()
         self.relay.close()
-        self.drain_signal.close()
+        self._drain_signal.close()
         self._drain_sender.close()
         if hasattr(self, "upstream"):
             self.upstream.pool.close_all()
@@ -2747,7 +2827,7 @@ class Server(http.server.ThreadingHTTPServer):
             try:
                 self.process_request(*self.get_request())
             except BlockingIOError:
-                if not wait_for(self.socket, READ, FOREVER, self.drain_signal) and self.draining:
+                if not wait_for(self.socket, READ, FOREVER, self._drain_signal) and self.draining:
                     break
             except (OSError, RuntimeError) as error:  # no descriptor, or no thread, is left
                 log.error("a connection was not accepted: %s", place_of(error))
