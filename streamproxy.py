@@ -91,65 +91,37 @@ log = logging.getLogger("streamproxy")
 
 # 1 ------------------------------------------------------------------ Limits
 
-# Bytes asked of a socket at a time.  What is read at once leaves at once, so this also bounds
-# what waits for a slow client.
-READ_SIZE = 64 * 1024
-
-# Bytes and fields of a head, of a request or an answer.  40 fields are seen in practice.
-MAX_HEAD_SIZE = 64 * 1024
-MAX_FIELDS = 100
-
-# Interim answers (100, 103) before the one that counts.
-MAX_INTERIM = 10
-
-# Bytes of one event, or of one JSON answer, held until it is whole.  Events of 1 MB are seen in
-# practice (images); an event that never ends must not fill the memory.
-MAX_EVENT_SIZE = 4 * 1024 * 1024
-
-# Bytes of a chunk's size line and of a trailer section; RFC 9112 section 7.1.1 asks for a limit.
-MAX_CHUNK_LINE = 4 * 1024
+# Bytes.
+READ_SIZE = 64 * 1024  # asked of a socket at a time; it leaves at once, so this bounds what waits for a slow client
+MAX_HEAD_SIZE = 64 * 1024  # of a head, of a request or an answer
+MAX_EVENT_SIZE = 4 * 1024 * 1024  # of an event or a JSON answer, held until it is whole; images make 1 MB
+MAX_CHUNK_LINE = 4 * 1024  # of a chunk's size line; RFC 9112 section 7.1.1 asks for a limit
 MAX_TRAILER_SIZE = 16 * 1024
-
-# Bytes of the next request taken in while an answer is on its way: unless they are read, the end
-# of the connection behind them is not seen.
+MAX_DISCARDED = 64 * 1024  # of a refused request's body, read for the sake of the connection
+# Of the next request while an answer is on its way: unless they are read, the end behind them is not seen.
 MAX_PIPELINED = 64 * 1024
-
-# Bytes and seconds of reading what a refused client still sends: closing with bytes unread resets
-# the connection, and the client would never see why it was refused.
+# Of what a refused client still sends: to close with bytes unread would reset the connection, and the client
+# would never see why it was refused.
 MAX_LINGER_SIZE = 1024 * 1024
-LINGER_TIMEOUT = 1.0
 
-# Seconds upstream may take, after a finish_reason, for usage and [DONE].
-END_GRACE = 1.0
+# Seconds.
+LINGER_TIMEOUT = 1.0  # for reading that
+END_GRACE = 1.0  # for usage and [DONE] to follow a finish_reason
+ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is over
+KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
+FOREVER = 86400.0  # where a wait needs a number and there is no limit
 
-# Seconds for aborted streams to end truthfully once the drain is over.
-ABORT_GRACE = 5.0
-
-# Seconds that stand for "no limit" where a wait needs a number.
-FOREVER = 86400.0
-
-# Threads that work at a time; those that wait do not count.  More of them starve the relay of the
-# interpreter when a thousand requests arrive at once.
+# Counts.
+MAX_FIELDS = 100  # of a head; 40 are seen in practice
+MAX_INTERIM = 10  # answers (100, 103) before the one that counts
+MAX_IDLE_CONNECTIONS = 128  # to upstream, between two requests
+MAX_QUIET_CLIENTS = 10_000  # remembered for their limits although they have no stream
+SPARE_CONNECTIONS = 256  # beyond two a stream: those between two requests, and those slow to send one
+READS_PER_TURN = 4  # of one upstream before other streams get their turn
+BACKLOG = 1024  # of connections that wait to be accepted (socketserver: 5)
+# Threads that work at a time; those that wait do not count.  More of them starve the relay of the interpreter
+# when a thousand requests arrive at once.
 MAX_WORKING = 4
-
-# Connections to upstream kept between two requests, and for how many seconds.
-MAX_IDLE_CONNECTIONS = 128
-KEEP_ALIVE_TIMEOUT = 60.0
-
-# Clients remembered for their limits although they have no stream.
-MAX_QUIET_CLIENTS = 10_000
-
-# Connections beyond two a stream: those between two requests, and those that are slow to send one.
-SPARE_CONNECTIONS = 256
-
-# Bytes of a refused request's body that are read for the sake of the connection.
-MAX_DISCARDED = 64 * 1024
-
-# Reads of one upstream in a row before other streams get their turn.
-READS_PER_TURN = 4
-
-# Connections that may wait to be accepted (socketserver: 5).
-BACKLOG = 1024
 
 # Upstream statuses that are about the request, so that the client may see them with their message.
 # Any other failure is between upstream and us: 502.
@@ -239,7 +211,8 @@ def encode_error(error: ProxyError, path: str) -> bytes:
     if path.startswith("/v1/"):
         if error.document:
             return error.document
-        type, code = _API_ERRORS.get(error.status, ("invalid_request_error" if error.status < 500 else "api_error", None))
+        other = ("invalid_request_error" if error.status < 500 else "api_error", None)
+        type, code = _API_ERRORS.get(error.status, other)
         payload = {"error": {"message": error.message, "type": type, "param": None, "code": error.code or code}}
         if path == "/v1/messages":  # Anthropic's
             payload["type"] = "error"
@@ -332,7 +305,7 @@ class EventParser:
                 lines[0] = lines[0][3:]
         held = self._data
         for line in lines:
-            if line[:5] == b"data:":
+            if line[:5] == b"data:" or line == b"data":
                 held.append(line[6:] if line[5:6] == b" " else line[5:])
                 self._held += len(line)
             elif line:
@@ -348,10 +321,7 @@ class EventParser:
     def _take_field(self, line: bytes) -> None:
         name, _, value = line.partition(b":")
         value = value[1:] if value.startswith(b" ") else value
-        if name == b"data":
-            self._data.append(value)
-            self._held += len(line)
-        elif name == b"event":
+        if name == b"event":
             self._type = value.decode("utf-8", "replace")
         elif name == b"id" and b"\0" not in value:
             self._last_event_id = value.decode("utf-8", "replace")
@@ -468,29 +438,15 @@ def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
     return UpstreamError(f"Upstream failed with status {status}.")
 
 
-class SurrogateJoiner:
-    """Text to UTF-8, with surrogate pairs that upstream split over two events made whole.
+def join_halves(joiner: codecs.IncrementalDecoder, text: str) -> str:
+    """Return text with the surrogate pairs whole that upstream split over two events.
 
     A tokeniser may cut an emoji in two, and JSON then carries each half as an escape of its own.
-    The first half waits for the second; a half that stays alone becomes U+FFFD.
+    joiner, for UTF-16, keeps the first half until the second comes, and makes U+FFFD of one left alone.
     """
-
-    def __init__(self) -> None:
-        self._half = ""
-
-    def feed(self, text: str) -> bytes:
-        if not self._half:
-            try:
-                return text.encode()
-            except UnicodeEncodeError:
-                pass
-        text = self._half + text
-        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-        whole = text[:-1] if self._half else text
-        return whole.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
-
-    def close(self) -> bytes:
-        return "\ufffd".encode() if self._half else b""
+    if text.isascii() and not joiner.getstate()[0]:  # mostly
+        return text
+    return joiner.decode(text.encode("utf-16-le", "surrogatepass"))
 
 
 class Answer:
@@ -571,8 +527,11 @@ class Answer:
     def ping(self) -> bytes:
         return b""
 
-    def encode_error(self, message: str) -> bytes:
-        """What tells the client of a failure once it was sent something; nothing: only a body that does not end does."""
+    def encode(self, type: str, **payload: Any) -> bytes:
+        """Return what the client is to see of an event: message, reasoning, done, or the error that ends it.
+
+        b"" for an error: nothing tells of it but a body that does not end.
+        """
         return b""
 
     def _fail(self, error: UpstreamError) -> None:
@@ -583,7 +542,7 @@ class Answer:
             error.document = self._redact(error.document.decode("utf-8", "replace")).encode()
             self.failure = error
 
-    # What the kinds of answers differ in.
+    # What the kinds of answers differ in; what the client is to have of it goes to out.
 
     def _start(self, status: int, fields: Mapping[str, str], content_type: str) -> None:
         raise NotImplementedError
@@ -592,7 +551,7 @@ class Answer:
         raise NotImplementedError
 
     def _finish(self, out: list[bytes]) -> None:
-        raise NotImplementedError
+        pass
 
 
 class TextAnswer(Answer):
@@ -604,12 +563,16 @@ class TextAnswer(Answer):
         super().__init__(redact)
         self.finish_reason: str | None = None
         self._parser = EventParser()
-        self._text, self._reasoning = SurrogateJoiner(), SurrogateJoiner()
+        joiner = codecs.getincrementaldecoder("utf-16-le")
+        self._joiners = {"reasoning": joiner("replace"), "message": joiner("replace")}
+
+    def encode(self, type: str, **payload: Any) -> bytes:
+        return payload["text"].encode() if type == "message" else b""
 
     def end(self) -> bytes:
-        reasoning, text = self._reasoning.close(), self._text.close()
-        rest = (self.encode_reasoning(reasoning) if reasoning else b"") + (self.encode_text(text) if text else b"")
-        return rest + self.encode_done()
+        halves = [(type, joiner.decode(b"", True)) for type, joiner in self._joiners.items()]
+        rest = [self.encode(type, text=half) for type, half in halves if half]
+        return b"".join(rest) + self.encode("done", finish_reason=self.finish_reason, usage=self.usage)
 
     def _start(self, status: int, fields: Mapping[str, str], content_type: str) -> None:
         if content_type == "application/json":
@@ -642,31 +605,19 @@ class TextAnswer(Answer):
 
     def _take_payload(self, payload: dict[str, Any], part: str, out: list[bytes]) -> None:
         text, reasoning, finish_reason = parse_choice(payload, part)
+        reasoning = reasoning and join_halves(self._joiners["reasoning"], reasoning)
         if reasoning:
-            data = self._reasoning.feed(reasoning)
-            out.append(self.encode_reasoning(data) if data else b"")
+            out.append(self.encode("reasoning", text=reasoning))
+        text = text and join_halves(self._joiners["message"], text)
         if text:
-            data = self._text.feed(text)
-            if data:
-                self.pieces += 1
-                self.size += len(data)
-                out.append(self.encode_text(data))
+            self.pieces += 1
+            self.size += len(text.encode())
+            out.append(self.encode("message", text=text))
         if finish_reason:
             self.finish_reason = finish_reason
             self.settled = self.ending = True
         if isinstance(payload.get("usage"), dict):
             self.usage = payload["usage"]
-
-    # How it looks to the client.
-
-    def encode_text(self, text: bytes) -> bytes:
-        return text
-
-    def encode_reasoning(self, text: bytes) -> bytes:
-        return b""
-
-    def encode_done(self) -> bytes:
-        return b""
 
 
 class EventAnswer(TextAnswer):
@@ -687,21 +638,9 @@ class EventAnswer(TextAnswer):
         tell, self._tell_id = self._tell_id, False
         return b"id: %b\n\n" % self._id.encode() + PING if tell else PING
 
-    def encode_text(self, text: bytes) -> bytes:
-        return self._encode({"text": text.decode()})
-
-    def encode_reasoning(self, text: bytes) -> bytes:
-        return self._encode({"text": text.decode()}, "reasoning")
-
-    def encode_done(self) -> bytes:
-        return self._encode({"finish_reason": self.finish_reason, "usage": self.usage}, "done")
-
-    def encode_error(self, message: str) -> bytes:
-        return self._encode({"error": message}, "error")
-
-    def _encode(self, payload: dict[str, Any], type: str = "") -> bytes:
+    def encode(self, type: str, **payload: Any) -> bytes:
         last_event_id, self._id, self._tell_id = self._id, "", False
-        return encode_event(json.dumps(payload, ensure_ascii=False), type, last_event_id)
+        return encode_event(json.dumps(payload, ensure_ascii=False), "" if type == "message" else type, last_event_id)
 
 
 class PassedAnswer(Answer):
@@ -747,9 +686,6 @@ class PassedAnswer(Answer):
             out.append(body)
             if self._tail:
                 self._look_through(self._tail + body)
-
-    def _finish(self, out: list[bytes]) -> None:
-        pass
 
     def _look_through(self, data: bytes) -> None:
         self._tail = data[-self._LONGEST :]
@@ -869,40 +805,30 @@ def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
 
 
 class BodyDecoder:
-    """The data of a body that the end of the connection ends: only its text can tell if it is whole.
+    """The data of a body of left bytes (RFC 9112 section 6.2); None: of one that its connection's end ends.
 
     complete: the body has ended; rest is what came behind it.  broken: its framing is not HTTP's.
     """
 
-    complete = False
     broken = False
     rest = b""
-    wants = 1  # bytes without which it is no use to go on
+
+    def __init__(self, left: int | None = None) -> None:
+        self.left = left
+        self.complete = left == 0
 
     def feed(self, data: bytes) -> bytes:
         """Return the body's part of data.  What came before the framing broke still counts."""
-        return data
-
-    def close(self) -> None:
-        """Take the end of the connection."""
-        self.complete = True
-
-
-class LengthDecoder(BodyDecoder):
-    """The data of a body whose length is known.  Source: RFC 9112 section 6.2."""
-
-    def __init__(self, length: int) -> None:
-        self.wants = length
-        self.complete = length == 0
-
-    def feed(self, data: bytes) -> bytes:
-        body, self.rest = data[: self.wants], data[self.wants :]
-        self.wants -= len(body)
-        self.complete = self.wants == 0
+        if self.left is None:
+            return data
+        body, self.rest = data[: self.left], data[self.left :]
+        self.left -= len(body)
+        self.complete = self.left == 0
         return body
 
     def close(self) -> None:
-        pass
+        """Take the end of the connection: where that ends the body, only its text can tell if it is whole."""
+        self.complete = self.complete or self.left is None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -916,7 +842,8 @@ class ChunkedDecoder(BodyDecoder):
     """The data of a chunked body, read strictly; trailers are dropped.  Source: RFC 9112 section 7.1."""
 
     def __init__(self) -> None:
-        self._left = 0  # bytes of the chunk still to come, with the line end behind its data
+        super().__init__(sys.maxsize)  # who knows, before the last chunk
+        self._chunk_left = 0  # bytes of the chunk still to come, with the line end behind its data
         self._line = b""  # the start of a line
         self._trailer_room = MAX_TRAILER_SIZE
         self._in_trailer = False
@@ -924,20 +851,20 @@ class ChunkedDecoder(BodyDecoder):
     def feed(self, data: bytes) -> bytes:
         if self._line:
             data, self._line = self._line + data, b""
-        elif not self._left and data[-2:] == b"\r\n":  # mostly, one chunk comes at a time
+        elif not self._chunk_left and data[-2:] == b"\r\n":  # mostly, one chunk comes at a time
             line, _, rest = data.partition(b"\r\n")
             if len(rest) - 2 == parse_chunk_line(line) > 0 and not self._in_trailer:
                 return rest[:-2]
         at, end, out = 0, len(data), []
         while at < end and not (self.complete or self.broken):
-            if self._left > 2:
-                piece = data[at : at + self._left - 2]
+            if self._chunk_left > 2:
+                piece = data[at : at + self._chunk_left - 2]
                 out.append(piece)
                 at += len(piece)
-                self._left -= len(piece)
+                self._chunk_left -= len(piece)
             line_end = data.find(b"\r\n", at)
-            if line_end == at and self._left == 2:
-                self._left = 0
+            if line_end == at and self._chunk_left == 2:
+                self._chunk_left = 0
             elif line_end >= 0:
                 self._take_line(data[at:line_end])
             else:
@@ -947,28 +874,26 @@ class ChunkedDecoder(BodyDecoder):
         self.rest = data[at:] if self.complete else b""
         return out[0] if len(out) == 1 else b"".join(out)
 
-    def close(self) -> None:
-        pass
-
     def _take_line(self, line: bytes) -> None:
         if self._in_trailer:
             self.complete = not line
             self._trailer_room -= len(line)
             self.broken = self._trailer_room < 0 or not (self.complete or _TRAILER_LINE.fullmatch(line))
         else:
-            size = -1 if self._left else parse_chunk_line(line)
-            self._left = size + 2 if size else 0
+            size = -1 if self._chunk_left else parse_chunk_line(line)
+            self._chunk_left = size + 2 if size else 0
             self._in_trailer = size == 0
             self.broken = size < 0
 
     def _hold(self, line: bytes) -> None:
         """Keep the start of a line, if it can become one."""
         self._line = line
-        self.broken = len(line) > MAX_CHUNK_LINE or b"\n" in line or (self._left == 2 and line not in (b"", b"\r"))
+        misplaced = self._chunk_left == 2 and line not in (b"", b"\r")
+        self.broken = misplaced or len(line) > MAX_CHUNK_LINE or b"\n" in line
 
 
-def body_decoder(fields: Mapping[str, str], default: Callable[[], BodyDecoder]) -> BodyDecoder:
-    """Return the decoder for the body behind a head; default() where the head says nothing of it.
+def body_decoder(fields: Mapping[str, str], default: BodyDecoder) -> BodyDecoder:
+    """Return the decoder for the body behind a head; default where the head says nothing of it.
 
     Source: RFC 9112 section 6.3, read strictly: a length beside a coding, or two lengths, are how
     one message hides in another.  Raises ValueError.
@@ -981,10 +906,10 @@ def body_decoder(fields: Mapping[str, str], default: Callable[[], BodyDecoder]) 
             raise ValueError("Content-Length beside Transfer-Encoding")
         return ChunkedDecoder()
     if length is None:
-        return default()
+        return default
     if not re.fullmatch("[0-9]{1,15}", length):
         raise ValueError("a Content-Length that is not one number")
-    return LengthDecoder(int(length))
+    return BodyDecoder(int(length))
 
 
 # 6 ------------------------------------------------------------------ Settings
@@ -1033,6 +958,18 @@ _read_switch = _matching(
 )
 
 
+def _listing(pattern: str, allowed: str, convert: Callable[[str], Any] = str) -> Callable[[Sequence[str]], Any]:
+    read = _matching(pattern, allowed, convert)
+    return lambda texts: tuple(read(name.strip()) for text in texts for name in text.split(","))
+
+
+_read_members = _listing(r"(?!(?:prompt|messages|stream)$)\w+", "NAME, other than prompt, messages and stream")
+_read_models = _listing(".+", "NAME, or * for any")
+_read_origins = _listing(r"https?://[^/\s,]+", "SCHEME://HOST or SCHEME://HOST:PORT")
+_read_hosts = _listing(r"[A-Za-z0-9._:\[\]-]+", "a host name, without a port")
+_read_networks = _listing(r"[0-9A-Fa-f.:]+(/[0-9]{1,3})?", "an address or a network", ipaddress.ip_network)
+
+
 def _read_bind(text: str) -> str:
     parse_address(text)
     return text
@@ -1062,11 +999,6 @@ def _read_params(texts: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if value is not None}
 
 
-def _listing(pattern: str, allowed: str, convert: Callable[[str], Any] = str) -> Callable[[Sequence[str]], Any]:
-    read = _matching(pattern, allowed, convert)
-    return lambda texts: tuple(read(name.strip()) for text in texts for name in text.split(","))
-
-
 # Members of the upstream request that --param does not set.
 OWN_PARAMS = ("model", "messages", "stream")
 
@@ -1074,10 +1006,18 @@ OWN_PARAMS = ("model", "messages", "stream")
 DEFAULT_PARAMS = {"max_tokens": 400, "temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0}
 
 
-def _row(default: Any, read: Callable[..., Any], metavar: str, help: str, **more: Any) -> Any:
-    """A row of the settings table.  more: variable, shown (the default in words), repeat, secret."""
-    metadata = {"read": read, "metavar": metavar, "help": help, "shown": str(default), **more}
-    return dataclasses.field(default_factory=lambda: default, repr="secret" not in more, metadata=metadata)
+def _row(
+    default: Any, read: Callable[..., Any], metavar: str, help: str,
+    variable: str = "", shown: str = "", secret: bool = False,
+) -> Any:
+    """A row of the settings table; where the default is a tuple or a mapping, the flag may be repeated.
+
+    shown: the default in words.
+    """
+    shown = shown or ("none" if default in ("", ()) else "off" if default is False else str(default))
+    about = {"read": read, "metavar": metavar, "help": help, "variable": variable, "shown": shown, "secret": secret}
+    about["repeat"] = isinstance(default, (tuple, dict))
+    return dataclasses.field(default_factory=lambda: default, repr=not secret, metadata=about)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1089,65 +1029,46 @@ class Settings:
 
     bind: str = _row(
         "127.0.0.1:8000", _read_bind, "ADDRESS",
-        "listen at HOST:PORT, [IPv6]:PORT or unix:PATH; port 0 takes a free one",
-    )
+        "listen at HOST:PORT, [IPv6]:PORT or unix:PATH; port 0 takes a free one")
     upstream: str = _row(
-        "https://api.openai.com/v1", _read_url, "URL", "base URL of the API; a query part is kept",
-        variable="OPENAI_BASE_URL",
-    )
+        "https://api.openai.com/v1", _read_url, "URL", "base URL of the API; a query part is kept", "OPENAI_BASE_URL")
     api_key: str = _row(
         "", _read_key, "", "the API's key, or `OPENAI_API_KEY_FILE`; none is fine for a loopback upstream",
-        variable="OPENAI_API_KEY", secret=True, shown="none",
-    )
+        "OPENAI_API_KEY", secret=True)
     auth_header: str = _row(
-        "Authorization: Bearer {key}", _read_auth_header, "TEMPLATE", "header field that carries the key"
-    )
+        "Authorization: Bearer {key}", _read_auth_header, "TEMPLATE", "header field that carries the key")
     model: str = _row("gpt-4.1-mini", _read_text, "NAME", "model to ask")
     param: Mapping[str, Any] = _row(
         DEFAULT_PARAMS, _read_params, "NAME=JSON",
         "member of the upstream request, repeatable; NAME= removes one; the variable is a JSON object",
-        repeat=True, shown=" ".join(f"{name}={value}" for name, value in DEFAULT_PARAMS.items()),
-    )
-    system: str = _row("", _matching(r"[^\0]*", "text"), "TEXT", "system message put before every conversation", shown="none")
-    client_param: tuple[str, ...] = _row(
-        (), _listing(r"(?!(?:prompt|messages|stream)$)\w+", "NAME, other than prompt, messages and stream"), "NAME",
-        "member a client may set itself, repeatable", repeat=True, shown="none",
-    )
+        shown=" ".join(f"{name}={value}" for name, value in DEFAULT_PARAMS.items()))
+    system: str = _row("", _matching(r"[^\0]*", "text"), "TEXT", "system message put before every conversation")
+    client_param: tuple[str, ...] = _row((), _read_members, "NAME", "member a client may set itself, repeatable")
     connect_timeout: float = _row(10.0, _read_seconds, "SECONDS", "to connect to upstream, TLS included; 0: no limit")
     first_byte_timeout: float = _row(120.0, _read_seconds, "SECONDS", "from then to the first event; 0: no limit")
     idle_timeout: float = _row(60.0, _read_seconds, "SECONDS", "between two events of upstream; 0: no limit")
     total_timeout: float = _row(3600.0, _read_seconds, "SECONDS", "for a whole answer; 0: no limit")
     client_timeout: float = _row(
-        30.0, _read_seconds, "SECONDS", "for a client to send its request, and for each stalled write; 0: no limit"
-    )
+        30.0, _read_seconds, "SECONDS", "for a client to send its request, and for each stalled write; 0: no limit")
     heartbeat: float = _row(15.0, _read_seconds, "SECONDS", "of silence before a comment, in SSE mode; 0: never")
     max_body: int = _row(1024 * 1024, _read_size, "BYTES", "largest request body")
     max_streams: int = _row(1024, _read_count, "COUNT", "streams at a time; 0: no limit")
     max_streams_per_client: int = _row(0, _read_count, "COUNT", "streams at a time of one client; 0: no limit")
     requests_per_minute: int = _row(0, _read_count, "COUNT", "requests a minute of one client; 0: no limit")
-    token_file: str = _row("", _read_text, "FILE", "lines NAME TOKEN: only clients with such a token may ask", shown="none")
+    token_file: str = _row("", _read_text, "FILE", "lines NAME TOKEN: only clients with such a token may ask")
     allow_model: tuple[str, ...] = _row(
-        (), _listing(".+", "NAME, or * for any"), "NAME", "model a client of /v1 may ask besides --model, repeatable; * for any", repeat=True, shown="none"
-    )
+        (), _read_models, "NAME", "model a client of /v1 may ask besides --model, repeatable; * for any")
     allow_origin: tuple[str, ...] = _row(
-        (), _listing(r"https?://[^/\s,]+", "SCHEME://HOST or SCHEME://HOST:PORT"), "ORIGIN",
-        "origin whose pages may ask, besides our own, repeatable", repeat=True, shown="none",
-    )
+        (), _read_origins, "ORIGIN", "origin whose pages may ask, besides our own, repeatable")
     allow_host: tuple[str, ...] = _row(
-        (), _listing(r"[A-Za-z0-9._:\[\]-]+", "a host name, without a port"), "NAME",
-        "name that a server without tokens answers to, besides its own, repeatable", repeat=True, shown="none",
-    )
+        (), _read_hosts, "NAME", "name that a server without tokens answers to, besides its own, repeatable")
     trusted_proxy: tuple[Any, ...] = _row(
-        (), _listing(r"[0-9A-Fa-f.:]+(/[0-9]{1,3})?", "an address or a network", ipaddress.ip_network), "NETWORK",
-        "proxy whose X-Forwarded-For counts, besides this machine's, repeatable", repeat=True, shown="none",
-    )
-    allow_anonymous: bool = _row(
-        False, _read_switch, "", "serve anybody, on an address that other machines reach", shown="off"
-    )
+        (), _read_networks, "NETWORK", "proxy whose X-Forwarded-For counts, besides this machine's, repeatable")
+    allow_anonymous: bool = _row(False, _read_switch, "", "serve anybody, on an address that other machines reach")
     ca_file: str = _row("", _read_text, "FILE", "certificates (PEM) to trust upstream by", shown="the system's")
     drain_timeout: float = _row(600.0, _read_seconds, "SECONDS", "for open streams to end after SIGTERM")
     log_format: str = _row("text", _matching("text|json", "text or json"), "FORMAT", "log lines as text or json")
-    demo: bool = _row(False, _read_switch, "", "answer from a built-in API: no key, no network", shown="off")
+    demo: bool = _row(False, _read_switch, "", "answer from a built-in API: no key, no network")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -1190,21 +1111,21 @@ class Settings:
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
     """The command-line flag of a setting; secrets have none."""
-    return "" if "secret" in field.metadata else "--" + field.name.replace("_", "-")
+    return "" if field.metadata["secret"] else "--" + field.name.replace("_", "-")
 
 
 def variable_of(field: dataclasses.Field[Any]) -> str:
     """The environment variable of a setting."""
-    return str(field.metadata.get("variable") or "STREAMPROXY_" + field.name.upper())
+    return str(field.metadata["variable"] or "STREAMPROXY_" + field.name.upper())
 
 
 def _read(field: dataclasses.Field[Any], text: Any) -> Any:
     """The value of a setting from its text, or the texts of a repeated flag."""
     try:
-        return field.metadata["read"]([text] if "repeat" in field.metadata and isinstance(text, str) else text)
+        return field.metadata["read"]([text] if field.metadata["repeat"] and isinstance(text, str) else text)
     except ValueError as error:
         name = f"{flag_of(field)} ({variable_of(field)})" if flag_of(field) else variable_of(field)
-        shown = "this value" if "secret" in field.metadata else ascii(text)
+        shown = "this value" if field.metadata["secret"] else ascii(text)
         raise SettingsError(f"{name}: {shown} is not allowed; allowed: {error}") from None
 
 
@@ -1266,8 +1187,8 @@ def parse_request(body: bytes) -> dict[str, Any]:
     except RecursionError:
         raise RequestError("The JSON is nested too deeply.") from None
     except ValueError as error:
-        told = "Invalid JSON data"  # the script's own words
-        raise RequestError(told if isinstance(error, (json.JSONDecodeError, UnicodeError)) else f"{told}: {error}.") from None
+        why = "" if isinstance(error, (json.JSONDecodeError, UnicodeError)) else f": {error}."
+        raise RequestError("Invalid JSON data" + why) from None  # the words of the script that this replaces
     if not isinstance(asked, dict):
         raise RequestError("The body must be a JSON object.")
     return asked
@@ -1287,44 +1208,45 @@ class Tokens:
         """Raises SettingsError where the file cannot be used."""
         self._path = path
         self._tokens: list[tuple[bytes, str]] = []  # digest and name
-        self._seen: object = None  # of the version that was read, or refused
-        fault = self._read()
-        if fault:
-            raise SettingsError(f"--token-file (STREAMPROXY_TOKEN_FILE): cannot use {path!r}: {fault}")
+        self._seen: object = None  # the version that was read or refused, or why none could be
+        try:
+            self._refresh()
+        except ValueError as fault:
+            raise SettingsError(f"--token-file (STREAMPROXY_TOKEN_FILE): cannot use {path!r}: {fault}") from None
 
     def name_of(self, token: str) -> str | None:
         """Return the name of the client whose token this is, in a time that says nothing of the others."""
-        fault = self._read()
-        if fault:
+        try:
+            self._refresh()
+        except ValueError as fault:
             log.error("the token file was not taken, its last version counts: %s", fault)
-        digest, found = hashlib.sha256(token.encode("latin-1")).digest(), None
-        for known, name in self._tokens:
-            if hmac.compare_digest(known, digest):
-                found = name
-        return found
+        digest = hashlib.sha256(token.encode("latin-1")).digest()
+        names = [name for known, name in self._tokens if hmac.compare_digest(known, digest)]
+        return names[-1] if names else None
 
-    def _read(self) -> str:
-        """Take a version that was not seen yet; say what is wrong with it."""
+    def _refresh(self) -> None:
+        """Take the file where it changed.  Raises ValueError that says, once, what is wrong with it."""
+        before = self._seen
         try:
             status = os.stat(self._path)
-            seen = status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode
-            if seen == self._seen:
-                return ""
-            self._seen = seen
+            self._seen = status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode
+            if self._seen == before:
+                return
             if status.st_mode & 0o007 and os.name == "posix":
-                return "others may read it; allowed: chmod o-rwx"
+                raise ValueError("others may read it; allowed: chmod o-rwx")
             with open(self._path, encoding="utf-8") as file:
                 lines = [line.split() for line in file if line.strip() and not line.startswith("#")]
         except OSError as error:
-            fault, self._seen = reason_of(error), self._seen if self._seen is OSError else OSError
-            return fault
+            self._seen = reason_of(error)
+            if self._seen == before:
+                return
+            raise ValueError(self._seen) from None
         except UnicodeError:
-            return "it is not UTF-8"
+            raise ValueError("it is not UTF-8") from None
         for number, line in enumerate(lines, 1):
             if len(line) != 2 or not re.fullmatch(r"[\w.@-]{1,64}", line[0]) or not re.fullmatch("[!-~]+", line[1]):
-                return f"entry {number} is not NAME TOKEN"
+                raise ValueError(f"entry {number} is not NAME TOKEN")
         self._tokens = [(hashlib.sha256(token.encode()).digest(), name) for name, token in lines]
-        return ""
 
 
 class Limits:
@@ -1348,7 +1270,10 @@ class Limits:
             with self._lock:
                 self._total -= 1
                 self._clients[client][0] -= 1
-                self._forget()
+                # A minute's silence leaves nothing to know of a client.
+                if len(self._clients) > 2 * self._total + MAX_QUIET_CLIENTS:
+                    old = self._clock() - 60
+                    self._clients = {name: state for name, state in self._clients.items() if state[0] or state[2] > old}
 
     def _enter(self, client: str) -> None:
         limits, now = self._settings, self._clock()
@@ -1366,12 +1291,6 @@ class Limits:
             state[1:] = [left - 1, now]
         state[0] += 1
         self._total += 1
-
-    def _forget(self) -> None:
-        """Drop clients of whom a minute's silence leaves nothing to know, once there are many."""
-        if len(self._clients) > 2 * self._total + MAX_QUIET_CLIENTS:
-            limit = self._clock() - 60
-            self._clients = {name: state for name, state in self._clients.items() if state[0] or state[2] > limit}
 
 
 class Access:
@@ -1429,7 +1348,8 @@ class Access:
         token = token.strip() if scheme.lower() == "bearer" else fields.get("x-api-key") or fields.get("api-key") or ""
         name = self._tokens.name_of(token)
         if not name:
-            words = "This client token is not known." if token else "A client token is needed: Authorization: Bearer TOKEN."
+            needed = "A client token is needed: Authorization: Bearer TOKEN."
+            words = "This client token is not known." if token else needed
             raise RequestError(words, 401, fields={"WWW-Authenticate": "Bearer"})
         return name
 
@@ -1495,7 +1415,6 @@ class Relay:
         self._epoll: Any = getattr(select, "epoll", _Selector)()
         self._watched: dict[int, tuple[int, Callable[[int], None]]] = {}  # by descriptor
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
-        self._again: list[Callable[[int], None]] = []
         self._alarms: list[list[Any]] = []  # a heap of [when, order, callback, or None if cancelled]
         self._order = itertools.count()  # so that the heap never compares callbacks
         self._bell, self._rope = socket.socketpair()  # pulling the rope rings the bell, which wakes the selector
@@ -1539,35 +1458,28 @@ class Relay:
         if self._watched.pop(sock.fileno(), None):
             self._epoll.unregister(sock.fileno())
 
-    def again(self, callback: Callable[[int], None]) -> None:
-        """Call back in the next turn, which will not wait."""
-        self._again.append(callback)
-
     def set_alarm(self, when: float, callback: Callable[[], None]) -> list[Any]:
-        """Call back at when, by clock.  Setting the last item of what is returned to None cancels it."""
+        """Call back at when, by clock, unless cancel is given what is returned."""
         alarm = [when, next(self._order), callback]
         heapq.heappush(self._alarms, alarm)
         return alarm
 
+    @staticmethod
+    def cancel(alarm: list[Any]) -> None:
+        """Keep an alarm from going off."""
+        alarm[2] = None
+
     def turn(self, timeout: float | None = None) -> None:
         """Wait for at most timeout seconds (None: until an alarm), then do all there is to do."""
-        again, self._again = self._again, []
-        if again:
-            timeout = 0.0
-        elif timeout is None and self._alarms:
+        if timeout is None and self._alarms:
             timeout = max(0.0, self._alarms[0][0] - self.clock())
         ready = self._epoll.poll(timeout)
         self.now = self.clock()
         for fd, events in ready:
             watched = self._watched.get(fd)
             if watched:  # or what came before has ended it
-                try:
-                    watched[1](events)
-                except Exception as error:  # noqa: BLE001
-                    self._on_fault(watched[1], error)
-        for callback in again:
-            self._call(callback, READ)
-        while self._posts:
+                self._call(watched[1], events)
+        for _ in range(len(self._posts)):  # what these post is for the next turn: other streams come first
             self._call(self._posts.popleft())
         while self._alarms and (self._alarms[0][0] <= self.now or not self._alarms[0][2]):
             alarm = heapq.heappop(self._alarms)
@@ -1586,19 +1498,16 @@ class Relay:
         self._running = False
 
     def _call(self, callback: Callable[..., None], *events: int) -> None:
+        """Make a call.  A fault in one stream ends that stream and touches no other."""
         try:
             callback(*events)
         except Exception as error:  # noqa: BLE001
-            self._on_fault(callback, error)
-
-    def _on_fault(self, callback: Callable[..., None], error: Exception) -> None:
-        """A fault in one stream ends that stream and touches no other."""
-        log.error("fault in the relay: %s", place_of(error))
-        owner: Any = getattr(getattr(callback, "func", callback), "__self__", None)
-        if owner in self.streams:
-            owner.drop(ProxyError("Internal error."))
-        elif owner in self.inboxes:
-            owner.wake(False)
+            log.error("fault in the relay: %s", place_of(error))
+            owner: Any = getattr(getattr(callback, "func", callback), "__self__", None)
+            if owner in self.streams:
+                owner.drop(ProxyError("Internal error."))
+            elif owner in self.inboxes:
+                owner.wake(False)
 
 
 # 9 ------------------------------------------------------------------ Upstream
@@ -1622,35 +1531,44 @@ class Gate(threading.Semaphore):
 class Lifeline:
     """Lets the relay cut a connection that a thread is still opening.
 
-    shutdown() wakes a thread that is blocked on the socket; close() does not.
+    It holds a copy of the descriptor, since TLS takes the one of the socket that it wraps, and shuts that
+    down, which wakes a thread that is blocked on the socket; to close it would not.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
-        self._copied = False
+        self._copy: socket.socket | None = None
         self._cut = False
 
-    def hold(self, sock: socket.socket | None, copy: bool = False) -> None:
-        """Hold the connection that a thread waits on; None: let go.  Raises OSError after cut().
-
-        copy: hold a copy of its descriptor, since TLS takes the one of the socket that it wraps.
-        """
+    def hold(self, sock: socket.socket | None) -> None:
+        """Hold the connection that a thread waits on; None: let go.  Raises OSError after cut()."""
         with self._lock:
-            if self._socket and self._copied:
-                self._socket.close()
-            self._socket, self._copied = sock, copy
-            if sock and copy:
-                self._socket = socket.fromfd(sock.fileno(), sock.family, sock.type)
+            if self._copy:
+                self._copy.close()
+            self._copy = socket.fromfd(sock.fileno(), sock.family, sock.type) if sock else None
             if self._cut and sock:
                 raise ConnectionAbortedError(errno.ECONNABORTED, "cut")
 
     def cut(self) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):
             self._cut = True
-            if self._socket:
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # ssl's own would forget the session
+            if self._copy:
+                self._copy.shutdown(socket.SHUT_RDWR)
+
+    def dial(self, address: tuple[str, int], timeout: float | None, *_: object) -> socket.socket:
+        """Connect as socket.create_connection does, with each attempt on the lifeline."""
+        failure = OSError(errno.EADDRNOTAVAIL, "no address")
+        for family, kind, protocol, _name, target in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
+            sock = socket.socket(family, kind, protocol)
+            try:
+                self.hold(sock)
+                sock.settimeout(timeout)
+                sock.connect(target)
+                return sock
+            except OSError as error:
+                failure = error
+                sock.close()
+        raise failure
 
 
 @dataclasses.dataclass
@@ -1671,8 +1589,8 @@ USER_AGENT = f"streamproxy/{__version__}"
 
 def prompt_call(asked: dict[str, Any], settings: Settings) -> Call:
     """Return the request to upstream for what a client of ours asked.  Raises RequestError."""
-    fields = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json", "User-Agent": USER_AGENT}
-    return Call("/chat/completions", encode_request(asked, settings), fields)
+    accept = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json"}
+    return Call("/chat/completions", encode_request(asked, settings), {**accept, "User-Agent": USER_AGENT})
 
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -1723,11 +1641,12 @@ class Pool:
         """Keep a connection whose answer nobody waits for any more, once body, the rest of it, has ended."""
         if not body.complete:
             self.relay.watch(connection.sock, READ, functools.partial(self._on_rest, connection, body))
-            connection.alarm = self.relay.set_alarm(self.relay.now + END_GRACE, functools.partial(self.close, connection))
+            late = functools.partial(self.close, connection)
+            connection.alarm = self.relay.set_alarm(self.relay.now + END_GRACE, late)
         self._on_rest(connection, body)
 
     def close(self, connection: Connection) -> None:
-        connection.alarm[2] = None
+        self.relay.cancel(connection.alarm)
         self.relay.unwatch(connection.sock)
         connection.sock.close()
 
@@ -1745,35 +1664,28 @@ class Pool:
             self.close(connection)
 
     def _keep(self, connection: Connection) -> None:
-        connection.alarm[2] = None
-        connection.alarm = self.relay.set_alarm(
-            self.relay.now + KEEP_ALIVE_TIMEOUT, functools.partial(self._drop, connection)
-        )
-        self.relay.watch(connection.sock, READ, functools.partial(self._on_idle, connection))
+        self.relay.cancel(connection.alarm)
+        on_idle = functools.partial(self._on_idle, connection)
+        connection.alarm = self.relay.set_alarm(self.relay.now + KEEP_ALIVE_TIMEOUT, on_idle)
+        self.relay.watch(connection.sock, READ, on_idle)
         with self._lock:
-            self._idle[connection.key].append(connection)
-            oldest = self._idle[connection.key][0]
-            full = len(self._idle[connection.key]) > MAX_IDLE_CONNECTIONS
-        if full:
-            self._drop(oldest)
+            idle = self._idle[connection.key]
+            idle.append(connection)
+            oldest = idle.pop(0) if len(idle) > MAX_IDLE_CONNECTIONS else None
+        if oldest:
+            self.close(oldest)
 
-    def _on_idle(self, connection: Connection, events: int) -> None:
-        """Upstream closed the connection, or says what nobody asked for."""
+    def _on_idle(self, connection: Connection, events: int = 0) -> None:
+        """Close what upstream closed, or says what nobody asked for on; or, without events, what is too old."""
         with self._lock:
-            if connection not in self._idle[connection.key]:  # a thread has just taken it
+            idle = self._idle[connection.key]
+            if connection not in idle:  # a thread has just taken it
                 self.relay.unwatch(connection.sock)
                 return
-            if connection.read() is None:  # it was TLS's own affair
+            if events and connection.read() is None:  # it was TLS's own affair
                 return
-        self._drop(connection)
-
-    def _drop(self, connection: Connection) -> None:
-        with self._lock:
-            idle = connection in self._idle[connection.key]
-            if idle:
-                self._idle[connection.key].remove(connection)
-        if idle:
-            self.close(connection)
+            idle.remove(connection)
+        self.close(connection)
 
 
 class Upstream(urllib.request.BaseHandler):
@@ -1858,30 +1770,12 @@ class Upstream(urllib.request.BaseHandler):
         if request.type == "https":
             kind = functools.partial(http.client.HTTPSConnection, context=self._context)
         connection = kind(request.host, timeout=self._timeout)
-        connection._create_connection = functools.partial(self._dial, request.call.lifeline, request.type)
+        connection._create_connection = request.call.lifeline.dial
         if request._tunnel_host:
             connection.set_tunnel(request._tunnel_host, headers=request.headers)
         with self._gate.outside():
             connection.connect()
         return connection.sock  # type: ignore[no-any-return]
-
-    @staticmethod
-    def _dial(
-        lifeline: Lifeline, scheme: str, address: tuple[str, int], timeout: float | None, *_: object
-    ) -> socket.socket:
-        """Connect as socket.create_connection does, with each attempt on the lifeline."""
-        failure = OSError(errno.EADDRNOTAVAIL, "no address")
-        for family, kind, protocol, _name, target in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
-            sock = socket.socket(family, kind, protocol)
-            try:
-                lifeline.hold(sock, copy=scheme == "https")
-                sock.settimeout(timeout)
-                sock.connect(target)
-                return sock
-            except OSError as error:
-                failure = error
-                sock.close()
-        raise failure
 
 
 # 10 ----------------------------------------------------------------- Streams
@@ -1963,7 +1857,7 @@ class Inbox:
             self.wake(False)
 
     def wake(self, more: bool | None) -> None:
-        self._alarm[2] = None
+        self._relay.cancel(self._alarm)
         self._relay.unwatch(self._client)
         self._relay.inboxes.discard(self)
         self._news.put(more)
@@ -2035,7 +1929,7 @@ class Stream:
 
     def carry(self, connection: Connection) -> None:
         """Move what comes over connection from now on."""
-        connection.alarm[2] = None
+        self._relay.cancel(connection.alarm)
         if self._ended or self._closing:
             connection.pool.close(connection)
             return
@@ -2059,7 +1953,7 @@ class Stream:
                 self._take_head(data)
             if not connection.hides:
                 return
-        self._relay.again(self.on_upstream)
+        self._relay.post(functools.partial(self.on_upstream, READ))
 
     def on_client(self, events: int) -> None:
         """Send what waits, and take what the client sends: mostly, that it leaves."""
@@ -2080,7 +1974,7 @@ class Stream:
 
     def on_alarm(self) -> None:
         """Do what is due, then wait for what comes next."""
-        self._alarm[2] = None
+        self._relay.cancel(self._alarm)
         for due, act in self._clocks():
             if due <= self._relay.now:
                 act()
@@ -2096,7 +1990,7 @@ class Stream:
             return
         self.failure = failure
         self._close_upstream()
-        told = self.answer.encode_error(failure.message) if self.started else b""
+        told = self.answer.encode("error", error=failure.message) if self.started else b""
         if told:
             self._write(told, last=True)
         elif self._pending:
@@ -2127,11 +2021,11 @@ class Stream:
             if not parsed:
                 return
             status, fields, rest = parsed
-            self._body = LengthDecoder(0) if status in (204, 304) else body_decoder(fields, BodyDecoder)
+            self._body = BodyDecoder(0) if status in (204, 304) else body_decoder(fields, BodyDecoder())
         except ValueError as error:
             self.fail(Garbled(f"Upstream's answer cannot be read: {error}."))
             return
-        self._keeps_alive = type(self._body) is not BodyDecoder and "close" not in fields.get("connection", "").lower()
+        self._keeps_alive = self._body.left is not None and "close" not in fields.get("connection", "").lower()
         self.answer.start(status, fields)
         if self.answer.eager and not (self.answer.failure or self.answer.refused):
             self._write(b"")
@@ -2144,8 +2038,12 @@ class Stream:
         out = answer.feed(body.feed(data))
         if closed:
             body.close()
-        if body.complete or body.broken or closed:
-            out += answer.close(self._fault_of(body))
+        if body.complete:
+            out += answer.close(None)
+        elif body.broken:
+            out += answer.close(Garbled("Upstream broke the chunked coding of its answer."))
+        elif closed:
+            out += answer.close(UpstreamError("Upstream closed the connection within its answer.", ending="truncated"))
         if answer.done:
             self._complete(out)
             return
@@ -2159,20 +2057,9 @@ class Stream:
                 self._ending_at = self._event_at
                 self._set_alarm(END_GRACE)
 
-    @staticmethod
-    def _fault_of(body: BodyDecoder) -> UpstreamError | None:
-        if body.complete:
-            return None
-        if body.broken:
-            return Garbled("Upstream broke the chunked coding of its answer.")
-        return UpstreamError("Upstream closed the connection within its answer.", ending="truncated")
-
     def _complete(self, out: bytes = b"") -> None:
         self._close_upstream(keep=self._keeps_alive)
         self._write(out + self.answer.end(), last=True)
-
-    def _ping(self) -> None:
-        self._write(self.answer.ping())
 
     def _write(self, body: bytes, last: bool = False) -> None:
         """Send body as one chunk, with the head before the first and the last chunk behind the last."""
@@ -2242,7 +2129,7 @@ class Stream:
 
     def _end(self) -> None:
         self._ended = True
-        self._alarm[2] = None
+        self._relay.cancel(self._alarm)
         self._close_upstream()
         self._relay.unwatch(self._client)
         self._relay.streams.discard(self)
@@ -2258,7 +2145,7 @@ class Stream:
             timeouts = (limits.connect_timeout, limits.first_byte_timeout, limits.idle_timeout, limits.client_timeout,
                         limits.heartbeat if self.answer.pings else 0)
             soon = self._relay.now + min([within, *filter(None, timeouts)])
-            self._alarm[2] = None
+            self._relay.cancel(self._alarm)
             self._alarm = self._relay.set_alarm(min([soon, *(due for due, _ in self._clocks())]), self.on_alarm)
 
     def _clocks(self) -> Iterator[tuple[float, Callable[[], None]]]:
@@ -2268,7 +2155,7 @@ class Stream:
             yield self._began_at + limits.total_timeout, self._late("to end its answer")
         if self._blocked:
             if limits.client_timeout:
-                yield self._write_at + limits.client_timeout, self._stalled
+                yield self._write_at + limits.client_timeout, lambda: self.drop(Aborted("The client stopped reading."))
             return
         if self._ending_at is not None:
             yield self._ending_at + END_GRACE, self._complete
@@ -2281,13 +2168,10 @@ class Stream:
         elif limits.connect_timeout:
             yield self._began_at + limits.connect_timeout, self._late("to connect")
         if limits.heartbeat and self.answer.pings:
-            yield self._write_at + limits.heartbeat, self._ping
+            yield self._write_at + limits.heartbeat, lambda: self._write(self.answer.ping())
 
     def _late(self, what: str) -> Callable[[], None]:
         return lambda: self.fail(UpstreamError(f"Upstream took too long {what}.", 504, "aborted"))
-
-    def _stalled(self) -> None:
-        self.drop(Aborted("The client stopped reading."))
 
 
 # 11 ----------------------------------------------------------------- Server
@@ -2302,7 +2186,7 @@ def http_date(seconds: int) -> str:
     return email.utils.formatdate(seconds, usegmt=True)
 
 
-class LogEntry(dict):  # type: ignore[type-arg]
+class LogEntry(dict[str, object]):
     """What the log says of one request.  As text: name=value, nothing from the wire unescaped."""
 
     def __str__(self) -> str:
@@ -2413,7 +2297,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.fields = parse_head(head)[1]
             if "transfer-encoding" in self.fields and not self.http11:
                 raise ValueError("a transfer coding in HTTP/1.0")
-            body = body_decoder(self.fields, lambda: LengthDecoder(0))
+            body = body_decoder(self.fields, BodyDecoder(0))
         except ValueError as error:
             raise RequestError(f"The request cannot be read: {error}.") from None
         host = self.fields.get("host", "" if self.http11 else "localhost")
@@ -2478,7 +2362,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_root(self) -> None:
         """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
         if not self._wants_events():
-            self._answer(200, PAGE, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": PAGE_POLICY})
+            self._answer(200, PAGE, PAGE_FIELDS)
         elif "last-event-id" in self.fields:  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
             self._answer(204, b"", {})
         else:
@@ -2496,8 +2380,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_ready(self) -> None:
         """Say whether new requests are welcome."""
-        draining = self.server.draining
-        self._answer(503 if draining else 200, b"draining\n" if draining else b"ok\n", {"Content-Type": "text/plain; charset=utf-8"})
+        status, words = (503, b"draining\n") if self.server.draining else (200, b"ok\n")
+        self._answer(status, words, {"Content-Type": "text/plain; charset=utf-8"})
 
     def post_api(self) -> None:
         """Pass a request of the API on, and its answer back."""
@@ -2536,7 +2420,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return the rest of the request's body.  Raises RequestError, and Disconnected."""
         inbox, body = self.inbox, bytearray()
         while not self.body.complete:
-            if not inbox.data and not inbox.read(lambda data: len(data) >= min(self.body.wants, READ_SIZE), self.server.gate):
+            if not inbox.data and not inbox.read(lambda data: len(data) >= min(self.body.left or 1, READ_SIZE), self.server.gate):
                 raise Disconnected("The client left.")
             body += self.body.feed(bytes(inbox.data))
             inbox.data = bytearray(self.body.rest)
@@ -2559,7 +2443,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _stream(self, answer: Answer, call: Call) -> None:
         """Have upstream's answer relayed, and sleep until it has ended."""
-        server, news = self.server, queue.SimpleQueue()  # type: ignore[var-annotated]
+        server = self.server
+        news: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
         def encode_head() -> bytes:
             fields = {"Content-Type": answer.content_type, **STREAM_FIELDS, **answer.fields}
@@ -2592,7 +2477,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._reset()  # its body ends where the connection does
         else:
             unread = not self.body.complete
-            small = isinstance(self.body, LengthDecoder) and self.body.wants <= MAX_DISCARDED and "expect" not in self.fields
+            small = self.body.left is not None and self.body.left <= MAX_DISCARDED and "expect" not in self.fields
             self.close_connection |= unread and not small
             fields = {"Content-Type": "application/json", **failure.fields}
             if self.stream and self.stream.call.connected_at is not None and failure.status >= 500:
@@ -2622,7 +2507,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
         if self.close_connection:
             common["Connection"] = "close"
-        return encode_head(f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", {**common, **self.cors, **fields})
+        line = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
+        return encode_head(line, {**common, **self.cors, **fields})
 
     def _send(self, data: bytes) -> None:
         with self.server.gate.outside():
@@ -2705,8 +2591,6 @@ class Server(http.server.ThreadingHTTPServer):
         found: Any = [(socket.AF_UNIX, 0, 0, "", self.path)] if self.path else socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
         self.address_family = found[0][0]
         super().__init__(found[0][4], Handler, bind_and_activate=False)
-        self._demo = Demo() if settings.demo else None
-        self.settings = dataclasses.replace(settings, upstream=self._demo.url) if self._demo else settings
         self.gate = Gate()
         self.relay = Relay()
         self.draining = False
@@ -2717,10 +2601,15 @@ class Server(http.server.ThreadingHTTPServer):
         self._changed = threading.Condition()  # guards _connections and _hurried
         self._hurried = False
         self._listening = False
+        self._resources = contextlib.ExitStack()
         self._accepting = threading.Thread(target=self._accept, name="accept", daemon=True)
+        for resource in (self.relay, self._drain_signal, self._drain_sender):
+            self._resources.callback(resource.close)
         try:
+            self.settings = self._resources.enter_context(demo_upstream(settings))
             self.access = Access(settings)
             self.upstream = Upstream(self.settings, self.gate, self.relay)
+            self._resources.callback(self.upstream.pool.close_all)
             self.server_bind()
             self.server_activate()
         except BaseException:
@@ -2743,8 +2632,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve, in threads of its own."""
-        if self._demo:
-            self._demo.start()
         self.relay.start()
         self._accepting.start()
 
@@ -2768,8 +2655,6 @@ class Server(http.server.ThreadingHTTPServer):
                     with contextlib.suppress(OSError):
                         connection.shutdown(socket.SHUT_RDWR)
             self.relay.stop()
-            if self._demo:
-                self._demo.shutdown()
         self.server_close()
 
     def abort(self) -> None:
@@ -2805,13 +2690,7 @@ class Server(http.server.ThreadingHTTPServer):
     def server_close(self) -> None:
         self._stop_listening()
         super().server_close()
-        self.relay.close()
-        self._drain_signal.close()
-        self._drain_sender.close()
-        if hasattr(self, "upstream"):
-            self.upstream.pool.close_all()
-        if self._demo:
-            self._demo.server_close()
+        self._resources.close()
 
     def _stop_listening(self) -> None:
         if self._listening:
@@ -2889,34 +2768,27 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
     Leaving the loop closes the connection to upstream.  Raises ProxyError, after the text that
     came, where the answer is not complete.
     """
-    demo = Demo() if settings.demo else None
-    if demo:
-        demo.start()
-        settings = dataclasses.replace(settings, upstream=demo.url)
     gate, relay = Gate(), Relay()
-    upstream = Upstream(settings, gate, relay)
-    call = prompt_call({"prompt": prompt}, settings)
     reader, client = socket.socketpair()  # the loop is a client like any other, but for HTTP
     client.setblocking(False)
-    answer = TextAnswer(upstream.redact)
-    stream = Stream(relay, client, answer, call, settings, bytes, False, lambda again: client.close())
     decoder = codecs.getincrementaldecoder("utf-8")()
-    relay.start()
-    try:
-        with gate:
-            stream.open(upstream)
-        for data in iter(functools.partial(reader.recv, READ_SIZE), b""):
-            yield decoder.decode(data)
-        if stream.failure:
-            raise stream.failure
-    finally:
-        relay.post(functools.partial(stream.drop, Disconnected("The loop was left.")))
-        relay.stop()
-        upstream.pool.close_all()
-        reader.close()
-        if demo:
-            demo.shutdown()
-            demo.server_close()
+    with demo_upstream(settings) as asked, reader:
+        upstream = Upstream(asked, gate, relay)
+        call = prompt_call({"prompt": prompt}, asked)
+        answer = TextAnswer(upstream.redact)
+        stream = Stream(relay, client, answer, call, asked, bytes, False, lambda again: client.close())
+        relay.start()
+        try:
+            with gate:
+                stream.open(upstream)
+            for data in iter(functools.partial(reader.recv, READ_SIZE), b""):
+                yield decoder.decode(data)
+            if stream.failure:
+                raise stream.failure
+        finally:
+            relay.post(functools.partial(stream.drop, Disconnected("The loop was left.")))
+            relay.stop()
+            upstream.pool.close_all()
 
 
 # 12 ----------------------------------------------------------------- Demo upstream
@@ -2980,21 +2852,23 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-class Demo(http.server.ThreadingHTTPServer):
-    """The built-in upstream, on a port of its own."""
-
+class _DemoServer(socketserver.ThreadingTCPServer):
     daemon_threads = True
     request_queue_size = BACKLOG
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), DemoHandler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)
-
-    def start(self) -> None:
-        threading.Thread(target=self.serve_forever, args=(0.1,), name="demo", daemon=True).start()
+@contextlib.contextmanager
+def demo_upstream(settings: Settings) -> Iterator[Settings]:
+    """Run the built-in upstream where settings ask for it; give the settings that lead there."""
+    if not settings.demo:
+        yield settings
+        return
+    with _DemoServer(("127.0.0.1", 0), DemoHandler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
+        try:
+            yield dataclasses.replace(settings, upstream=f"http://127.0.0.1:{server.server_address[1]}/v1")
+        finally:
+            server.shutdown()
 
 
 # 13 ----------------------------------------------------------------- Chat page
@@ -3145,7 +3019,8 @@ def _page_policy(page: str) -> str:
     )
 
 
-PAGE, PAGE_POLICY = _PAGE.encode(), _page_policy(_PAGE)
+PAGE = _PAGE.encode()
+PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
 
 
 # 14 ----------------------------------------------------------------- Command line
@@ -3168,7 +3043,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"streamproxy {__version__}")
     for field in dataclasses.fields(Settings):
         about = field.metadata
-        options: dict[str, Any] = {"metavar": about["metavar"], "action": "append" if "repeat" in about else "store"}
+        options: dict[str, Any] = {"metavar": about["metavar"], "action": "append" if about["repeat"] else "store"}
         if not about["metavar"]:
             options = {"action": "store_const", "const": "true"}
         if flag_of(field):
@@ -3208,32 +3083,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.addHandler(output)
     log.setLevel(logging.INFO)
     _raise_descriptor_limit()
-    # A byte comes for each signal, whichever thread the system gives it to, and one for the end of the drain.
+    # A byte comes for each signal, whichever thread the system gives it to.
     news, teller = socket.socketpair()
     teller.setblocking(False)
     signal.set_wakeup_fd(teller.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+
+    def hurry(events: int) -> None:
+        news.recv(1)
+        server.abort()
+
     server.start()
     print(f"streamproxy {__version__} on {server.url}", flush=True)
     if settings.demo:
         to = f"--unix-socket {server.url[5:]} http://localhost" if server.path else server.url
         print(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""", flush=True)
-    news.recv(1)
-    threading.Thread(target=_stop, args=(server, teller), daemon=True).start()
-    while news.recv(1) != b"\0":
-        server.abort()
+    news.recv(1)  # the first begins the drain, and any further one ends it
+    server.relay.post(functools.partial(server.relay.watch, news, READ, hurry))
+    server.stop()
     signal.set_wakeup_fd(-1)
     news.close()
     teller.close()
     return 0
-
-
-def _stop(server: Server, teller: socket.socket) -> None:
-    try:
-        server.stop()
-    finally:
-        teller.send(b"\0")
 
 
 def _raise_descriptor_limit() -> None:

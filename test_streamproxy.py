@@ -2233,7 +2233,7 @@ def test_idle_connections_are_bounded_and_end_after_a_while() -> None:
             ends.append(Peer(far))
             stage.now = 1000.0 + number / 1000
             stage.turn()
-            pool.settle(streamproxy.Connection(near, "upstream", pool), streamproxy.LengthDecoder(0))
+            pool.settle(streamproxy.Connection(near, "upstream", pool), streamproxy.BodyDecoder(0))
         assert ends[0].gone() and len(pool._idle["upstream"]) == streamproxy.MAX_IDLE_CONNECTIONS
         taken = pool.take("upstream")
         assert taken and taken.reused
