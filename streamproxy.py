@@ -21,16 +21,16 @@ It terminates no TLS, stores nothing and knows no users: nginx in front does the
 
 Life of a request, and the section of this file for each step:
 
-    Server accepts; a thread takes the connection                        11
-      Handler reads and checks the request                               11
-        Access and Limits let it pass                                    7
-        Stream has the relay watch the client                            10
-        Upstream.open sends the request, on a new or a warm connection   9
-        the thread sleeps; the relay moves what arrives:                 8
+    Server accepts; a thread takes the connection                        12
+      Handler reads, through its Inbox, and checks the request           12
+        Access and Limits let it pass                                    8
+        Stream has the relay watch the client                            11
+        Upstream.open sends the request, on a new or a warm connection   10
+        the thread sleeps; the relay moves what arrives:                 9
           BodyDecoder       upstream's framing to the bytes of the body  5
           EventParser       bytes to events                              3
           Answer            events to what the client asked for          4
-          Stream            one chunk, one send                          10
+          Stream            one chunk, one send                          11
         the thread wakes, answers with an error if nothing was sent, logs the request
 
 There is a thread a connection for what is short and blocks, and one, the relay, for what is
@@ -89,7 +89,7 @@ __all__ = ["Event", "EventParser", "ProxyError", "Server", "Settings", "Settings
 log = logging.getLogger("streamproxy")
 
 
-# 1 ------------------------------------------------------------------ Limits
+# 1 ------------------------------------------------------------------- Limits
 
 # Bytes.
 READ_SIZE = 64 * 1024  # asked of a socket at a time; it leaves at once, so this bounds what waits for a slow client
@@ -128,7 +128,7 @@ MAX_WORKING = 4
 PASSED_STATUSES = (400, 404, 413, 422, 429)
 
 
-# 2 ------------------------------------------------------------------ Errors
+# 2 ------------------------------------------------------------------- Errors
 
 
 class ProxyError(Exception):
@@ -231,7 +231,7 @@ _API_ERRORS: dict[int, tuple[str, str | None]] = {
 }
 
 
-# 3 ------------------------------------------------------------------ Event streams
+# 3 ------------------------------------------------------------------- Event streams
 
 
 @dataclasses.dataclass
@@ -339,7 +339,7 @@ def encode_event(data: str, type: str = "", last_event_id: str = "") -> bytes:
 PING = b": ping\n"
 
 
-# 4 ------------------------------------------------------------------ Answers
+# 4 ------------------------------------------------------------------- Answers
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -719,10 +719,6 @@ class ModelList(PassedAnswer):
         out.append(json.dumps(payload, ensure_ascii=False).encode())
 
 
-# Fields of a request that upstream is to see: what the call needs, and nothing that says who calls.
-PASSED_FIELDS = ("content-type", "accept", "anthropic-version", "anthropic-beta", "openai-beta", "idempotency-key")
-
-
 def passes_back(name: str) -> bool:
     """Tell whether a field of upstream's head, its name in lower case, is for the client to see."""
     return name in ("content-type", "retry-after", "x-request-id", "request-id") or name.startswith(
@@ -730,7 +726,7 @@ def passes_back(name: str) -> bool:
     )
 
 
-# 5 ------------------------------------------------------------------ HTTP framing
+# 5 ------------------------------------------------------------------- HTTP framing
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 _QUOTED = r'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'  # section 5.6.4
@@ -912,7 +908,7 @@ def body_decoder(fields: Mapping[str, str], default: BodyDecoder) -> BodyDecoder
     return BodyDecoder(int(length))
 
 
-# 6 ------------------------------------------------------------------ Settings
+# 6 ------------------------------------------------------------------- Settings
 
 
 def is_loopback(host: str) -> bool:
@@ -1074,7 +1070,7 @@ class Settings:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, str) and value:
-                object.__setattr__(self, field.name, _read(field, value))
+                object.__setattr__(self, field.name, _read_setting(field, value))
         path, host, _ = parse_address(self.bind)
         if not (path or is_loopback(host) or self.token_file or self.allow_anonymous):
             raise SettingsError(
@@ -1096,7 +1092,7 @@ class Settings:
             if text is None:
                 text = environ.get(variable_of(field)) or None
             if text is not None:
-                values[field.name] = _read(field, text)
+                values[field.name] = _read_setting(field, text)
         path = environ.get("OPENAI_API_KEY_FILE")
         if path and "api_key" in values:
             raise SettingsError("OPENAI_API_KEY and OPENAI_API_KEY_FILE are both set; allowed: one of them")
@@ -1119,7 +1115,7 @@ def variable_of(field: dataclasses.Field[Any]) -> str:
     return str(field.metadata["variable"] or "STREAMPROXY_" + field.name.upper())
 
 
-def _read(field: dataclasses.Field[Any], text: Any) -> Any:
+def _read_setting(field: dataclasses.Field[Any], text: Any) -> Any:
     """The value of a setting from its text, or the texts of a repeated flag."""
     try:
         return field.metadata["read"]([text] if field.metadata["repeat"] and isinstance(text, str) else text)
@@ -1141,6 +1137,12 @@ def redactor(key: str) -> Callable[[str], str]:
         return "".join("[redacted]" if secret else "".join(text[i] for i in run) for secret, run in runs)
 
     return redact
+
+
+# 7 ------------------------------------------------------------------- Requests
+
+# Fields of a request that upstream is to see: what the call needs, and nothing that says who calls.
+PASSED_FIELDS = ("content-type", "accept", "anthropic-version", "anthropic-beta", "openai-beta", "idempotency-key")
 
 
 def encode_request(asked: dict[str, Any], settings: Settings) -> bytes:
@@ -1198,7 +1200,7 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
-# 7 ------------------------------------------------------------------ Access
+# 8 ------------------------------------------------------------------- Access
 
 
 class Tokens:
@@ -1367,7 +1369,7 @@ def network_of(address: str) -> str:
     return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
 
 
-# 8 ------------------------------------------------------------------ Relay
+# 9 ------------------------------------------------------------------- Relay
 
 READ, WRITE = 1, 4  # as in poll(2); a hang-up or an error is told by other bits, and by the next read
 
@@ -1510,7 +1512,7 @@ class Relay:
                 owner.wake(False)
 
 
-# 9 ------------------------------------------------------------------ Upstream
+# 10 ------------------------------------------------------------------ Upstream
 
 
 class Gate(threading.Semaphore):
@@ -1778,7 +1780,7 @@ class Upstream(urllib.request.BaseHandler):
         return connection.sock  # type: ignore[no-any-return]
 
 
-# 10 ----------------------------------------------------------------- Streams
+# 11 ------------------------------------------------------------------ Streams
 
 
 class Inbox:
@@ -1873,15 +1875,15 @@ class Stream:
 
     def __init__(
         self, relay: Relay, client: socket.socket, answer: Answer, call: Call, settings: Settings,
-        encode_head: Callable[[], bytes], chunked: bool, on_news: Callable[[bool], None],
+        encode_head: Callable[[], tuple[bytes, bool]], on_news: Callable[[bool], None],
     ) -> None:
-        """client must not block; encode_head is called for what leaves with the first bytes of the body.
+        """client must not block; encode_head is asked, with the first bytes of the body, what leaves before
+        them, and whether the body is chunked.
 
         on_news is called in the relay: with False at the end, with True where the request got
         nowhere, over a connection that turned out closed, and should be opened afresh.
         """
         self.answer = answer
-        self.chunked = chunked  # encode_head may change it
         self.failure: ProxyError | None = None  # why the answer is not complete
         self.started = False  # the client was sent something
         self.intact = False  # the client was sent a body that ends as it should
@@ -1897,6 +1899,7 @@ class Stream:
         self._head = b""  # what came of upstream's head, until it is whole
         self._body: BodyDecoder | None = None  # once it is
         self._keeps_alive = False
+        self._chunked = False
         self._pending = b""  # what the client's socket did not take
         self._blocked = False  # pending waits for the client, and upstream is not read
         self._closing = False  # nothing comes after pending
@@ -2066,9 +2069,9 @@ class Stream:
         head = b""
         if not self.started:
             self.started = True
-            head = self._encode_head()
-        data = head + encode_chunk(body) if self.chunked else head + body
-        if last and self.chunked:
+            head, self._chunked = self._encode_head()
+        data = head + encode_chunk(body) if self._chunked else head + body
+        if last and self._chunked:
             data += LAST_CHUNK
         self._write_at = self._relay.now
         if self.first_text_at is None and self.answer.pieces:
@@ -2174,7 +2177,7 @@ class Stream:
         return lambda: self.fail(UpstreamError(f"Upstream took too long {what}.", 504, "aborted"))
 
 
-# 11 ----------------------------------------------------------------- Server
+# 12 ------------------------------------------------------------------ Server
 
 _REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])")  # RFC 9112 section 3
 _HOST = re.compile(r"([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
@@ -2319,8 +2322,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         methods = _ROUTES.get(re.sub("^/v1/models/.+", "/v1/models", self.path))
         if not methods:
             raise RequestError("There is nothing at this path.", 404)
+        self.allowed = allowed = ", ".join(methods)
         if self.method not in methods:
-            allowed = ", ".join(methods)
             known = self.method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT")
             raise RequestError(f"This path takes {allowed} only.", 405 if known else 501, fields={"Allow": allowed})
         if self.method != "POST" and not self.body.complete:
@@ -2332,13 +2335,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_preflight(self) -> None:
         """Tell a page of an allowed origin what it may send (WHATWG Fetch section 3.2.2)."""
-        methods = ", ".join(_ROUTES[re.sub("^/v1/models/.+", "/v1/models", self.path)])
-        fields = {"Allow": methods}
+        fields = {"Allow": self.allowed}
         if "origin" in self.fields:
             self.server.access.check_origin(self.fields)
             asked = [name.strip().lower() for name in self.fields.get("access-control-request-headers", "").split(",")]
             allowed = [name for name in asked if name in _CORS_FIELDS or name.startswith("x-stainless-")]
-            fields = {"Access-Control-Allow-Methods": methods, "Access-Control-Allow-Headers": ", ".join(allowed),
+            fields = {"Access-Control-Allow-Methods": self.allowed, "Access-Control-Allow-Headers": ", ".join(allowed),
                       "Access-Control-Max-Age": "600"}  # fmt: skip
         self._answer(204, b"", fields)
 
@@ -2419,8 +2421,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _read_on(self, limit: int) -> bytes:
         """Return the rest of the request's body.  Raises RequestError, and Disconnected."""
         inbox, body = self.inbox, bytearray()
+
+        def is_enough(data: bytearray) -> bool:
+            return len(data) >= min(self.body.left or 1, READ_SIZE)
+
         while not self.body.complete:
-            if not inbox.data and not inbox.read(lambda data: len(data) >= min(self.body.left or 1, READ_SIZE), self.server.gate):
+            if not inbox.data and not inbox.read(is_enough, self.server.gate):
                 raise Disconnected("The client left.")
             body += self.body.feed(bytes(inbox.data))
             inbox.data = bytearray(self.body.rest)
@@ -2446,15 +2452,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server = self.server
         news: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
-        def encode_head() -> bytes:
+        def encode_head() -> tuple[bytes, bool]:
             fields = {"Content-Type": answer.content_type, **STREAM_FIELDS, **answer.fields}
-            stream.chunked = self.http11 and "Content-Length" not in fields
-            if stream.chunked:
+            chunked = self.http11 and "Content-Length" not in fields
+            if chunked:
                 fields["Transfer-Encoding"] = "chunked"
-            return self._encode_head(answer.status, fields)
+            return self._encode_head(answer.status, fields), chunked
 
         self.stream = stream = Stream(
-            server.relay, self.connection, answer, call, server.settings, encode_head, self.http11, news.put
+            server.relay, self.connection, answer, call, server.settings, encode_head, news.put
         )
         for fresh in (False, True):
             stream.open(server.upstream, fresh)
@@ -2588,9 +2594,11 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, settings: Settings) -> None:
         """Raises SettingsError, and OSError where the address cannot be bound."""
         self.path, host, port = parse_address(settings.bind)
-        found: Any = [(socket.AF_UNIX, 0, 0, "", self.path)] if self.path else socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-        self.address_family = found[0][0]
-        super().__init__(found[0][4], Handler, bind_and_activate=False)
+        address: Any = self.path
+        self.address_family = socket.AF_UNIX
+        if not self.path:
+            self.address_family, *_, address = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)[0]
+        super().__init__(address, Handler, bind_and_activate=False)
         self.gate = Gate()
         self.relay = Relay()
         self.draining = False
@@ -2776,7 +2784,7 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
         upstream = Upstream(asked, gate, relay)
         call = prompt_call({"prompt": prompt}, asked)
         answer = TextAnswer(upstream.redact)
-        stream = Stream(relay, client, answer, call, asked, bytes, False, lambda again: client.close())
+        stream = Stream(relay, client, answer, call, asked, lambda: (b"", False), lambda again: client.close())
         relay.start()
         try:
             with gate:
@@ -2791,7 +2799,7 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
             upstream.pool.close_all()
 
 
-# 12 ----------------------------------------------------------------- Demo upstream
+# 13 ------------------------------------------------------------------ Demo upstream
 
 DEMO_PAUSE = 0.05  # seconds between two words: a human pace
 DEMO_ANSWER = (
@@ -2871,7 +2879,7 @@ def demo_upstream(settings: Settings) -> Iterator[Settings]:
             server.shutdown()
 
 
-# 13 ----------------------------------------------------------------- Chat page
+# 14 ------------------------------------------------------------------ Chat page
 
 _PAGE = r"""<!doctype html>
 <html lang="en">
@@ -3023,7 +3031,7 @@ PAGE = _PAGE.encode()
 PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
 
 
-# 14 ----------------------------------------------------------------- Command line
+# 15 ------------------------------------------------------------------ Command line
 
 
 class _ArgumentParser(argparse.ArgumentParser):

@@ -711,7 +711,7 @@ class Stage:
         self.call = streamproxy.Call("/", b"")
         self.stream = streamproxy.Stream(
             self.relay, near, answer or streamproxy.TextAnswer(), self.call, streamproxy.Settings(api_key=KEY, **settings),
-            lambda: b"HEAD ", True, self.end)  # fmt: skip
+            lambda: (b"HEAD ", True), self.end)  # fmt: skip
         self.stream.begin()
         self.head = head
 
