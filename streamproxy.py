@@ -109,6 +109,7 @@ LINGER_TIMEOUT = 1.0  # for reading that
 END_GRACE = 1.0  # for usage and [DONE] to follow a finish_reason
 ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is over
 KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
+STALE_WINDOW = 1.0  # for upstream to say that it had closed a connection before it was used again
 FOREVER = 86400.0  # where a wait needs a number and there is no limit
 
 # Counts.
@@ -199,6 +200,7 @@ def reason_of(error: BaseException) -> str:
         (ssl.SSLCertVerificationError, "its certificate is not trusted"),
         (ssl.SSLError, "the TLS handshake failed"),
         (socket.gaierror, "its name was not found"),
+        (socket.timeout, "it took too long"),
     ):
         if isinstance(error, kind):
             return words
@@ -332,7 +334,7 @@ class EventParser:
 def encode_event(data: str, type: str = "", last_event_id: str = "") -> bytes:
     """Return one event.  Line ends in data become data lines of their own (WHATWG HTML 9.2.6)."""
     head = (f"id: {last_event_id}\n" if last_event_id else "") + (f"event: {type}\n" if type else "")
-    return (head + "".join(f"data: {line}\n" for line in re.split("\r\n|\r|\n", data)) + "\n").encode()
+    return (head + "".join(f"data: {line}\n" for line in re.split("\r\n|\r|\n", data)) + "\n").encode("utf-8", "replace")
 
 
 # A comment has one line end: with a blank line behind it, SDKs in wide use see an empty event.
@@ -383,7 +385,8 @@ def parse_payload(data: str, type: str = "message") -> dict[str, Any]:
     if type == "error" or (isinstance(payload, dict) and payload.get("error")):
         error = payload.get("error") if isinstance(payload, dict) else None
         code = error.get("code") if isinstance(error, dict) else None
-        raise quoting("Upstream reported an error.", code if code in PASSED_STATUSES else 502, payload)
+        status = code if isinstance(code, int) and code in PASSED_STATUSES else 502
+        raise quoting("Upstream reported an error.", status, payload)
     if not isinstance(payload, dict):
         raise Garbled("Upstream sent JSON that is not an object.")
     return payload
@@ -507,10 +510,12 @@ class Answer:
             return b""
         try:
             if self.refused:
-                raise refusal(self.refused[0], bytes(self._document or b""), self.refused[1])
+                error = refusal(self.refused[0], bytes(self._document or b""), self.refused[1])
+                error.fields = {**self.fields, **error.fields}
+                raise error
             self._finish(out)
-        except Garbled as error:  # also an event that the end cut in two
-            cut = cut or (error if self._document else None)
+        except Garbled as garbled:  # also an event that the end cut in two
+            cut = cut or (garbled if self._document else None)
         except UpstreamError as error:
             self._fail(error)
         if not self.failure:
@@ -646,54 +651,91 @@ class EventAnswer(TextAnswer):
 class PassedAnswer(Answer):
     """The answer to an OpenAI client, passed on byte for byte.
 
-    Event streams are only looked through for the lines that end them, so that one that was cut
+    Event streams are only looked through for the events that end them, so that one that was cut
     is not taken for whole.
     """
 
     eager = True
 
-    # A line that begins so ends a stream: OpenAI's completions, Anthropic's messages, OpenAI's
-    # responses.  What text says cannot look like it, since JSON escapes line ends and quotes.
-    _LAST_LINE = re.compile(
-        rb'\n(?:data: ?\[DONE\]|event: ?(?:message_stop|response\.(?:completed|incomplete|failed))'
-        rb'|(event: ?error|data: ?\{"error": ?[{"]))'
+    # What blocks of events are searched for: only those that have it are parsed.
+    _NOTABLE = (
+        re.compile(rb"[\r\n](?:event:|data: ?\[)"),
+        re.compile(rb'"finish_reason": ?"[^"]'),
+        re.compile(rb'"error": ?[{"]'),
     )
-    _FINISH_REASON = re.compile(rb'"finish_reason": ?"')
-    _LONGEST = 40  # bytes of what they match
+    # What ends a stream, beside [DONE]: Anthropic's messages, OpenAI's responses.
+    _LAST_TYPES = ("message_stop", "response.completed", "response.incomplete", "response.failed")
 
-    def __init__(self, redact: Callable[[str], str] = str) -> None:
+    def __init__(self, redact: Callable[[str], str] = str, choices: int = 1) -> None:
+        """choices: how many finish_reasons a whole answer has."""
         super().__init__(redact)
-        self._tail = b"\n"  # the last bytes that came, of an event stream
+        self._choices = choices
+        self._finished: set[object] = set()  # indexes of choices
+        self._is_stream = False
+        self._rest = bytearray(b"\n")  # what came behind the last blank line
+
+    def start(self, status: int, fields: Mapping[str, str]) -> None:
+        self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
+        super().start(status, fields)
 
     def close(self, cut: UpstreamError | None) -> bytes:
-        if not cut and not self._tail:  # a document, whose framing alone says that it is whole
+        if not cut and not self._is_stream:  # a document, whose framing alone says that it is whole
             self.settled = True
         return super().close(cut)
 
     def _start(self, status: int, fields: Mapping[str, str], content_type: str) -> None:
         self.status = status
-        self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
-        if content_type != "text/event-stream":
-            self._tail = b""
-            if "content-length" in fields:
-                self.fields["Content-Length"] = fields["content-length"]
+        self.content_type = fields.get("content-type", "")
+        self._is_stream = content_type == "text/event-stream"
+        if not self._is_stream and "content-length" in fields:
+            self.fields["Content-Length"] = fields["content-length"]
 
     def _feed(self, body: bytes, out: list[bytes]) -> None:
         if body:
-            self.events += not body.startswith(b":")  # a comment is none
             self.pieces += 1
             self.size += len(body)
             out.append(body)
-            if self._tail:
-                self._look_through(self._tail + body)
+            if self._is_stream:
+                self._look_through(body if self.pieces > 1 else body.removeprefix(codecs.BOM_UTF8))
+            else:
+                self.events += 1
 
-    def _look_through(self, data: bytes) -> None:
-        self._tail = data[-self._LONGEST :]
-        match = self._LAST_LINE.search(data)
-        if match and match[1]:
-            raise UpstreamError("Upstream reported an error.")
-        self.ending = self.ending or match is not None
-        self.settled = self.settled or self.ending or self._FINISH_REASON.search(data) is not None
+    def _finish(self, out: list[bytes]) -> None:
+        parser = EventParser()
+        for event in parser.feed(bytes(self._rest)) + parser.close():  # whole, though no blank line came
+            if event.data.strip() != "[DONE]":
+                parse_payload(event.data, event.type)
+            self._take_event(event)
+
+    def _look_through(self, body: bytes) -> None:
+        begin = max(0, len(self._rest) - 2)
+        self._rest += body
+        ends = (self._rest.rfind(blank, begin) + len(blank) for blank in (b"\n\n", b"\n\r\n", b"\r\r"))
+        end = next((end for end in ends if end > 2), 0)
+        if not end:
+            if len(self._rest) > MAX_EVENT_SIZE:
+                del self._rest[1024:-4]  # its type, which comes first, is all that is looked at then
+            return
+        block = bytes(self._rest[:end])
+        self._rest[: end - 1] = b""  # a line end stays, since lines are told by the one before them
+        if b"\ndata" in block or b"\rdata" in block:
+            self.events += 1
+        if any(notable.search(block) for notable in self._NOTABLE):
+            for event in EventParser(len(block) + 1).feed(block):
+                self._take_event(event)
+
+    def _take_event(self, event: Event) -> None:
+        if event.data.strip() == "[DONE]":
+            self.done = self.settled = True
+        elif event.type in self._LAST_TYPES:
+            self.ending = self.settled = True
+        elif event.type == "error" or '"error"' in event.data or '"finish_reason"' in event.data:
+            with contextlib.suppress(Garbled):  # which is for the client to see
+                choices = parse_payload(event.data, event.type).get("choices")
+                for choice in choices if isinstance(choices, list) else ():
+                    if isinstance(choice, dict) and choice.get("finish_reason"):
+                        self._finished.add(str(choice.get("index")))
+                self.settled = self.settled or len(self._finished) >= self._choices
 
 
 class ModelList(PassedAnswer):
@@ -708,7 +750,7 @@ class ModelList(PassedAnswer):
     def _start(self, status: int, fields: Mapping[str, str], content_type: str) -> None:
         super()._start(status, fields, content_type)
         self.fields.pop("Content-Length", None)
-        self._tail, self._document = b"", bytearray()
+        self._is_stream, self._document = False, bytearray()
 
     def _finish(self, out: list[bytes]) -> None:
         payload = parse_payload((self._document or b"").decode("utf-8", "replace"))
@@ -716,12 +758,12 @@ class ModelList(PassedAnswer):
             payload["data"] = [model for model in payload["data"] if model["id"] in self._models]
         except (LookupError, TypeError):
             raise Garbled("Upstream sent JSON that is not a list of models.") from None
-        out.append(json.dumps(payload, ensure_ascii=False).encode())
+        out.append(json.dumps(payload).encode())
 
 
 def passes_back(name: str) -> bool:
     """Tell whether a field of upstream's head, its name in lower case, is for the client to see."""
-    return name in ("content-type", "retry-after", "x-request-id", "request-id") or name.startswith(
+    return name in ("retry-after", "x-request-id", "request-id") or name.startswith(
         ("x-ratelimit-", "anthropic-ratelimit-")
     )
 
@@ -849,7 +891,7 @@ class ChunkedDecoder(BodyDecoder):
             data, self._line = self._line + data, b""
         elif not self._chunk_left and data[-2:] == b"\r\n":  # mostly, one chunk comes at a time
             line, _, rest = data.partition(b"\r\n")
-            if len(rest) - 2 == parse_chunk_line(line) > 0 and not self._in_trailer:
+            if len(line) < 16 and len(rest) - 2 == parse_chunk_line(line) > 0 and not self._in_trailer:
                 return rest[:-2]
         at, end, out = 0, len(data), []
         while at < end and not (self.complete or self.broken):
@@ -876,7 +918,7 @@ class ChunkedDecoder(BodyDecoder):
             self._trailer_room -= len(line)
             self.broken = self._trailer_room < 0 or not (self.complete or _TRAILER_LINE.fullmatch(line))
         else:
-            size = -1 if self._chunk_left else parse_chunk_line(line)
+            size = -1 if self._chunk_left or len(line) > MAX_CHUNK_LINE else parse_chunk_line(line)
             self._chunk_left = size + 2 if size else 0
             self._in_trailer = size == 0
             self.broken = size < 0
@@ -1131,7 +1173,8 @@ def redactor(key: str) -> Callable[[str], str]:
     parts = {key[at : at + size] for at in range(len(key) - size + 1)} if key else set()
 
     def redact(text: str) -> str:
-        text = re.sub(r"\S*\*{3}\S*", "[redacted]", text)
+        if "***" in text:
+            text = re.sub(r'[^\s"\\]+', lambda word: "[redacted]" if "***" in word[0] else word[0], text)
         hidden = {i for at in range(len(text)) if text[at : at + size] in parts for i in range(at, at + size)}
         runs = itertools.groupby(range(len(text)), hidden.__contains__)
         return "".join("[redacted]" if secret else "".join(text[i] for i in run) for secret, run in runs)
@@ -1164,6 +1207,8 @@ def encode_request(asked: dict[str, Any], settings: Settings) -> bytes:
         return json.dumps({**request, "messages": messages, "stream": True}, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise RequestError("The text holds half of a surrogate pair.") from None
+    except RecursionError:
+        raise RequestError("The JSON is nested too deeply.") from None
 
 
 def check_model(body: bytes, settings: Settings) -> None:
@@ -1248,6 +1293,8 @@ class Tokens:
         for number, line in enumerate(lines, 1):
             if len(line) != 2 or not re.fullmatch(r"[\w.@-]{1,64}", line[0]) or not re.fullmatch("[!-~]+", line[1]):
                 raise ValueError(f"entry {number} is not NAME TOKEN")
+        if not lines:
+            raise ValueError("it names no client")
         self._tokens = [(hashlib.sha256(token.encode()).digest(), name) for name, token in lines]
 
 
@@ -1311,7 +1358,7 @@ class Access:
         hops = forwarded.split(",") if forwarded else []
         while hops and self._trusts(peer):
             try:
-                peer = str(ipaddress.ip_address(hops.pop().strip()))
+                peer = plain_address(hops.pop().strip())
             except ValueError:
                 break
         return peer
@@ -1339,7 +1386,7 @@ class Access:
         """Check that no page asks but our own, or one of an allowed origin.  Raises RequestError."""
         origin, site = fields.get("origin", ""), fields.get("sec-fetch-site", "")
         own = re.sub("^https?://", "", origin).lower() == fields.get("host", "").lower() or site == "same-origin"
-        if (origin and not own and origin not in self._settings.allow_origin) or (site == "cross-site" and not origin):
+        if (origin and not own and origin not in self._settings.allow_origin) or (site in ("cross-site", "same-site") and not origin):
             raise RequestError(f"Pages of {origin[:100] or 'another site'} may not ask (--allow-origin).", 403)
 
     def identify(self, fields: Mapping[str, str]) -> str:
@@ -1361,12 +1408,17 @@ class Access:
         return any(ipaddress.ip_address(address) in network for network in self._settings.trusted_proxy)
 
 
+def plain_address(address: str) -> str:
+    """Return an address without its scope, and one of IPv4 as such where a socket for both has mapped it."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
+
+
 def network_of(address: str) -> str:
     """Return what limits count as one client: an IPv6 host has a /64 of its own."""
     if ":" not in address:
         return address
-    ip = ipaddress.IPv6Address(address.partition("%")[0])
-    return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
+    return str(ipaddress.ip_network((address, 64), strict=False))
 
 
 # 9 ------------------------------------------------------------------- Relay
@@ -1475,7 +1527,7 @@ class Relay:
         """Wait for at most timeout seconds (None: until an alarm), then do all there is to do."""
         if timeout is None and self._alarms:
             timeout = max(0.0, self._alarms[0][0] - self.clock())
-        ready = self._epoll.poll(timeout)
+        ready = self._epoll.poll(FOREVER if timeout is None else min(timeout, FOREVER))
         self.now = self.clock()
         for fd, events in ready:
             watched = self._watched.get(fd)
@@ -1606,8 +1658,11 @@ class Connection:
         self.key = key  # what it leads to
         self.pool = pool
         self.reused = False
+        self.broken = False  # its end came without a word: no close, no TLS closure (RFC 9112 section 9.8)
         # TLS may hold decrypted bytes that a selector does not see: it is read until it would block.
         self.hides = isinstance(sock, ssl.SSLSocket)
+        if isinstance(sock, ssl.SSLSocket):
+            sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         self.alarm: list[Any] = [0.0, 0, None]
 
     def read(self) -> bytes | None:
@@ -1617,6 +1672,7 @@ class Connection:
         except WOULD_BLOCK:
             return None
         except OSError:
+            self.broken = True
             return b""
 
 
@@ -1730,7 +1786,8 @@ class Upstream(urllib.request.BaseHandler):
         try:
             return self._opener.open(request)  # type: ignore[no-any-return]
         except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last for a name like a..b
-            raise UpstreamError(f"Upstream cannot be reached: {reason_of(error)}.") from None
+            status = 504 if isinstance(error, socket.timeout) else 502
+            raise UpstreamError(f"Upstream cannot be reached: {reason_of(error)}.", status) from None
         finally:
             call.lifeline.hold(None)
 
@@ -1751,6 +1808,9 @@ class Upstream(urllib.request.BaseHandler):
         connection = Connection(self._connect(request), key, self.pool)
         try:
             return self._send(connection, call, data)
+        except (BrokenPipeError, ConnectionResetError):  # it may have answered without reading all
+            connection.sock.setblocking(False)
+            return connection
         except BaseException:
             connection.sock.close()
             raise
@@ -1800,6 +1860,10 @@ class Inbox:
         self._enough: Callable[[bytearray], bool] = bool
         self._news: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
         self._alarm: list[Any] = [0.0, 0, None]
+
+    def expect(self) -> None:
+        """Begin with the next request, which may be there in part."""
+        self.late_at = self._relay.clock() + self._timeout if self.data else None
 
     def read(self, enough: Callable[[bytearray], bool], gate: Gate) -> bool:
         """Read what there is, or sleep until enough(data); False at the end of the connection.
@@ -1937,9 +2001,10 @@ class Stream:
             connection.pool.close(connection)
             return
         self._connection = connection
-        self._relay.watch(connection.sock, READ, self.on_upstream)
-        if connection.hides:
-            self.on_upstream(READ)
+        if not self._blocked:
+            self._relay.watch(connection.sock, READ, self.on_upstream)
+            if connection.hides:
+                self.on_upstream(READ)
 
     def on_upstream(self, events: int) -> None:
         """Read what has arrived and pass it on."""
@@ -1951,6 +2016,8 @@ class Stream:
             if data is None:
                 return
             if self._body:
+                if not (data or connection.broken):
+                    self._body.close()
                 self._take(data, closed=not data)
             else:
                 self._take_head(data)
@@ -2011,7 +2078,9 @@ class Stream:
     def _take_head(self, data: bytes) -> None:
         """Read on in upstream's head; b"" is the end of its connection."""
         assert self._connection
-        if not (data or self._head) and self._connection.reused:
+        sent_at = self.call.connected_at or 0.0
+        if not (data or self._head or self.started) and self._connection.reused and self._relay.now < sent_at + STALE_WINDOW:
+            self.call.connected_at = None
             self._close_upstream(cut=False)
             self._on_news(True)
             return
@@ -2039,8 +2108,6 @@ class Stream:
         assert self._body
         answer, body, events = self.answer, self._body, self.answer.events
         out = answer.feed(body.feed(data))
-        if closed:
-            body.close()
         if body.complete:
             out += answer.close(None)
         elif body.broken:
@@ -2061,7 +2128,7 @@ class Stream:
                 self._set_alarm(END_GRACE)
 
     def _complete(self, out: bytes = b"") -> None:
-        self._close_upstream(keep=self._keeps_alive)
+        self._close_upstream(keep=True)
         self._write(out + self.answer.end(), last=True)
 
     def _write(self, body: bytes, last: bool = False) -> None:
@@ -2118,6 +2185,7 @@ class Stream:
             self._relay.watch(self._connection.sock, READ, self.on_upstream)
             self.on_upstream(READ)  # also for what TLS may hold
         if self._ending_at is not None:
+            self._ending_at = self._relay.now
             self._set_alarm()  # END_GRACE did not run meanwhile, and is shorter than the other clocks
 
     def _close_upstream(self, keep: bool = False, cut: bool = True) -> None:
@@ -2125,7 +2193,7 @@ class Stream:
         if cut:
             self.call.lifeline.cut()
         connection, self._connection = self._connection, None
-        if connection and keep and self._body:
+        if connection and self._body and self._keeps_alive and (keep or self._body.complete):
             connection.pool.settle(connection, self._body)
         elif connection:
             connection.pool.close(connection)
@@ -2180,7 +2248,7 @@ class Stream:
 # 12 ------------------------------------------------------------------ Server
 
 _REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])")  # RFC 9112 section 3
-_HOST = re.compile(r"([A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
+_HOST = re.compile(r"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
 
 
 @functools.lru_cache(maxsize=1)
@@ -2216,7 +2284,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.connection = self.request
         self.inbox = Inbox(self.server.relay, self.connection, self.server.settings.client_timeout)
-        self.peer = self.client_address[0] if self.client_address else "unix"
+        self.peer = "unix" if self.server.path else plain_address(self.client_address[0])
 
     def finish(self) -> None:
         pass
@@ -2256,7 +2324,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _read_head(self) -> bool:
         """Take the next request's head; False where the connection ends, or idles, before it."""
         inbox = self.inbox
-        inbox.late_at = None
+        inbox.expect()
         while True:
             if inbox.data.startswith(b"\r\n"):  # RFC 9112 section 2.2
                 del inbox.data[:2]
@@ -2277,7 +2345,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _ends_line(self, data: bytearray) -> bool:
         """Tell whether the request line is there, or cannot come any more: HTTP/0.9 and TLS are told at once."""
-        return self.method == "-" and bool(data) and (b"\n" in data or not re.match(_TOKEN.encode(), data))
+        return self.method == "-" and bool(data) and data != b"\r" and (b"\n" in data or not re.match(_TOKEN.encode(), data))
 
     def _ends_head(self, data: bytearray) -> bool:
         return b"\r\n\r\n" in data or len(data) > MAX_HEAD_SIZE or self._ends_line(data)
@@ -2306,8 +2374,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host = self.fields.get("host", "" if self.http11 else "localhost")
         if not _HOST.fullmatch(host):
             raise RequestError("The request needs one Host field.")
-        if re.match(f"(?i)https?://{re.escape(host)}(/|$)", self.path):  # absolute form, RFC 9112 section 3.2.2
-            self.path = "/" + self.path.split("/", 3)[3] if self.path.count("/") > 2 else "/"
+        scheme, _, rest = self.path.partition("://")
+        if scheme.lower() in ("http", "https") and rest.partition("/")[0].lower() == host.lower():
+            self.path = "/" + rest.partition("/")[2]  # absolute form, RFC 9112 section 3.2.2
         self.body = body
         if re.fullmatch("[0-9A-Za-z._-]{1,64}", self.fields.get("x-request-id", "")):
             self.request_id = self.fields["x-request-id"]
@@ -2329,7 +2398,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.method != "POST" and not self.body.complete:
             raise RequestError("Only POST takes a body.")
         if self.path not in _OPEN_PATHS:
-            own = "" if self.peer == "unix" else self.connection.getsockname()[0]
+            own = "" if self.server.path else plain_address(self.connection.getsockname()[0])
             access.check_host(self.fields.get("host", "localhost"), own)
         methods[self.method](self)
 
@@ -2359,7 +2428,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         redact = self.server.upstream.redact
         answer = EventAnswer(self.request_id, redact) if self._wants_events() else TextAnswer(redact)
         with self._admitted():
-            self._ask(answer, parse_request(self._read_body()))
+            asked = parse_request(self._read_body())
+            if "last-event-id" in self.fields and answer.pings:  # see get_root
+                self._answer(204, b"", {})
+            else:
+                self._ask(answer, asked)
 
     def get_root(self) -> None:
         """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
@@ -2369,7 +2442,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._answer(204, b"", {})
         else:
             try:
-                prompts = urllib.parse.parse_qs(self.query, errors="strict").get("prompt", [])
+                query = re.sub("[\x80-\xff]", lambda byte: f"%{ord(byte[0]):02X}", self.query)  # curl sends them raw
+                prompts = urllib.parse.parse_qs(query, errors="strict").get("prompt", [])
             except ValueError:
                 raise RequestError("The query is not UTF-8.") from None
             answer = EventAnswer(self.request_id, self.server.upstream.redact, reconnects=True)
@@ -2390,7 +2464,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self._admitted():
             body = self._read_body()
             check_model(body, self.server.settings)
-            self._pass(PassedAnswer(self.server.upstream.redact), body)
+            choices = re.search(rb'"n"\s*:\s*([1-9][0-9]{0,3})\b', body)
+            self._pass(PassedAnswer(self.server.upstream.redact, int(choices[1]) if choices else 1), body)
 
     def get_models(self) -> None:
         """Answer with the models that may be used, or with one of them."""
@@ -2444,6 +2519,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _pass(self, answer: Answer, body: bytes = b"") -> None:
         """Answer a request of the API.  User-Agent says who connects, and behind it for whom."""
         fields = {name.title(): self.fields[name] for name in PASSED_FIELDS if name in self.fields}
+        if "*" not in self.server.settings.allow_model and body:
+            fields["Content-Type"] = "application/json"  # as check_model has read it
         fields["User-Agent"] = f"{USER_AGENT} {self.fields.get('user-agent', '')}".strip()
         self._stream(answer, Call(self.path[len("/v1") :], body, fields, self.method, self.query))
 
@@ -2453,7 +2530,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         news: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
         def encode_head() -> tuple[bytes, bool]:
-            fields = {"Content-Type": answer.content_type, **STREAM_FIELDS, **answer.fields}
+            fields = {**STREAM_FIELDS, **answer.fields}
+            if answer.content_type:
+                fields["Content-Type"] = answer.content_type
             chunked = self.http11 and "Content-Length" not in fields
             if chunked:
                 fields["Transfer-Encoding"] = "chunked"
@@ -2486,6 +2565,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             small = self.body.left is not None and self.body.left <= MAX_DISCARDED and "expect" not in self.fields
             self.close_connection |= unread and not small
             fields = {"Content-Type": "application/json", **failure.fields}
+            if failure.status in (429, 503):
+                fields.setdefault("Retry-After", "1")
             if self.stream and self.stream.call.connected_at is not None and failure.status >= 500:
                 fields["X-Should-Retry"] = "false"  # SDKs heed it: what was asked may have been paid for
             try:
@@ -2658,7 +2739,9 @@ class Server(http.server.ThreadingHTTPServer):
             if not self._wait_for_connections(self.settings.drain_timeout):
                 self.relay.post(self._abort_streams)
                 self._hurried = False
-                self._wait_for_connections(ABORT_GRACE)
+                if not self._wait_for_connections(ABORT_GRACE):
+                    self.relay.post(self._drop_streams)
+                    self._wait_for_connections(LINGER_TIMEOUT)
                 for connection in list(self._connections):
                     with contextlib.suppress(OSError):
                         connection.shutdown(socket.SHUT_RDWR)
@@ -2684,6 +2767,12 @@ class Server(http.server.ThreadingHTTPServer):
     def _abort_streams(self) -> None:
         for stream in list(self.relay.streams):
             stream.fail(Aborted("The server is shutting down.", fields={"Retry-After": "1"}))
+        for inbox in list(self.relay.inboxes):
+            inbox.wake(False)
+
+    def _drop_streams(self) -> None:
+        for stream in list(self.relay.streams):
+            stream.drop(Aborted("The server is shutting down."))
 
     # What socketserver calls, or is called of it.
 
@@ -2726,7 +2815,7 @@ class Server(http.server.ThreadingHTTPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         request, client_address = self.socket.accept()
         request.setblocking(False)
-        if client_address:  # not on a unix socket
+        if not self.path:
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return request, client_address
 

@@ -689,6 +689,12 @@ def test_settings_others_are_let_in_only_where_that_is_said(bind: str) -> None:
     assert streamproxy.Settings(api_key=KEY, bind=bind, allow_anonymous=True).bind == bind
 
 
+def test_redactor_is_linear_and_keeps_json_whole() -> None:
+    redact = streamproxy.redactor(KEY)
+    assert redact("x" * 1_000_000) == "x" * 1_000_000  # and the test ends
+    assert redact('{"error":{"message":"Unknown***model","k":"' + KEY + '"}}') == '{"error":{"message":"[redacted]","k":"[redacted]"}}'
+
+
 def test_settings_show_no_key() -> None:
     check_no_key(repr(streamproxy.Settings(api_key=KEY)))
 
@@ -1417,7 +1423,7 @@ ORIGIN = "https://app.example"
     ({}, True), ({"Origin": "http://localhost"}, True), ({"Origin": "https://LOCALHOST"}, True), ({"Origin": ORIGIN}, True), ({"Origin": "https://evil.example"}, False),
     ({"Origin": "null"}, False), ({"Origin": ORIGIN + ".evil.example"}, False), ({"Origin": ORIGIN + ":444"}, False), ({"Origin": "http://app.example"}, False),
     ({"Origin": "http://localhost:81"}, False), ({"Origin": "file://"}, False), ({"Sec-Fetch-Site": "cross-site"}, False), ({"Sec-Fetch-Site": "same-origin", "Origin": "http://x"}, True),
-    ({"Sec-Fetch-Site": "cross-site", "Origin": ORIGIN}, True), ({"Sec-Fetch-Site": "none"}, True), ({"Sec-Fetch-Site": "same-site", "Origin": "http://x.localhost"}, False),
+    ({"Sec-Fetch-Site": "cross-site", "Origin": ORIGIN}, True), ({"Sec-Fetch-Site": "none"}, True), ({"Sec-Fetch-Site": "same-site"}, False), ({"Sec-Fetch-Site": "same-site", "Origin": "http://x.localhost"}, False),
 ])
 @pytest.mark.parametrize("path", ["/", "/?prompt=x", "/v1/chat/completions"])
 def test_origin_of_a_page(provider: Provider, fields: dict[str, str], ok: bool, path: str) -> None:
@@ -1640,6 +1646,27 @@ def test_fuzzed_answers_of_upstream_never_stop_the_server(provider: Provider, ca
 
 
 # ---------------------------------------------------------------- GET /
+
+
+def test_query_of_raw_utf_8_is_read_as_such(server: Any, provider: Provider) -> None:
+    with Client(server) as client:
+        client.send("GET /?prompt=Grüße HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n".encode())
+        with provider.take() as upstream:
+            assert json.loads(upstream.body)["messages"][0]["content"] == "Grüße"
+
+
+def test_post_that_reconnects_is_not_a_new_prompt(server: Any, provider: Provider) -> None:
+    with Client(server).ask(PROMPT, Last_Event_ID="1", **EVENTS) as client:
+        assert client.head().status == 204
+    assert provider.nobody_came()
+
+
+def test_surrogate_halves_in_what_upstream_says_are_replaced(server: Any, provider: Provider) -> None:
+    for bad, expected in [(b'{"error": {"message": "bad \\ud83d"}}', b"event: error"), (b'{"choices": [{"finish_reason": "\\ud83d"}]}', b"event: done")]:
+        with Client(server).ask(PROMPT, **EVENTS) as client, provider.take() as upstream:
+            upstream.start(A, event(bad), DONE)
+            client.head()
+            assert expected in client.body()
 
 
 def test_eventsource_gets_its_answer_once(server: Any, provider: Provider) -> None:
@@ -1955,7 +1982,7 @@ def test_api_fields_that_pass_and_those_that_do_not(provider: Provider) -> None:
             line, *lines = upstream.head.strip().split("\r\n")
             assert line == "POST /v1/chat/completions?api-version=7&beta=true HTTP/1.1"
             assert {name.lower(): value for name, value in (field.split(": ", 1) for field in lines)} == {
-                "host": provider.url[7:-3], "accept-encoding": "identity", "api-key": KEY, "content-type": "application/json; x=y", "accept": "application/json",
+                "host": provider.url[7:-3], "accept-encoding": "identity", "api-key": KEY, "content-type": "application/json", "accept": "application/json",
                 "anthropic-version": "2023-06-01", "anthropic-beta": "b", "openai-beta": "c", "idempotency-key": "d",
                 "user-agent": f"streamproxy/{streamproxy.__version__} OpenAI/Python 9", "content-length": str(len(json.dumps(ASKED)))}
             upstream.send(OK, b"Content-Type: application/json\r\nContent-Length: 2\r\nx-request-id: req_7\r\nRetry-After: 3\r\nx-ratelimit-limit-requests: 9\r\n"
@@ -2074,7 +2101,7 @@ def passed(server: Any, provider: Provider, head: bytes, wire: bytes, http10: bo
 
 def test_api_a_cut_anywhere_is_a_cut(server: Any, provider: Provider) -> None:
     wire = chunk(delta("a")) + chunk(delta("data: [DONE]\n\n")) + chunk(delta("b", "stop")) + chunk(DONE) + b"0\r\n\r\n"
-    finished = wire.index(b'"finish_reason": "') + len(b'"finish_reason": "')
+    finished = wire.index(b'"stop"}]}') + len(b'"stop"}]}')  # the event that says so is whole
     for size in range(len(STREAM_HEAD + wire)):
         at = size - len(STREAM_HEAD)
         _, whole = passed(server, provider, (STREAM_HEAD + wire)[:size], b"")
@@ -2087,20 +2114,107 @@ ENDS = {
     "message_stop": (b'event: message_stop\ndata: {"type":"message_stop"}\n\n', True), "[DONE] in text": (delta("\ndata: [DONE]\n\n"), False),
     "response.completed": (b'event: response.completed\ndata: {"x": "' + b"y" * 200000 + b'"}\n\n', True), "error": (event({"error": {"message": "x"}}) + DONE, False),
     "response.created": (b"event: response.created\ndata: {}\n\n", False), "error event": (b'event: error\ndata: {"type": "error"}\n\n' + DONE, False),
-    "null error": (event({"error": None, "choices": []}) + DONE, True), "finish_reason in text": (delta('"finish_reason":"stop"'), False), "CRLF": (b"data: [DONE]\r\n\r\n", True),
+    "null error": (event({"error": None, "choices": []}) + DONE, True), "empty finish_reason": (delta("a", ""), False),
+    "finish_reason elsewhere": (event({"native": {"finish_reason": "x"}, "choices": [{"index": 0, "finish_reason": None}]}), False),
+    "error beside choices": (event({"id": "x", "error": {"message": "x"}, "choices": [{"finish_reason": "error"}]}) + DONE, False),
+    "typed error": (event({"type": "error", "error": {"type": "x"}}) + DONE, False), "spaced error": (event(b'{ "error": "x" }') + DONE, False),
+    "cut within the last event": (b'event: response.completed\ndata: {"type": "response.completed", "half', False),
+    "cut behind its type": (b"event: message_stop\nda", False), "no blank line": (b'event: message_stop\ndata: {"type":"message_stop"}', True),
+    "CR line ends": (b"data: {}\r\rdata: [DONE]\r\r", True), "BOM": (b"\xef\xbb\xbfdata: [DONE]\n\n", True), "finish_reason in text": (delta('"finish_reason":"stop"'), False), "CRLF": (b"data: [DONE]\r\n\r\n", True),
 }
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_api_stream_is_whole_only_with_its_end_event(server: Any, provider: Provider, name: str) -> None:
     body, expected = ENDS[name]
-    body = ROLE + body
+    body = body if name == "BOM" else ROLE + body
     for head, wire in [(STREAM_HEAD, chunk(body) + b"0\r\n\r\n"), (CLOSE_HEAD, body), (OK + SSE + b"Content-Length: %d\r\n\r\n" % len(body), body)]:
         got, whole = passed(server, provider, head, wire)
         assert (body.startswith(got), whole) == (True, expected) and (got == body or not expected)
     for http10 in (False, True):
         assert passed(server, provider, STREAM_HEAD, b"".join(chunk(body[at : at + 1]) for at in range(min(len(body), 2000))) + (chunk(body[2000:]) if body[2000:] else b"")
                       + b"0\r\n\r\n", http10)[1] == expected  # fmt: skip
+
+
+def test_api_several_choices_need_as_many_finish_reasons(server: Any, provider: Provider) -> None:
+    def ended(*events: bytes) -> bool:
+        with Client(server).ask({**ASKED, "n": 2}, path="/v1/chat/completions") as client:
+            with provider.take() as upstream:
+                upstream.start(*events)
+            client.head()
+            with contextlib.suppress(AssertionError):
+                client.body()
+                return True
+            return False
+    second = event({"choices": [{"index": 1, "delta": {}, "finish_reason": "stop"}]})
+    assert [ended(A, STOP), ended(A, STOP, STOP), ended(A, STOP, second), ended(A, STOP, DONE)] == [False, False, True, True]
+
+
+def test_api_a_slow_last_event_is_waited_for_and_what_follows_done_is_not(server: Any, provider: Provider) -> None:
+    with Client(server).ask(ASKED, path="/v1/responses") as client, provider.take() as upstream:
+        upstream.start(ROLE, b"event: response.completed\n")
+        client.head()
+        client.until(b"event: response.completed\n\r\n")
+        time.sleep(1.2)  # longer than END_GRACE
+        upstream.event(b'data: {"type": "response.completed"}\n\n')
+        assert client.chunk() == b'data: {"type": "response.completed"}\n\n'
+        upstream.event(DONE)
+        assert client.chunk() == DONE and client.chunk() == b""  # while upstream's body has not ended
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_api_document_that_a_reset_ends_is_cut(provider: Provider, certificate: Path, tls: bool) -> None:
+    with running(provider, upstream=tls_url(provider) if tls else provider.url, ca_file=str(certificate)) as server, Client(server) as client:
+        client.ask(ASKED, path="/v1/chat/completions")
+        with take_tls(provider, certificate) if tls else provider.take() as upstream:
+            upstream.send(OK + JSON + b'\r\n{"choices":[{"mess')
+            assert client.head().status == 200 and client.chunk() == b'{"choices":[{"mess'
+            if tls:
+                socket.socket.shutdown(upstream.sock, socket.SHUT_RDWR)  # with no close_notify
+            else:
+                upstream.reset()
+            assert client.rest() == b""
+
+
+def test_api_errors_keep_fields_and_the_connection(server: Any, provider: Provider) -> None:
+    with Client(server) as client:
+        client.ask(ASKED, path="/v1/chat/completions")
+        with provider.take() as upstream:
+            for _ in range(3):
+                upstream.send(error_answer(429, b'{"error": {"message": "x***y \\ud83d"}}', b"x-request-id: r\r\nx-ratelimit-remaining: 0\r\nRetry-After: 7\r\n"))
+                head = client.head()
+                fields = {name.lower(): value for name, value in head.fields.items()}
+                assert (head.status, fields["x-request-id"], fields["x-ratelimit-remaining"], fields["retry-after"]) == (429, "r", "0", "7")
+                assert json.loads(client.exactly(int(fields["content-length"])))["error"]["message"].startswith("[redacted]")
+                client.ask(ASKED, path="/v1/chat/completions")
+                upstream.read_request()
+
+
+def test_api_form_cannot_carry_another_model(server: Any, provider: Provider) -> None:
+    with Client(server).ask(ASKED, path="/v1/completions", Content_Type="application/x-www-form-urlencoded"), provider.take() as upstream:
+        assert "\r\nContent-Type: application/json\r\n" in upstream.head and "form" not in upstream.head
+
+
+def test_api_idle_clock_counts_events_behind_comments(provider: Provider) -> None:
+    with running(provider, idle_timeout=0.5, first_byte_timeout=0.5) as server, Client(server).ask(ASKED, path="/v1/chat/completions") as client:
+        with provider.take() as upstream:
+            upstream.send(STREAM_HEAD)
+            for _ in range(8):
+                time.sleep(0.15)
+                upstream.event(b": keep\n\n" + ROLE)
+            upstream.finish()
+            assert client.head().status == 200 and client.body().endswith(DONE)
+
+
+def test_upstream_that_refuses_a_large_body_unread_is_heard(provider: Provider) -> None:
+    with running(provider, max_body=50_000_000) as server, Client(server) as client:
+        client.ask({"prompt": "x" * 20_000_000})
+        upstream = Peer(provider.listener.accept()[0])
+        upstream.until(b"\r\n\r\n")
+        upstream.send(error_answer(413, b'{"error": {"message": "Too large"}}', b"Connection: close\r\n"))
+        upstream.sock.shutdown(socket.SHUT_WR)
+        threading.Thread(target=upstream.gone).start()
+        assert client.error() == (413, "Too large")
 
 
 def test_api_document_is_whole_by_its_framing(server: Any, provider: Provider) -> None:
@@ -2277,6 +2391,23 @@ def test_reused_connection_that_ends_after_a_byte_of_the_answer_is_not_tried_aga
         upstream.send(b"H")
         upstream.sock.close()
         assert client.error()[0] == 502
+    assert provider.nobody_came()
+
+
+def test_reused_connection_that_ends_late_is_not_tried_again(provider: Provider, monkeypatch: Any) -> None:
+    monkeypatch.setattr(streamproxy, "STALE_WINDOW", 0.1)
+    with running(provider, heartbeat=0.2) as server, Client(server) as client:
+        for fields, answer in (({}, b'{"error": "Upstream closed the connection without an answer."}\n'), (EVENTS, b"event: error")):
+            with Client(server).ask(PROMPT) as first, provider.take() as upstream:
+                one_answer(server, upstream)
+                assert first.head().status == 200 and first.body() == b"a"
+                wait_for(lambda: idle(server) == 1)
+                client.ask(PROMPT, **fields)
+                upstream.read_request()
+                time.sleep(0.3)  # it works on the prompt, and dies of it
+            head = client.head()
+            got = client.exactly(int(head.fields["Content-Length"])) if "Content-Length" in head.fields else client.body()
+            assert answer in got
     assert provider.nobody_came()
 
 
@@ -2696,6 +2827,26 @@ def test_drain_aborts_truthfully_at_its_end_or_when_hurried(provider: Provider, 
     assert log_entries(caplog, 1)[0]["ending"] == "aborted"
 
 
+def test_drain_ends_half_sent_requests_and_stalled_http_1_0_clients_truthfully(provider: Provider, monkeypatch: Any) -> None:
+    monkeypatch.setattr(streamproxy, "ABORT_GRACE", 0.3)
+    with running(provider, drain_timeout=0.0) as server, Client(server) as half, Client(server) as stalled:
+        half.send(b"POST / HTTP/1.1\r\n")
+        stalled.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.ask(PROMPT, version="1.0")
+        with provider.take() as upstream:
+            upstream.send(STREAM_HEAD)
+            with contextlib.suppress(OSError):
+                upstream.sock.settimeout(0.3)
+                while True:
+                    upstream.event(delta("x" * 60000))
+            began = time.monotonic()
+            server.stop()
+            assert time.monotonic() < began + 2
+            assert half.rest() == b""
+            with pytest.raises(ConnectionResetError):
+                stalled.rest()
+
+
 def test_unix_socket_is_replaced_when_stale_and_removed_at_the_end(provider: Provider, tmp_path: Path) -> None:
     path = tmp_path / "proxy.sock"
     with socket.socket(socket.AF_UNIX) as dead:
@@ -2710,6 +2861,25 @@ def test_unix_socket_is_replaced_when_stale_and_removed_at_the_end(provider: Pro
         with Client(server).ask(method="GET", path="/healthz") as client:  # it was not taken away
             assert client.head().status == 200
     assert not path.exists()
+
+
+def test_unix_socket_clients_may_have_bound_their_own(provider: Provider, tmp_path: Path) -> None:
+    with running(provider, bind=f"unix:{tmp_path}/s"), socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(f"{tmp_path}/c")
+        sock.connect(f"{tmp_path}/s")
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+def test_ipv4_client_of_a_socket_for_both_has_its_own_address(provider: Provider, caplog: Any) -> None:
+    with running(provider, bind="[::]:0", allow_anonymous=True) as server:
+        url = server.url.replace("[::]", "127.0.0.1")
+        for fields, client in (({}, "127.0.0.1"), ({"X-Forwarded-For": "192.0.2.9"}, "192.0.2.9")):
+            caplog.clear()
+            with Client(Front(url)).ask(method="GET", path="/healthz", **fields) as asking:
+                assert asking.head().status == 200
+            assert log_entries(caplog, 1)[0]["client"] == client
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
