@@ -657,12 +657,10 @@ class PassedAnswer(Answer):
 
     eager = True
 
-    # What blocks of events are searched for: only those that have it are parsed.
-    _NOTABLE = (
-        re.compile(rb"[\r\n](?:event:|data: ?\[)"),
-        re.compile(rb'"finish_reason": ?"[^"]'),
-        re.compile(rb'"error": ?[{"]'),
-    )
+    # What events are searched for: only those that have it are parsed.
+    _TYPE_OR_DONE = re.compile(rb"[\r\n](?:event:|data: ?\[)")
+    _FINISH_REASON = re.compile(rb'"finish_reason": ?"[^"]')
+    _ERROR = re.compile(rb'"error": ?[{"]')
     # What ends a stream, beside [DONE]: Anthropic's messages, OpenAI's responses.
     _LAST_TYPES = ("message_stop", "response.completed", "response.incomplete", "response.failed")
 
@@ -672,7 +670,7 @@ class PassedAnswer(Answer):
         self._choices = choices
         self._finished: set[object] = set()  # indexes of choices
         self._is_stream = False
-        self._rest = bytearray(b"\n")  # what came behind the last blank line
+        self._rest = bytearray(b"\n")  # what came behind the last blank line, and its own end
 
     def start(self, status: int, fields: Mapping[str, str]) -> None:
         self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
@@ -708,21 +706,25 @@ class PassedAnswer(Answer):
             self._take_event(event)
 
     def _look_through(self, body: bytes) -> None:
+        block = b"\n" + body if body[-2:] == b"\n\n" and len(self._rest) == 1 else self._whole_events(body)
+        if b"\ndata" in block or b"\rdata" in block:
+            self.events += 1
+            if self._TYPE_OR_DONE.search(block) or self._FINISH_REASON.search(block) or self._ERROR.search(block):
+                for event in EventParser(len(block) + 1).feed(block):
+                    self._take_event(event)
+
+    def _whole_events(self, body: bytes) -> bytes:
+        """Return the events that body completes, behind the line end before them."""
         begin = max(0, len(self._rest) - 2)
         self._rest += body
         ends = (self._rest.rfind(blank, begin) + len(blank) for blank in (b"\n\n", b"\n\r\n", b"\r\r"))
         end = next((end for end in ends if end > 2), 0)
-        if not end:
-            if len(self._rest) > MAX_EVENT_SIZE:
-                del self._rest[1024:-4]  # its type, which comes first, is all that is looked at then
-            return
         block = bytes(self._rest[:end])
-        self._rest[: end - 1] = b""  # a line end stays, since lines are told by the one before them
-        if b"\ndata" in block or b"\rdata" in block:
-            self.events += 1
-        if any(notable.search(block) for notable in self._NOTABLE):
-            for event in EventParser(len(block) + 1).feed(block):
-                self._take_event(event)
+        if end:
+            del self._rest[: end - 1]
+        elif len(self._rest) > MAX_EVENT_SIZE:
+            del self._rest[1024:-4]  # its type, which comes first, is all that is looked at then
+        return block
 
     def _take_event(self, event: Event) -> None:
         if event.data.strip() == "[DONE]":
