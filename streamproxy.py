@@ -46,7 +46,6 @@ import base64
 import codecs
 import collections
 import contextlib
-import dataclasses
 import email.utils
 import errno
 import functools
@@ -81,7 +80,7 @@ import urllib.request
 TYPE_CHECKING = False  # typing costs time and memory, and is not needed at run time
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, NoReturn, Self
+    from typing import Any, ClassVar, NoReturn, Self
 
 __version__ = "0.1.0"
 __all__ = ["Event", "EventParser", "ProxyError", "Server", "Settings", "SettingsError", "stream_text"]
@@ -236,14 +235,19 @@ _API_ERRORS: dict[int, tuple[str, str | None]] = {
 # 3 ------------------------------------------------------------------- Event streams
 
 
-@dataclasses.dataclass
 class Event:
     """One server-sent event.  Source: WHATWG HTML section 9.2.6."""
 
     __slots__ = ("data", "last_event_id", "type")
-    type: str
-    data: str
-    last_event_id: str
+
+    def __init__(self, type: str, data: str, last_event_id: str = "") -> None:
+        self.type, self.data, self.last_event_id = type, data, last_event_id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Event) and repr(self) == repr(other)
+
+    def __repr__(self) -> str:
+        return f"Event({self.type!r}, {self.data!r}, {self.last_event_id!r})"
 
 
 class EventParser:
@@ -1046,26 +1050,45 @@ OWN_PARAMS = ("model", "messages", "stream")
 DEFAULT_PARAMS = {"max_tokens": 400, "temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0}
 
 
-def _row(
-    default: Any, read: Callable[..., Any], metavar: str, help: str,
-    variable: str = "", shown: str = "", secret: bool = False,
-) -> Any:
-    """A row of the settings table; where the default is a tuple or a mapping, the flag may be repeated.
+class Setting:
+    """A row of the settings table; where the default is a tuple or a mapping, the flag may be repeated."""
 
-    shown: the default in words.
-    """
-    shown = shown or ("none" if default in ("", ()) else "off" if default is False else str(default))
-    about = {"read": read, "metavar": metavar, "help": help, "variable": variable, "shown": shown, "secret": secret}
-    about["repeat"] = isinstance(default, (tuple, dict))
-    return dataclasses.field(default_factory=lambda: default, repr=not secret, metadata=about)
+    def __init__(
+        self, default: Any, read: Callable[..., Any], metavar: str, help: str,
+        variable: str = "", shown: str = "", secret: bool = False,
+    ) -> None:  # fmt: skip
+        """shown: the default in words."""
+        self.default, self.metavar, self.help, self.variable, self.secret = default, metavar, help, variable, secret
+        self.shown = shown or ("none" if default in ("", ()) else "off" if default is False else str(default))
+        self.repeat = isinstance(default, (tuple, dict))
+        self._read = read
+
+    def __set_name__(self, owner: type[Settings], name: str) -> None:
+        self.name = name
+        self.flag = "" if self.secret else "--" + name.replace("_", "-")
+        self.variable = self.variable or "STREAMPROXY_" + name.upper()
+        owner.TABLE.append(self)
+
+    def parse(self, text: Any) -> Any:
+        """Return the value of a text, or of the texts of a repeated flag.  Raises SettingsError."""
+        try:
+            return self._read([text] if self.repeat and isinstance(text, str) else text)
+        except ValueError as error:
+            name = f"{self.flag} ({self.variable})" if self.flag else self.variable
+            shown = "this value" if self.secret else ascii(text)
+            raise SettingsError(f"{name}: {shown} is not allowed; allowed: {error}") from None
 
 
-@dataclasses.dataclass(frozen=True)
+_row: Any = Setting
+
+
 class Settings:
     """Every setting, declared here once: --help, the variables and README's table follow.
 
     A value given as text is read as on the command line.  Raises SettingsError.
     """
+
+    TABLE: ClassVar[list[Setting]] = []
 
     bind: str = _row(
         "127.0.0.1:8000", _read_bind, "ADDRESS",
@@ -1110,11 +1133,13 @@ class Settings:
     log_format: str = _row("text", _matching("text|json", "text or json"), "FORMAT", "log lines as text or json")
     demo: bool = _row(False, _read_switch, "", "answer from a built-in API: no key, no network")
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, str) and value:
-                object.__setattr__(self, field.name, _read_setting(field, value))
+    def __init__(self, **values: Any) -> None:
+        unknown = values.keys() - {setting.name for setting in self.TABLE}
+        if unknown:
+            raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
+        for setting in self.TABLE:
+            value = values.get(setting.name, setting.default)
+            vars(self)[setting.name] = setting.parse(value) if isinstance(value, str) and value else value
         path, host, _ = parse_address(self.bind)
         if not (path or is_loopback(host) or self.token_file or self.allow_anonymous):
             raise SettingsError(
@@ -1131,12 +1156,12 @@ class Settings:
         Raises SettingsError.
         """
         values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            text = (flags or {}).get(field.name)
+        for setting in cls.TABLE:
+            text = (flags or {}).get(setting.name)
             if text is None:
-                text = environ.get(variable_of(field)) or None
+                text = environ.get(setting.variable) or None
             if text is not None:
-                values[field.name] = _read_setting(field, text)
+                values[setting.name] = setting.parse(text)
         path = environ.get("OPENAI_API_KEY_FILE")
         if path and "api_key" in values:
             raise SettingsError("OPENAI_API_KEY and OPENAI_API_KEY_FILE are both set; allowed: one of them")
@@ -1148,25 +1173,16 @@ class Settings:
                 raise SettingsError(f"OPENAI_API_KEY_FILE: cannot read {path!r}: {reason_of(error)}") from None
         return cls(**values)
 
+    def replace(self, **values: Any) -> Settings:
+        """Return these settings with other values for some."""
+        return Settings(**{**vars(self), **values})
 
-def flag_of(field: dataclasses.Field[Any]) -> str:
-    """The command-line flag of a setting; secrets have none."""
-    return "" if field.metadata["secret"] else "--" + field.name.replace("_", "-")
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("settings do not change: see replace")
 
-
-def variable_of(field: dataclasses.Field[Any]) -> str:
-    """The environment variable of a setting."""
-    return str(field.metadata["variable"] or "STREAMPROXY_" + field.name.upper())
-
-
-def _read_setting(field: dataclasses.Field[Any], text: Any) -> Any:
-    """The value of a setting from its text, or the texts of a repeated flag."""
-    try:
-        return field.metadata["read"]([text] if field.metadata["repeat"] and isinstance(text, str) else text)
-    except ValueError as error:
-        name = f"{flag_of(field)} ({variable_of(field)})" if flag_of(field) else variable_of(field)
-        shown = "this value" if field.metadata["secret"] else ascii(text)
-        raise SettingsError(f"{name}: {shown} is not allowed; allowed: {error}") from None
+    def __repr__(self) -> str:
+        shown = {setting.name: "***" if setting.secret else getattr(self, setting.name) for setting in self.TABLE}
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 def redactor(key: str) -> Callable[[str], str]:
@@ -1627,17 +1643,16 @@ class Lifeline:
         raise failure
 
 
-@dataclasses.dataclass
 class Call:
-    """A request to upstream, and the moment, by the relay's clock, when it could be sent."""
+    """A request to upstream."""
 
-    path: str  # below the base URL
-    body: bytes
-    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    method: str = "POST"
-    query: str = ""
-    connected_at: float | None = None
-    lifeline: Lifeline = dataclasses.field(default_factory=Lifeline)
+    def __init__(
+        self, path: str, body: bytes, fields: Mapping[str, str] | None = None, method: str = "POST", query: str = ""
+    ) -> None:
+        """path: below the base URL."""
+        self.path, self.body, self.fields, self.method, self.query = path, body, fields or {}, method, query
+        self.connected_at: float | None = None  # when it could be sent, by the relay's clock
+        self.lifeline = Lifeline()
 
 
 USER_AGENT = f"streamproxy/{__version__}"
@@ -2965,7 +2980,7 @@ def demo_upstream(settings: Settings) -> Iterator[Settings]:
     with _DemoServer(("127.0.0.1", 0), DemoHandler) as server:
         threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
         try:
-            yield dataclasses.replace(settings, upstream=f"http://127.0.0.1:{server.server_address[1]}/v1")
+            yield settings.replace(upstream=f"http://127.0.0.1:{server.server_address[1]}/v1")
         finally:
             server.shutdown()
 
@@ -3140,14 +3155,13 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"streamproxy {__version__}")
-    for field in dataclasses.fields(Settings):
-        about = field.metadata
-        options: dict[str, Any] = {"metavar": about["metavar"], "action": "append" if about["repeat"] else "store"}
-        if not about["metavar"]:
+    for setting in Settings.TABLE:
+        options: dict[str, Any] = {"metavar": setting.metavar, "action": "append" if setting.repeat else "store"}
+        if not setting.metavar:
             options = {"action": "store_const", "const": "true"}
-        if flag_of(field):
-            text = f"{about['help']} (default: {about['shown']}) [{variable_of(field)}]"
-            parser.add_argument(flag_of(field), dest=field.name, help=text.replace("%", "%%"), **options)
+        if setting.flag:
+            text = f"{setting.help} (default: {setting.shown}) [{setting.variable}]"
+            parser.add_argument(setting.flag, dest=setting.name, help=text.replace("%", "%%"), **options)
     return parser
 
 

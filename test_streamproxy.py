@@ -620,8 +620,7 @@ BAD_SETTINGS = [
 
 
 def variables(name: str, value: str) -> dict[str, str]:
-    field = {field.name: field for field in dataclasses.fields(streamproxy.Settings)}[name]
-    return {"OPENAI_API_KEY": KEY, streamproxy.variable_of(field): value}
+    return {"OPENAI_API_KEY": KEY, {setting.name: setting.variable for setting in streamproxy.Settings.TABLE}[name]: value}
 
 
 @pytest.mark.parametrize(("name", "text", "value"), GOOD_SETTINGS)
@@ -2990,8 +2989,8 @@ def test_command_line_address_taken_is_one_line_and_status_1() -> None:
 def test_command_line_help_lists_every_setting() -> None:
     status, out, _ = run("--help", COLUMNS="300")
     assert status == 0
-    for field in dataclasses.fields(streamproxy.Settings):
-        assert streamproxy.variable_of(field) in out and streamproxy.flag_of(field) in out
+    for setting in streamproxy.Settings.TABLE:
+        assert setting.variable in out and setting.flag in out
     assert f"streamproxy {streamproxy.__version__}" in run("--version")[1]
 
 
@@ -3075,10 +3074,9 @@ def test_library_demo_needs_nothing() -> None:
 def test_readme_settings_table_is_the_code_s() -> None:
     rows = [line for line in README.read_text(encoding="utf-8").splitlines() if re.match(r"\| (`--|–)", line)]
     expected = []
-    for field in dataclasses.fields(streamproxy.Settings):
-        flag, about = streamproxy.flag_of(field), field.metadata
-        shown = f"`{flag} {about['metavar']}`".replace(" `", "`") if flag else "–"
-        cells = [shown, f"`{streamproxy.variable_of(field)}`", about["shown"], about["help"]]
+    for setting in streamproxy.Settings.TABLE:
+        shown = f"`{setting.flag} {setting.metavar}`".replace(" `", "`") if setting.flag else "–"
+        cells = [shown, f"`{setting.variable}`", setting.shown, setting.help]
         expected.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     assert rows == expected
 
@@ -3087,8 +3085,8 @@ def test_documents_name_no_flag_or_variable_that_does_not_exist() -> None:
     text = README.read_text(encoding="utf-8").partition("## Not yet")[0] + (HERE / "nginx.conf.example").read_text()
     ours = re.findall(r"streamproxy\.py[^`\n]*", text) + re.findall(r"`(--[a-z-]+)", text)
     flags = {flag for command in ours for flag in re.findall(r"--[a-z][a-z-]+", command)}
-    assert flags - {streamproxy.flag_of(field) for field in dataclasses.fields(streamproxy.Settings)} <= {"--help", "--version"}
-    names = {streamproxy.variable_of(field) for field in dataclasses.fields(streamproxy.Settings)} | {"OPENAI_API_KEY_FILE"}
+    assert flags - {setting.flag for setting in streamproxy.Settings.TABLE} <= {"--help", "--version"}
+    names = {setting.variable for setting in streamproxy.Settings.TABLE} | {"OPENAI_API_KEY_FILE"}
     assert set(re.findall(r"\b(?:STREAMPROXY|OPENAI)_[A-Z_]+", text)) - names <= {"STREAMPROXY_TEST_REQUIRE_ALL", "STREAMPROXY_TEST_AIMOCK", "STREAMPROXY_TEST_SDKS"}
 
 
