@@ -662,7 +662,7 @@ class PassedAnswer(Answer):
     eager = True
 
     # What events are searched for: only those that have it are parsed.
-    _TYPE_OR_DONE = re.compile(rb"[\r\n](?:event:|data: ?\[)")
+    _TYPE_OR_DONE = re.compile(rb"\n(?:event:|data: ?\[)")
     _FINISH_REASON = re.compile(rb'"finish_reason": ?"[^"]')
     _ERROR = re.compile(rb'"error": ?[{"]')
     # What ends a stream, beside [DONE]: Anthropic's messages, OpenAI's responses.
@@ -711,9 +711,10 @@ class PassedAnswer(Answer):
 
     def _look_through(self, body: bytes) -> None:
         block = b"\n" + body if body[-2:] == b"\n\n" and len(self._rest) == 1 else self._whole_events(body)
-        if b"\ndata" in block or b"\rdata" in block:
+        cr = block[-1:] == b"\r"  # lines end so: rare enough to be parsed all
+        if b"\ndata" in block or cr:
             self.events += 1
-            if self._TYPE_OR_DONE.search(block) or self._FINISH_REASON.search(block) or self._ERROR.search(block):
+            if self._TYPE_OR_DONE.search(block) or self._FINISH_REASON.search(block) or self._ERROR.search(block) or cr:
                 for event in EventParser(len(block) + 1).feed(block):
                     self._take_event(event)
 
@@ -723,7 +724,7 @@ class PassedAnswer(Answer):
         self._rest += body
         ends = (self._rest.rfind(blank, begin) + len(blank) for blank in (b"\n\n", b"\n\r\n", b"\r\r"))
         end = next((end for end in ends if end > 2), 0)
-        block = bytes(self._rest[:end])
+        block = bytes(memoryview(self._rest)[:end])
         if end:
             del self._rest[: end - 1]
         elif len(self._rest) > MAX_EVENT_SIZE:

@@ -1641,6 +1641,11 @@ def test_fuzzed_answers_of_upstream_never_stop_the_server(provider: Provider, ca
                     upstream.sock.shutdown(socket.SHUT_WR)
                     assert client.head().status in (200, 400, 404, 413, 422, 429, 502)
             Peer.opened.clear()
+            if number % 100 == 0:
+                with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+                    upstream.start(A)
+                    upstream.finish()
+                    assert client.head().status == 200 and client.body() == b"a"
     assert "fault" not in caplog.text and "Traceback" not in caplog.text
 
 
