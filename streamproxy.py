@@ -108,7 +108,7 @@ LINGER_TIMEOUT = 1.0  # for reading that
 END_GRACE = 1.0  # for usage and [DONE] to follow a finish_reason
 ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is over
 KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
-STALE_WINDOW = 1.0  # for upstream to say that it had closed a connection before it was used again
+STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
 FOREVER = 86400.0  # where a wait needs a number and there is no limit
 
 # Counts.
@@ -662,9 +662,9 @@ class PassedAnswer(Answer):
     eager = True
 
     # What events are searched for: only those that have it are parsed.
-    _TYPE_OR_DONE = re.compile(rb"\n(?:event:|data: ?\[)")
-    _FINISH_REASON = re.compile(rb'"finish_reason": ?"[^"]')
-    _ERROR = re.compile(rb'"error": ?[{"]')
+    _TYPE_OR_DONE = re.compile(rb"\n(?:event:|data: *\[)")
+    _FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
+    _ERROR = re.compile(rb'"error"\s*:\s*(?!null|false|""|\{\})')
     # What ends a stream, beside [DONE]: Anthropic's messages, OpenAI's responses.
     _LAST_TYPES = ("message_stop", "response.completed", "response.incomplete", "response.failed")
 
@@ -681,7 +681,7 @@ class PassedAnswer(Answer):
         super().start(status, fields)
 
     def close(self, cut: UpstreamError | None) -> bytes:
-        if not cut and not self._is_stream:  # a document, whose framing alone says that it is whole
+        if not (cut or self._is_stream or self._document is not None):  # its framing alone says that it is whole
             self.settled = True
         return super().close(cut)
 
@@ -722,8 +722,8 @@ class PassedAnswer(Answer):
         """Return the events that body completes, behind the line end before them."""
         begin = max(0, len(self._rest) - 2)
         self._rest += body
-        ends = (self._rest.rfind(blank, begin) + len(blank) for blank in (b"\n\n", b"\n\r\n", b"\r\r"))
-        end = next((end for end in ends if end > 2), 0)
+        end = max(self._rest.rfind(blank, begin) + len(blank) for blank in (b"\n\n", b"\n\r\n", b"\r\r"))
+        end = end if end > 2 else 0  # 2: of one that was not found
         block = bytes(memoryview(self._rest)[:end])
         if end:
             del self._rest[: end - 1]
@@ -737,12 +737,16 @@ class PassedAnswer(Answer):
         elif event.type in self._LAST_TYPES:
             self.ending = self.settled = True
         elif event.type == "error" or '"error"' in event.data or '"finish_reason"' in event.data:
-            with contextlib.suppress(Garbled):  # which is for the client to see
+            try:
                 choices = parse_payload(event.data, event.type).get("choices")
-                for choice in choices if isinstance(choices, list) else ():
-                    if isinstance(choice, dict) and choice.get("finish_reason"):
-                        self._finished.add(str(choice.get("index")))
-                self.settled = self.settled or len(self._finished) >= self._choices
+            except Garbled:  # which is for the client to see
+                if event.type == "error":
+                    raise UpstreamError("Upstream reported an error.") from None
+                return
+            for choice in choices if isinstance(choices, list) else ():
+                if isinstance(choice, dict) and choice.get("finish_reason"):
+                    self._finished.add(str(choice.get("index")))
+            self.settled = self.settled or len(self._finished) >= self._choices
 
 
 class ModelList(PassedAnswer):
@@ -766,6 +770,7 @@ class ModelList(PassedAnswer):
         except (LookupError, TypeError):
             raise Garbled("Upstream sent JSON that is not a list of models.") from None
         out.append(json.dumps(payload).encode())
+        self.settled = True
 
 
 def passes_back(name: str) -> bool:
@@ -982,9 +987,12 @@ def parse_address(text: str) -> tuple[str, str, int]:
 
 def _matching(pattern: str, allowed: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
     def read(text: str) -> Any:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(allowed)
-        return convert(text)
+        try:
+            if re.fullmatch(pattern, text):
+                return convert(text)
+        except ValueError:
+            pass
+        raise ValueError(allowed)
 
     return read
 
@@ -1140,7 +1148,10 @@ class Settings:
             raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
         for setting in self.TABLE:
             value = values.get(setting.name, setting.default)
-            vars(self)[setting.name] = setting.parse(value) if isinstance(value, str) and value else value
+            texts = value if isinstance(value, (list, tuple)) else [value]
+            if value and all(isinstance(text, str) for text in texts):
+                value = setting.parse(value)
+            vars(self)[setting.name] = dict(value) if isinstance(value, dict) else value
         path, host, _ = parse_address(self.bind)
         if not (path or is_loopback(host) or self.token_file or self.allow_anonymous):
             raise SettingsError(
@@ -1230,16 +1241,29 @@ def encode_request(asked: dict[str, Any], settings: Settings) -> bytes:
         raise RequestError("The JSON is nested too deeply.") from None
 
 
-def check_model(body: bytes, settings: Settings) -> None:
-    """Check that the model that a request of the API names may be asked.  Raises RequestError."""
+def check_model(body: bytes, settings: Settings) -> dict[str, Any]:
+    """Return what a request of the API asks, if its model may be asked.  Raises RequestError.
+
+    Where any model may be, that need not be JSON: {} then.
+    """
     if "*" in settings.allow_model:
-        return
+        with contextlib.suppress(RequestError):
+            return parse_request(body)
+        return {}
     asked = parse_request(body)
     names = [name for name in asked if name.lower() == "model"]  # servers in Go take "Model" too
     if names != ["model"] or not isinstance(asked["model"], str):
         raise RequestError('The body must have one "model", a string.', code="model_not_found")
     if asked["model"] not in (settings.model, *settings.allow_model):
         raise unknown_model(asked["model"])
+    return asked
+
+
+def count_choices(asked: Mapping[str, Any]) -> int:
+    """Return how many choices a completion has: n for each prompt."""
+    n, prompt = asked.get("n"), asked.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)) else 1
+    return prompts * (n if isinstance(n, int) and n > 0 else 1)
 
 
 def unknown_model(name: str) -> RequestError:
@@ -1345,9 +1369,9 @@ class Limits:
 
     def _enter(self, client: str) -> None:
         limits, now = self._settings, self._clock()
-        state = self._clients.setdefault(client, [0, limits.requests_per_minute, now])
         if limits.max_streams and self._total >= limits.max_streams:
             raise RequestError("Too many answers are on their way.", 503, fields={"Retry-After": "1"})
+        state = self._clients.setdefault(client, [0, limits.requests_per_minute, now])
         if limits.max_streams_per_client and state[0] >= limits.max_streams_per_client:
             raise RequestError("Too many of your answers are on their way.", 429, fields={"Retry-After": "1"})
         if limits.requests_per_minute:  # a token bucket that holds those of a minute
@@ -1489,6 +1513,7 @@ class Relay:
         self._watched: dict[int, tuple[int, Callable[[int], None]]] = {}  # by descriptor
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
         self._alarms: list[list[Any]] = []  # a heap of [when, order, callback, or None if cancelled]
+        self._cancelled = 0  # of those, about
         self._order = itertools.count()  # so that the heap never compares callbacks
         self._bell, self._rope = socket.socketpair()  # pulling the rope rings the bell, which wakes the selector
         self._bell.setblocking(False)
@@ -1537,10 +1562,14 @@ class Relay:
         heapq.heappush(self._alarms, alarm)
         return alarm
 
-    @staticmethod
-    def cancel(alarm: list[Any]) -> None:
+    def cancel(self, alarm: list[Any]) -> None:
         """Keep an alarm from going off."""
+        self._cancelled += alarm[2] is not None
         alarm[2] = None
+        if self._cancelled > 1000 + len(self._alarms) // 2:  # they would stay until their time
+            self._alarms = [alarm for alarm in self._alarms if alarm[2]]
+            heapq.heapify(self._alarms)
+            self._cancelled = 0
 
     def turn(self, timeout: float | None = None) -> None:
         """Wait for at most timeout seconds (None: until an alarm), then do all there is to do."""
@@ -1701,6 +1730,7 @@ class Pool:
         self.relay = relay
         self._lock = threading.Lock()  # guards _idle, and the sockets in it
         self._idle: dict[object, list[Connection]] = collections.defaultdict(list)
+        self._settling: set[Connection] = set()
 
     def take(self, key: object) -> Connection | None:
         """Return the connection that was used last, if one is alive.  For any thread."""
@@ -1715,6 +1745,7 @@ class Pool:
 
     def settle(self, connection: Connection, body: BodyDecoder) -> None:
         """Keep a connection whose answer nobody waits for any more, once body, the rest of it, has ended."""
+        self._settling.add(connection)
         if not body.complete:
             self.relay.watch(connection.sock, READ, functools.partial(self._on_rest, connection, body))
             late = functools.partial(self.close, connection)
@@ -1724,10 +1755,11 @@ class Pool:
     def close(self, connection: Connection) -> None:
         self.relay.cancel(connection.alarm)
         self.relay.unwatch(connection.sock)
+        self._settling.discard(connection)
         connection.sock.close()
 
     def close_all(self) -> None:
-        for connection in itertools.chain(*self._idle.values()):
+        for connection in itertools.chain(self._settling, *self._idle.values()):
             connection.sock.close()
 
     def _on_rest(self, connection: Connection, body: BodyDecoder, events: int = 0) -> None:
@@ -1744,6 +1776,7 @@ class Pool:
         on_idle = functools.partial(self._on_idle, connection)
         connection.alarm = self.relay.set_alarm(self.relay.now + KEEP_ALIVE_TIMEOUT, on_idle)
         self.relay.watch(connection.sock, READ, on_idle)
+        self._settling.discard(connection)
         with self._lock:
             idle = self._idle[connection.key]
             idle.append(connection)
@@ -1826,7 +1859,7 @@ class Upstream(urllib.request.BaseHandler):
         connection = Connection(self._connect(request), key, self.pool)
         try:
             return self._send(connection, call, data)
-        except (BrokenPipeError, ConnectionResetError):  # it may have answered without reading all
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):  # it may have answered without reading all
             connection.sock.setblocking(False)
             return connection
         except BaseException:
@@ -1876,7 +1909,7 @@ class Inbox:
         self._client = client
         self._timeout = timeout or FOREVER
         self._enough: Callable[[bytearray], bool] = bool
-        self._news: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[bool | ProxyError] = queue.SimpleQueue()
         self._alarm: list[Any] = [0.0, 0, None]
 
     def expect(self) -> None:
@@ -1887,19 +1920,21 @@ class Inbox:
         """Read what there is, or sleep until enough(data); False at the end of the connection.
 
         Before a request that is also when the server drains, or nothing comes for timeout.
-        Raises RequestError where a request takes longer than that.
+        Raises RequestError where a request takes longer than that, and Aborted.
         """
         try:
             return self._receive()
         except BlockingIOError:
             pass
+        except OSError:
+            return False
         self._enough = enough
         self._relay.post(self.begin)
         with gate.outside():
-            more = self._news.get()
-        if more is None:
-            raise RequestError("The request did not arrive in time.", 408)
-        return more
+            news = self._news.get()
+        if isinstance(news, ProxyError):
+            raise news
+        return news
 
     def _receive(self) -> bool:
         data = self._client.recv(READ_SIZE)
@@ -1933,18 +1968,22 @@ class Inbox:
         elif self.late_at > self._relay.now:  # it has begun since
             self._alarm = self._relay.set_alarm(self.late_at, self.on_alarm)
         else:
-            self.wake(None)
+            self.wake(RequestError("The request did not arrive in time.", 408))
 
     def drain(self) -> None:
         """End the wait for a request that has not begun."""
         if self.late_at is None:
             self.wake(False)
 
-    def wake(self, more: bool | None) -> None:
+    def abort(self, failure: ProxyError) -> None:
+        """End the wait, for whatever it is."""
+        self.wake(False if self.late_at is None else failure)
+
+    def wake(self, news: bool | ProxyError) -> None:
         self._relay.cancel(self._alarm)
         self._relay.unwatch(self._client)
         self._relay.inboxes.discard(self)
-        self._news.put(more)
+        self._news.put(news)
 
 
 class Stream:
@@ -2481,9 +2520,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Pass a request of the API on, and its answer back."""
         with self._admitted():
             body = self._read_body()
-            check_model(body, self.server.settings)
-            choices = re.search(rb'"n"\s*:\s*([1-9][0-9]{0,3})\b', body)
-            self._pass(PassedAnswer(self.server.upstream.redact, int(choices[1]) if choices else 1), body)
+            asked = check_model(body, self.server.settings)
+            self._pass(PassedAnswer(self.server.upstream.redact, count_choices(asked)), body)
 
     def get_models(self) -> None:
         """Answer with the models that may be used, or with one of them."""
@@ -2516,7 +2554,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         inbox, body = self.inbox, bytearray()
 
         def is_enough(data: bytearray) -> bool:
-            return len(data) >= min(self.body.left or 1, READ_SIZE)
+            chunked = "transfer-encoding" in self.fields  # of which each line, and so the last, may be the end
+            return len(data) >= min(self.body.left or 1, READ_SIZE) or (chunked and b"\n" in data)
 
         while not self.body.complete:
             if not inbox.data and not inbox.read(is_enough, self.server.gate):
@@ -2581,7 +2620,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             unread = not self.body.complete
             small = self.body.left is not None and self.body.left <= MAX_DISCARDED and "expect" not in self.fields
-            self.close_connection |= unread and not small
+            self.close_connection |= (unread and not small) or failure.status == 408 or isinstance(failure, Aborted)
             fields = {"Content-Type": "application/json", **failure.fields}
             if failure.status in (429, 503):
                 fields.setdefault("Retry-After", "1")
@@ -2783,10 +2822,11 @@ class Server(http.server.ThreadingHTTPServer):
             inbox.drain()
 
     def _abort_streams(self) -> None:
+        failure = Aborted("The server is shutting down.", fields={"Retry-After": "1"})
         for stream in list(self.relay.streams):
-            stream.fail(Aborted("The server is shutting down.", fields={"Retry-After": "1"}))
+            stream.fail(failure)
         for inbox in list(self.relay.inboxes):
-            inbox.wake(False)
+            inbox.abort(failure)
 
     def _drop_streams(self) -> None:
         for stream in list(self.relay.streams):
@@ -2817,9 +2857,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _accept(self) -> None:
         self.socket.setblocking(False)
-        while True:
+        room = BACKLOG  # for those who connected before a drain
+        while room > 0:
             try:
                 self.process_request(*self.get_request())
+                room -= self.draining
             except BlockingIOError:
                 if not wait_for(self.socket, READ, FOREVER, self._drain_signal) and self.draining:
                     break
@@ -2883,27 +2925,28 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
     Leaving the loop closes the connection to upstream.  Raises ProxyError, after the text that
     came, where the answer is not complete.
     """
-    gate, relay = Gate(), Relay()
-    reader, client = socket.socketpair()  # the loop is a client like any other, but for HTTP
-    client.setblocking(False)
+    gate = Gate()
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with demo_upstream(settings) as asked, reader:
-        upstream = Upstream(asked, gate, relay)
-        call = prompt_call({"prompt": prompt}, asked)
+    with contextlib.ExitStack() as stack:
+        settings = stack.enter_context(demo_upstream(settings))
+        call = prompt_call({"prompt": prompt}, settings)
+        relay = Relay()
+        stack.callback(relay.close)
+        upstream = Upstream(settings, gate, relay)
+        stack.callback(upstream.pool.close_all)
+        reader, client = map(stack.enter_context, socket.socketpair())
+        client.setblocking(False)  # the loop is a client like any other, but for HTTP
         answer = TextAnswer(upstream.redact)
-        stream = Stream(relay, client, answer, call, asked, lambda: (b"", False), lambda again: client.close())
+        stream = Stream(relay, client, answer, call, settings, lambda: (b"", False), lambda again: client.close())
         relay.start()
-        try:
-            with gate:
-                stream.open(upstream)
-            for data in iter(functools.partial(reader.recv, READ_SIZE), b""):
-                yield decoder.decode(data)
-            if stream.failure:
-                raise stream.failure
-        finally:
-            relay.post(functools.partial(stream.drop, Disconnected("The loop was left.")))
-            relay.stop()
-            upstream.pool.close_all()
+        stack.callback(relay.stop)
+        stack.callback(relay.post, functools.partial(stream.drop, Disconnected("The loop was left.")))
+        with gate:
+            stream.open(upstream)
+        for data in iter(functools.partial(reader.recv, READ_SIZE), b""):
+            yield decoder.decode(data)
+        if stream.failure:
+            raise stream.failure
 
 
 # 13 ------------------------------------------------------------------ Demo upstream

@@ -2122,6 +2122,9 @@ ENDS = {
     "finish_reason elsewhere": (event({"native": {"finish_reason": "x"}, "choices": [{"index": 0, "finish_reason": None}]}), False),
     "error beside choices": (event({"id": "x", "error": {"message": "x"}, "choices": [{"finish_reason": "error"}]}) + DONE, False),
     "typed error": (event({"type": "error", "error": {"type": "x"}}) + DONE, False), "spaced error": (event(b'{ "error": "x" }') + DONE, False),
+    "error that is no JSON": (b"event: error\ndata: overloaded\n\n" + DONE, False), "error with a space": (event(b'{"error" : ["x"]}') + DONE, False),
+    "number for an error": (event(b'{"error":500}') + DONE, False), "finish_reason with a space": (event(b'{"choices" : [{"finish_reason" : "stop"}]}'), True),
+    "two spaces": (b"data:  [DONE]\n\n", True), "mixed line ends": (b": ping\n\ndata: [DONE]\r\n\r\n", True),
     "cut within the last event": (b'event: response.completed\ndata: {"type": "response.completed", "half', False),
     "cut behind its type": (b"event: message_stop\nda", False), "no blank line": (b'event: message_stop\ndata: {"type":"message_stop"}', True),
     "CR line ends": (b"data: {}\r\rdata: [DONE]\r\r", True), "BOM": (b"\xef\xbb\xbfdata: [DONE]\n\n", True), "finish_reason in text": (delta('"finish_reason":"stop"'), False), "CRLF": (b"data: [DONE]\r\n\r\n", True),
@@ -2141,8 +2144,8 @@ def test_api_stream_is_whole_only_with_its_end_event(server: Any, provider: Prov
 
 
 def test_api_several_choices_need_as_many_finish_reasons(server: Any, provider: Provider) -> None:
-    def ended(*events: bytes) -> bool:
-        with Client(server).ask({**ASKED, "n": 2}, path="/v1/chat/completions") as client:
+    def ended(*events: bytes, **more: object) -> bool:
+        with Client(server).ask({**ASKED, **(more or {"n": 2})}, path="/v1/completions") as client:
             with provider.take() as upstream:
                 upstream.start(*events)
             client.head()
@@ -2152,6 +2155,7 @@ def test_api_several_choices_need_as_many_finish_reasons(server: Any, provider: 
             return False
     second = event({"choices": [{"index": 1, "delta": {}, "finish_reason": "stop"}]})
     assert [ended(A, STOP), ended(A, STOP, STOP), ended(A, STOP, second), ended(A, STOP, DONE)] == [False, False, True, True]
+    assert [ended(A, STOP, prompt=["a", "b"]), ended(A, STOP, second, prompt=["a", "b"]), ended(A, STOP, metadata={"n": 3})] == [False, True, True]
 
 
 def test_api_a_slow_last_event_is_waited_for_and_what_follows_done_is_not(server: Any, provider: Provider) -> None:
@@ -2217,8 +2221,10 @@ def test_upstream_that_refuses_a_large_body_unread_is_heard(provider: Provider) 
         upstream.until(b"\r\n\r\n")
         upstream.send(error_answer(413, b'{"error": {"message": "Too large"}}', b"Connection: close\r\n"))
         upstream.sock.shutdown(socket.SHUT_WR)
-        threading.Thread(target=upstream.gone).start()
+        reading = threading.Thread(target=upstream.gone)
+        reading.start()
         assert client.error() == (413, "Too large")
+        reading.join()
 
 
 def test_api_document_is_whole_by_its_framing(server: Any, provider: Provider) -> None:
@@ -2270,6 +2276,24 @@ def test_api_large_bodies_pass_both_ways(provider: Provider) -> None:
             client.head()
             assert client.body() == big + STOP + DONE
             sender.join()
+
+
+def test_request_with_a_chunked_body_cut_anywhere_is_read_at_once(server: Any, provider: Provider) -> None:
+    body = chunk(b"[") + chunk(b"]") + b"0\r\nX: y\r\n\r\n"
+    with Client(server) as client:
+        for parts in cuts(body):
+            client.send(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for part in parts:
+                client.send(part)
+                time.sleep(0.002)  # so that they arrive one by one
+            assert client.error() == (400, "The body must be a JSON object.")
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"", b'{"object": "list"}', b'{"data": ["m"]}', b'{"data": 1}', b'{"error": "x"}'])
+def test_api_models_that_upstream_garbles_are_502(server: Any, provider: Provider, body: bytes) -> None:
+    with Client(server).ask(method="GET", path="/v1/models") as client, provider.take() as upstream:
+        upstream.send(OK + JSON + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert api_error(client)[0] == 502
 
 
 def test_request_with_a_chunked_body_is_decoded(server: Any, provider: Provider) -> None:
@@ -2776,6 +2800,29 @@ def test_drain_lets_streams_end_and_takes_nobody_new(provider: Provider) -> None
             assert not stopping.is_alive()
 
 
+def test_stop_is_obeyed_while_clients_keep_connecting(provider: Provider) -> None:
+    with running(provider, drain_timeout=DEADLINE) as server:
+        over = threading.Event()
+
+        def knock() -> None:
+            while not over.is_set():
+                with contextlib.suppress(OSError, AssertionError), Client(server) as client:
+                    client.ask(method="GET", path="/healthz", Connection="close").head()
+
+        threads = [threading.Thread(target=knock) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        stopping.join(DEADLINE / 2)
+        stopped = not stopping.is_alive()
+        over.set()
+        for thread in [*threads, stopping]:
+            thread.join()
+        assert stopped
+
+
 def test_stop_twice_or_before_the_start_is_fine(provider: Provider) -> None:
     settings = streamproxy.Settings(bind="127.0.0.1:0", upstream=provider.url)
     with streamproxy.Server(settings) as server:
@@ -2846,7 +2893,7 @@ def test_drain_ends_half_sent_requests_and_stalled_http_1_0_clients_truthfully(p
             began = time.monotonic()
             server.stop()
             assert time.monotonic() < began + 2
-            assert half.rest() == b""
+            assert b" 503 " in half.rest()
             with pytest.raises(ConnectionResetError):
                 stalled.rest()
 
@@ -3051,6 +3098,32 @@ def test_library_failure_is_raised_after_the_text_that_came(provider: Provider) 
     thread.join()
     assert got == ["a"]
     assert wait_for(lambda: (threading.active_count(), descriptors()), lambda now: now == before)
+
+
+def test_library_bad_prompt_leaves_nothing_open(provider: Provider) -> None:
+    before = threading.active_count(), descriptors()
+    with pytest.raises(streamproxy.ProxyError, match="non-empty"):
+        next(iter(streamproxy.stream_text("", streamproxy.Settings(upstream=provider.url))))
+    assert (threading.active_count(), descriptors()) == before
+
+
+def test_settings_given_as_texts_in_a_tuple_are_read() -> None:
+    settings = streamproxy.Settings(demo=True, trusted_proxy=("192.0.2.0/24",))
+    assert streamproxy.Access(settings).address_of("192.0.2.1", "198.51.100.1") == "198.51.100.1"
+    with pytest.raises(streamproxy.SettingsError, match="an address or a network"):
+        streamproxy.Settings(demo=True, trusted_proxy=("192.0.2.1/24",))
+    with pytest.raises(TypeError, match="no such setting: modle"):
+        streamproxy.Settings(demo=True, modle="x")
+    with pytest.raises(AttributeError):
+        settings.model = "x"
+
+
+def test_relay_cancelled_alarms_do_not_pile_up() -> None:
+    with Stage() as stage:
+        stage.relay.set_alarm(stage.now + 1, lambda: None)
+        for number in range(10_000):
+            stage.relay.cancel(stage.relay.set_alarm(stage.now + 2 + number, lambda: None))
+        assert len(stage.relay._alarms) < 2500
 
 
 def test_library_leaving_the_loop_closes_upstream(provider: Provider) -> None:
