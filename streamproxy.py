@@ -1615,19 +1615,27 @@ class Relay:
 # 10 ------------------------------------------------------------------ Upstream
 
 
-class Gate(threading.Semaphore):
+class Gate:
     """Lets MAX_WORKING threads work at a time; a wait within stands in `with gate.outside():`."""
 
     def __init__(self) -> None:
-        super().__init__(MAX_WORKING)
+        self._places: queue.SimpleQueue[None] = queue.SimpleQueue()  # as a semaphore, in C
+        for _ in range(MAX_WORKING):
+            self._places.put(None)
+
+    def __enter__(self) -> None:
+        self._places.get()
+
+    def __exit__(self, *_: object) -> None:
+        self._places.put(None)
 
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
-        self.release()
+        self._places.put(None)
         try:
             yield
         finally:
-            self.acquire()
+            self._places.get()
 
 
 class Lifeline:
