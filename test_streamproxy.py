@@ -1019,6 +1019,19 @@ def test_relay_a_fault_in_one_stream_ends_that_stream_alone(caplog: Any) -> None
         stage.turn()  # and the relay goes on
 
 
+def test_relay_without_epoll_reads_and_writes_as_well(provider: Provider, monkeypatch: Any) -> None:
+    monkeypatch.delattr(streamproxy.select, "epoll", raising=False)  # type: ignore[attr-defined]
+    text = "x" * 3_000_000  # more than the client's socket takes at once
+    with running(provider) as server, Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        sender = threading.Thread(target=lambda: (upstream.start(delta(text)), upstream.finish()))
+        sender.start()
+        assert client.head().status == 200
+        wait_for(lambda: [stream for stream in server.relay.streams if stream._blocked])
+        assert client.body().decode() == text
+        sender.join()
+        assert isinstance(server.relay._epoll, streamproxy._Selector)
+
+
 def test_relay_posts_from_many_threads_all_run_in_order() -> None:
     relay, seen = streamproxy.Relay(), []
     relay.start()
