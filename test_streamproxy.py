@@ -1021,13 +1021,13 @@ def test_relay_a_fault_in_one_stream_ends_that_stream_alone(caplog: Any) -> None
 
 def test_relay_without_epoll_reads_and_writes_as_well(provider: Provider, monkeypatch: Any) -> None:
     monkeypatch.delattr(streamproxy.select, "epoll", raising=False)  # type: ignore[attr-defined]
-    text = "x" * 3_000_000  # more than the client's socket takes at once
+    text = "x" * 3_000_000
     with running(provider) as server, Client(server).ask(PROMPT) as client, provider.take() as upstream:
-        sender = threading.Thread(target=lambda: (upstream.start(delta(text)), upstream.finish()))
+        sender = threading.Thread(target=lambda: (upstream.start(*[delta(text)] * 12), upstream.finish()))
         sender.start()
         assert client.head().status == 200
         wait_for(lambda: [stream for stream in server.relay.streams if stream._blocked])
-        assert client.body().decode() == text
+        assert client.body().decode() == text * 12  # more than sockets hold
         sender.join()
         assert isinstance(server.relay._epoll, streamproxy._Selector)
 
