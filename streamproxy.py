@@ -2626,9 +2626,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not self.stream.intact and not self.http11:
                 self._reset()  # its body ends where the connection does
         else:
-            unread = not self.body.complete
-            small = self.body.left is not None and self.body.left <= MAX_DISCARDED and "expect" not in self.fields
-            self.close_connection |= (unread and not small) or failure.status == 408 or isinstance(failure, Aborted)
+            unread, over = not self.body.complete, failure.status == 408 or isinstance(failure, Aborted)
+            left = MAX_DISCARDED + 1 if over or self.body.left is None else self.body.left
+            small = left <= MAX_DISCARDED and "expect" not in self.fields
+            self.close_connection |= over or (unread and not small)
             fields = {"Content-Type": "application/json", **failure.fields}
             if failure.status in (429, 503):
                 fields.setdefault("Retry-After", "1")

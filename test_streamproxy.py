@@ -2337,6 +2337,15 @@ def one_answer(server: Any, upstream: UpstreamPeer, text: str = "a") -> None:
     upstream.finish()
 
 
+def ask_again(server: Any, client: Client, upstream: UpstreamPeer) -> None:
+    """Have one answer, and a second request sent over the connection that it left warm."""
+    one_answer(server, upstream)
+    assert client.head().status == 200 and client.body() == b"a"
+    wait_for(lambda: idle(server) == 1)
+    client.ask(PROMPT)
+    upstream.read_request()
+
+
 @pytest.mark.parametrize("last", [b"0\r\n\r\n", b"0\r\nA: b\r\n\r\n", b""])
 def test_connection_is_used_again_once_its_answer_has_ended(server: Any, provider: Provider, last: bytes) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
@@ -2404,11 +2413,7 @@ def test_idle_connections_are_bounded_and_end_after_a_while() -> None:
 @pytest.mark.parametrize("how", ["close", "reset"])
 def test_reused_connection_that_was_closed_already_is_tried_once_more_on_a_new_one(server: Any, provider: Provider, how: str) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
-        one_answer(server, upstream)
-        assert client.head().status == 200 and client.body() == b"a"
-        wait_for(lambda: idle(server) == 1)
-        client.ask(PROMPT)
-        upstream.read_request()
+        ask_again(server, client, upstream)
         (upstream.reset if how == "reset" else upstream.sock.close)()
         with provider.take() as second:
             second.start(delta("b"))
@@ -2427,11 +2432,7 @@ def test_reused_connection_that_was_closed_already_is_tried_once_more_on_a_new_o
 
 def test_reused_connection_that_ends_after_a_byte_of_the_answer_is_not_tried_again(server: Any, provider: Provider) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
-        one_answer(server, upstream)
-        assert client.head().status == 200 and client.body() == b"a"
-        wait_for(lambda: idle(server) == 1)
-        client.ask(PROMPT)
-        upstream.read_request()
+        ask_again(server, client, upstream)
         upstream.send(b"H")
         upstream.sock.close()
         assert client.error()[0] == 502
@@ -2457,11 +2458,7 @@ def test_reused_connection_that_ends_late_is_not_tried_again(provider: Provider,
 
 def test_client_leaves_while_a_dead_connection_is_replaced(server: Any, provider: Provider) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
-        one_answer(server, upstream)
-        assert client.head().status == 200 and client.body() == b"a"
-        wait_for(lambda: idle(server) == 1)
-        client.ask(PROMPT)
-        upstream.read_request()
+        ask_again(server, client, upstream)
         upstream.sock.close()
         with provider.take() as second:
             client.sock.close()
@@ -2912,6 +2909,17 @@ def test_drain_ends_half_sent_requests_and_stalled_http_1_0_clients_truthfully(p
             assert b" 503 " in half.rest()
             with pytest.raises(ConnectionResetError):
                 stalled.rest()
+
+
+def test_drain_that_is_hurried_answers_half_sent_bodies_at_once(provider: Provider, caplog: Any) -> None:
+    with running(provider, drain_timeout=0.0) as server, Client(server) as client:
+        client.send(b"POST / HTTP/1.1\r\n" + H + b"Content-Length: 9\r\n\r\n{")
+        wait_for(lambda: server.relay.inboxes)
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() < began + streamproxy.ABORT_GRACE / 2  # nobody waited for the rest
+        assert client.error() == (503, "The server is shutting down.") and client.rest() == b""
+    assert log_entries(caplog, 1)[0]["ending"] == "aborted"
 
 
 def test_unix_socket_is_replaced_when_stale_and_removed_at_the_end(provider: Provider, tmp_path: Path) -> None:
