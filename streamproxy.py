@@ -1406,13 +1406,13 @@ class Access:
                 break
         return peer
 
-    def check_host(self, host: str, own: str) -> None:
+    def check_host(self, host: str, own_address: Callable[[], str]) -> None:
         """Check that a server without tokens is asked under a name of its own: DNS may lead any name here.
 
-        own is the address that was connected to.  Raises RequestError.
+        own_address returns the address that was connected to.  Raises RequestError.
         """
         name = re.sub(":[0-9]*$", "", host).strip("[]").lower()
-        if not (self._any_name or is_loopback(name) or name in self._names or name == own):
+        if not (self._any_name or is_loopback(name) or name in self._names or name == own_address()):
             raise RequestError(f"This server does not answer to the name {name[:100]!a} (--allow-host).", 403)
 
     def cors_fields(self, fields: Mapping[str, str]) -> dict[str, str]:
@@ -1691,6 +1691,7 @@ class Call:
         self.path, self.body, self.fields, self.method, self.query = path, body, fields or {}, method, query
         self.connected_at: float | None = None  # when it could be sent, by the relay's clock
         self.lifeline = Lifeline()
+        self.on_wait: Callable[[], None] = lambda: None  # called before the thread that asks may have to wait
 
 
 USER_AGENT = f"streamproxy/{__version__}"
@@ -1877,12 +1878,17 @@ class Upstream(urllib.request.BaseHandler):
     https_open = http_open
 
     def _send(self, connection: Connection, call: Call, data: bytes) -> Connection:
-        call.lifeline.hold(connection.sock)
-        call.connected_at = self.pool.relay.clock()
-        connection.sock.setblocking(True)  # from here on the relay's clocks count
-        with self._gate.outside():
-            connection.sock.sendall(data)
-        connection.sock.setblocking(False)
+        call.connected_at = self.pool.relay.clock()  # from here on the relay's clocks count
+        try:
+            data = data[connection.sock.send(data) :]
+        except WOULD_BLOCK:
+            pass
+        if data:
+            call.lifeline.hold(connection.sock)
+            connection.sock.setblocking(True)
+            with self._waiting(call):
+                connection.sock.sendall(data)
+            connection.sock.setblocking(False)
         return connection
 
     def _connect(self, request: Any) -> socket.socket:
@@ -1894,9 +1900,16 @@ class Upstream(urllib.request.BaseHandler):
         connection._create_connection = request.call.lifeline.dial
         if request._tunnel_host:
             connection.set_tunnel(request._tunnel_host, headers=request.headers)
-        with self._gate.outside():
+        with self._waiting(request.call):
             connection.connect()
+        connection.sock.setblocking(False)
         return connection.sock  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def _waiting(self, call: Call) -> Iterator[None]:
+        call.on_wait()
+        with self._gate.outside():
+            yield
 
 
 # 11 ------------------------------------------------------------------ Streams
@@ -2039,8 +2052,7 @@ class Stream:
 
     def open(self, upstream: Upstream, fresh: bool = False) -> None:
         """Ask upstream, and leave the rest to the relay.  Blocks until the request is sent."""
-        if not fresh:
-            self._relay.post(self.begin)
+        self.call.on_wait = functools.partial(self._relay.post, self.begin)
         news: Callable[[], None]
         try:
             news = functools.partial(self.carry, upstream.open(self.call, fresh))
@@ -2054,10 +2066,11 @@ class Stream:
     # The rest is called by the relay.
 
     def begin(self) -> None:
-        """Watch the client and the clocks."""
-        self._relay.streams.add(self)
-        self._relay.watch(self._client, READ, self.on_client)
-        self._set_alarm()
+        """Watch the client and the clocks, from now on or from before."""
+        if self not in self._relay.streams and not self._ended:
+            self._relay.streams.add(self)
+            self._relay.watch(self._client, READ, self.on_client)
+            self._set_alarm()
 
     def carry(self, connection: Connection) -> None:
         """Move what comes over connection from now on."""
@@ -2066,6 +2079,7 @@ class Stream:
             connection.pool.close(connection)
             return
         self._connection = connection
+        self.begin()
         if not self._blocked:
             self._relay.watch(connection.sock, READ, self.on_upstream)
             if connection.hides:
@@ -2463,9 +2477,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.method != "POST" and not self.body.complete:
             raise RequestError("Only POST takes a body.")
         if self.path not in _OPEN_PATHS:
-            own = "" if self.server.path else plain_address(self.connection.getsockname()[0])
-            access.check_host(self.fields.get("host", "localhost"), own)
+            access.check_host(self.fields.get("host", "localhost"), self._own_address)
         methods[self.method](self)
+
+    def _own_address(self) -> str:
+        return "" if self.server.path else plain_address(self.connection.getsockname()[0])
 
     def answer_preflight(self) -> None:
         """Tell a page of an allowed origin what it may send (WHATWG Fetch section 3.2.2)."""
