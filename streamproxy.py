@@ -1487,13 +1487,11 @@ class _Selector:
         return [(key.fd, events & READ | events // selectors.EVENT_WRITE * WRITE) for key, events in ready]
 
 
-def wait_for(sock: socket.socket, events: int, timeout: float, signal: socket.socket | None = None) -> bool:
-    """Wait until sock is ready for READ or WRITE; False after timeout seconds, or once signal is readable."""
+def wait_for(sock: socket.socket, events: int, timeout: float) -> bool:
+    """Wait until sock is ready for READ or WRITE; False after timeout seconds."""
     with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:  # no descriptor of its own
         selector.register(sock, selectors.EVENT_READ if events == READ else selectors.EVENT_WRITE)
-        if signal:
-            selector.register(signal, selectors.EVENT_READ)
-        return any(key.fileobj is sock for key, _ in selector.select(min(timeout, FOREVER)))
+        return bool(selector.select(min(timeout, FOREVER)))
 
 
 class Relay:
@@ -1609,7 +1607,7 @@ class Relay:
             if owner in self.streams:
                 owner.drop(ProxyError("Internal error."))
             elif owner in self.inboxes:
-                owner.wake(False)
+                owner.wake(ProxyError("Internal error."))
 
 
 # 10 ------------------------------------------------------------------ Upstream
@@ -1916,76 +1914,76 @@ class Upstream(urllib.request.BaseHandler):
 
 
 class Inbox:
-    """What a client sent and its thread has not taken yet.
+    """What a client sent and no thread has taken yet.
 
-    The thread reads what is there.  For more it sleeps, and the relay wakes it once that is enough:
-    a request that drips in must not cost a thread's waking for each byte.
+    The relay reads what comes, until it is enough: neither does a connection hold a thread before its
+    first request is there, nor does a request that drips in cost one's waking for each byte.
     """
 
-    def __init__(self, relay: Relay, client: socket.socket, timeout: float) -> None:
+    def __init__(self, relay: Relay, client: socket.socket, address: Any, timeout: float) -> None:
         """timeout: seconds for a request to arrive in all, and for a connection to idle before it; 0: no limit."""
+        self.client, self.address = client, address
         self.data = bytearray()
+        self.failure: ProxyError | None = None  # why no more is to come
         self.late_at: float | None = None  # when the request must have arrived; None: none has begun
         self._relay = relay
-        self._client = client
         self._timeout = timeout or FOREVER
         self._enough: Callable[[bytearray], bool] = bool
-        self._news: queue.SimpleQueue[bool | ProxyError] = queue.SimpleQueue()
+        self._on_news: Callable[[Inbox], None]
         self._alarm: list[Any] = [0.0, 0, None]
 
     def expect(self) -> None:
         """Begin with the next request, which may be there in part."""
         self.late_at = self._relay.clock() + self._timeout if self.data else None
 
-    def read(self, enough: Callable[[bytearray], bool], gate: Gate) -> bool:
-        """Read what there is, or sleep until enough(data); False at the end of the connection.
+    def read(self, enough: Callable[[bytearray], bool], gate: Gate) -> None:
+        """Read what there is, or sleep until enough(data).
 
-        Before a request that is also when the server drains, or nothing comes for timeout.
-        Raises RequestError where a request takes longer than that, and Aborted.
+        Raises Disconnected at the end of the connection, and where it ends before a request: the server
+        drains, or nothing comes for timeout.  Raises RequestError where a request takes longer than that,
+        and Aborted.
         """
-        try:
-            return self._receive()
-        except BlockingIOError:
-            pass
-        except OSError:
-            return False
-        self._enough = enough
-        self._relay.post(self.begin)
-        with gate.outside():
-            news = self._news.get()
-        if isinstance(news, ProxyError):
-            raise news
-        return news
+        if not (self.failure or self._receive()):
+            news: queue.SimpleQueue[Inbox] = queue.SimpleQueue()
+            self._relay.post(functools.partial(self.wait, enough, news.put))
+            with gate.outside():
+                news.get()
+        if self.failure:
+            raise self.failure
 
     def _receive(self) -> bool:
-        data = self._client.recv(READ_SIZE)
-        if self.late_at is None and data:
-            self.late_at = self._relay.clock() + self._timeout
+        """Take what has come; False where nothing has."""
+        try:
+            data = self.client.recv(READ_SIZE)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
         self.data += data
-        return bool(data)
+        if not data:
+            self.failure = Disconnected("The client left.")
+        elif self.late_at is None:
+            self.late_at = self._relay.clock() + self._timeout
+        return True
 
     # The rest is called by the relay.
 
-    def begin(self) -> None:
+    def wait(self, enough: Callable[[bytearray], bool], on_news: Callable[[Inbox], None]) -> None:
+        """Call on_news once enough(data), or for a failure."""
+        self._enough, self._on_news = enough, on_news
         self._relay.inboxes.add(self)
-        self._relay.watch(self._client, READ, self.on_client)
+        self._relay.watch(self.client, READ, self.on_client)
         self._alarm = self._relay.set_alarm(self.late_at or self._relay.now + self._timeout, self.on_alarm)
         if self._relay.draining:
             self.drain()
 
     def on_client(self, events: int) -> None:
-        try:
-            more = self._receive()
-        except BlockingIOError:
-            return
-        except OSError:
-            more = False
-        if not more or self._enough(self.data):
-            self.wake(more)
+        if self._receive() and (self.failure or self._enough(self.data)):
+            self.wake()
 
     def on_alarm(self) -> None:
         if self.late_at is None:
-            self.wake(False)
+            self.wake(Disconnected("The client asked nothing."))
         elif self.late_at > self._relay.now:  # it has begun since
             self._alarm = self._relay.set_alarm(self.late_at, self.on_alarm)
         else:
@@ -1993,18 +1991,16 @@ class Inbox:
 
     def drain(self) -> None:
         """End the wait for a request that has not begun."""
-        if self.late_at is None:
-            self.wake(False)
+        self.on_client(READ)
+        if self.late_at is None and not self.failure:
+            self.wake(Disconnected("The server is shutting down."))
 
-    def abort(self, failure: ProxyError) -> None:
-        """End the wait, for whatever it is."""
-        self.wake(False if self.late_at is None else failure)
-
-    def wake(self, news: bool | ProxyError) -> None:
+    def wake(self, failure: ProxyError | None = None) -> None:
+        self.failure = self.failure or failure
         self._relay.cancel(self._alarm)
-        self._relay.unwatch(self._client)
+        self._relay.unwatch(self.client)
         self._relay.inboxes.discard(self)
-        self._news.put(news)
+        self._on_news(self)
 
 
 class Stream:
@@ -2352,6 +2348,14 @@ _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
+def has_head(data: bytearray) -> bool:
+    """Tell whether a request's head is there, or cannot come any more: HTTP/0.9 and TLS are told at once."""
+    line, line_ends, _ = data.removeprefix(b"\r\n").partition(b"\r\n")  # RFC 9112 section 2.2 on the first
+    if b"\n" in line or (line_ends and not _REQUEST_LINE.fullmatch(line.decode("latin-1"))):
+        return True
+    return b"\r\n\r\n" in data or len(data) > MAX_HEAD_SIZE or not re.match(_TOKEN + "|\r?$", data[:1].decode("latin-1"))
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: reads requests, answers them, and leaves streams to the relay.
 
@@ -2361,8 +2365,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
     def setup(self) -> None:
-        self.connection = self.request
-        self.inbox = Inbox(self.server.relay, self.connection, self.server.settings.client_timeout)
+        self.inbox: Inbox = self.request
+        self.connection = self.inbox.client
         self.peer = "unix" if self.server.path else plain_address(self.client_address[0])
 
     def finish(self) -> None:
@@ -2386,10 +2390,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.stream: Stream | None = None
         self.failure: ProxyError | None = None
         try:
-            if not self._read_head():
-                return
+            self._read_head()
             self._dispatch()
         except ProxyError as failure:
+            if self.inbox.late_at is None:  # nothing was asked
+                return
             self._refuse(failure)
         except OSError:
             self._refuse(Disconnected("The client left."))
@@ -2400,34 +2405,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # What is asked.
 
-    def _read_head(self) -> bool:
-        """Take the next request's head; False where the connection ends, or idles, before it."""
+    def _read_head(self) -> None:
+        """Take the next request's head.  Raises ProxyError."""
         inbox = self.inbox
         inbox.expect()
-        while True:
-            if inbox.data.startswith(b"\r\n"):  # RFC 9112 section 2.2
-                del inbox.data[:2]
-            head, end, rest = inbox.data.partition(b"\r\n\r\n")
-            line = head.partition(b"\r\n")[0]
-            if len(head) > MAX_HEAD_SIZE:
-                raise RequestError("The head of the request is too large.", 431 if len(line) < MAX_HEAD_SIZE else 414)
-            if end or self._ends_line(inbox.data):
+        try:
+            while not has_head(inbox.data):
+                inbox.read(has_head, self.server.gate)
+        finally:  # also of a head that does not come, the first line says how to answer and what to log
+            line, line_ends, _ = inbox.data.removeprefix(b"\r\n").partition(b"\r\n")
+            if line_ends:
                 self._take_request_line(line.decode("latin-1"))
-            if end:
-                inbox.data = rest
-                self._take_fields(bytes(head))
-                return True
-            if not inbox.read(self._ends_head, self.server.gate):
-                if inbox.data:
-                    raise Disconnected("The client left.")
-                return False
-
-    def _ends_line(self, data: bytearray) -> bool:
-        """Tell whether the request line is there, or cannot come any more: HTTP/0.9 and TLS are told at once."""
-        return self.method == "-" and bool(data) and data != b"\r" and (b"\n" in data or not re.match(_TOKEN.encode(), data))
-
-    def _ends_head(self, data: bytearray) -> bool:
-        return b"\r\n\r\n" in data or len(data) > MAX_HEAD_SIZE or self._ends_line(data)
+        head, _, inbox.data = inbox.data.removeprefix(b"\r\n").partition(b"\r\n\r\n")
+        if len(head) > MAX_HEAD_SIZE:
+            raise RequestError("The head of the request is too large.", 431 if len(line) < MAX_HEAD_SIZE else 414)
+        if not line_ends:
+            self._take_request_line(line.decode("latin-1"))
+        self._take_fields(bytes(head))
 
     def _take_request_line(self, line: str) -> None:
         match = _REQUEST_LINE.fullmatch(line)
@@ -2582,8 +2576,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return len(data) >= min(self.body.left or 1, READ_SIZE) or (chunked and b"\n" in data)
 
         while not self.body.complete:
-            if not inbox.data and not inbox.read(is_enough, self.server.gate):
-                raise Disconnected("The client left.")
+            if not inbox.data:
+                inbox.read(is_enough, self.server.gate)
             body += self.body.feed(bytes(inbox.data))
             inbox.data = bytearray(self.body.rest)
             if self.body.broken:
@@ -2765,17 +2759,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.gate = Gate()
         self.relay = Relay()
         self.draining = False
-        self._drain_signal, self._drain_sender = socket.socketpair()  # readable from the start of the drain on
         self.limits = Limits(settings)
         self._max_connections = 2 * settings.max_streams + SPARE_CONNECTIONS if settings.max_streams else sys.maxsize
         self._connections: set[socket.socket] = set()
-        self._changed = threading.Condition()  # guards _connections and _hurried
-        self._hurried = False
-        self._listening = False
+        self._changed = threading.Condition()  # guards _connections, _listening and _hurried
+        self._hurried = self._listening = self._started = False
         self._resources = contextlib.ExitStack()
-        self._accepting = threading.Thread(target=self._accept, name="accept", daemon=True)
-        for resource in (self.relay, self._drain_signal, self._drain_sender):
-            self._resources.callback(resource.close)
+        self._resources.callback(self.relay.close)
         try:
             self.settings = self._resources.enter_context(demo_upstream(settings))
             self.access = Access(settings)
@@ -2803,8 +2793,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve, in threads of its own."""
+        self._started = True
+        self.relay.watch(self.socket, READ, self._on_connection)
         self.relay.start()
-        self._accepting.start()
 
     def stop(self) -> None:
         """Stop accepting, let what is open end for up to drain_timeout seconds, abort the rest, close.
@@ -2814,9 +2805,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.draining:
             return
         self.draining = True
-        if self._accepting.ident:  # or it never started
-            self._drain_sender.send(b"!")
-            self._accepting.join()
+        if self._started:
             self.relay.post(self._drain)
             if not self._wait_for_connections(self.settings.drain_timeout):
                 self.relay.post(self._abort_streams)
@@ -2838,11 +2827,15 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _wait_for_connections(self, timeout: float) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._hurried or not self._connections, timeout)
+            self._changed.wait_for(lambda: self._hurried or not (self._connections or self._listening), timeout)
             return not self._connections
 
     def _drain(self) -> None:
+        self.relay.unwatch(self.socket)
+        for _ in range(BACKLOG):  # those who connected before
+            self._on_connection()
         self.relay.draining = True
+        self._stop_listening()
         for inbox in list(self.relay.inboxes):
             inbox.drain()
 
@@ -2851,7 +2844,7 @@ class Server(http.server.ThreadingHTTPServer):
         for stream in list(self.relay.streams):
             stream.fail(failure)
         for inbox in list(self.relay.inboxes):
-            inbox.abort(failure)
+            inbox.wake(failure)
 
     def _drop_streams(self) -> None:
         for stream in list(self.relay.streams):
@@ -2863,6 +2856,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.path:
             _remove_stale_socket(self.path)
         socketserver.TCPServer.server_bind(self)  # http.server's looks its own name up, which may take long
+        self.socket.setblocking(False)
         self._listening = True
         if self.path:
             os.chmod(self.path, 0o666)  # as open as a loopback port; the folder's mode can say otherwise
@@ -2874,55 +2868,64 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _stop_listening(self) -> None:
         if self._listening:
-            self._listening = False
             if self.path:  # removed now: a successor may bind it while we drain
                 with contextlib.suppress(OSError):
                     os.unlink(self.path)
             self.socket.close()
+            with self._changed:
+                self._listening = False
+                self._changed.notify_all()
 
-    def _accept(self) -> None:
-        self.socket.setblocking(False)
-        room = BACKLOG  # for those who connected before a drain
-        while room > 0:
-            try:
-                self.process_request(*self.get_request())
-                room -= self.draining
-            except BlockingIOError:
-                if not wait_for(self.socket, READ, FOREVER, self._drain_signal) and self.draining:
-                    break
-            except (OSError, RuntimeError) as error:  # no descriptor, or no thread, is left
-                log.error("a connection was not accepted: %s", place_of(error))
-                if self.draining:
-                    break
-                time.sleep(0.1)
-        self._stop_listening()
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        request, client_address = self.socket.accept()
-        request.setblocking(False)
-        if not self.path:
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return request, client_address
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if len(self._connections) >= self._max_connections:  # and no thread for it
-            with contextlib.suppress(OSError):
-                request.send(_TOO_MANY)
-                request.recv(READ_SIZE)  # what is unread would reset the connection, and the answer with it
-            request.close()
+    def _on_connection(self, events: int = 0) -> None:
+        """Accept a connection, if one is there, and have the relay wait for its first request."""
+        try:
+            inbox, _ = self.get_request()
+        except BlockingIOError:
+            return
+        except OSError as error:  # no descriptor is left
+            log.error("a connection was not accepted: %s", place_of(error))
+            self.relay.unwatch(self.socket)
+            self.relay.set_alarm(self.relay.now + 0.1, self._listen)
             return
         with self._changed:
-            self._connections.add(request)
+            self._connections.add(inbox.client)
+        if len(self._connections) > self._max_connections:
+            self._turn_away(inbox)
+        else:
+            inbox.wait(has_head, self._on_request)
+            inbox.on_client(READ)
+
+    def _listen(self) -> None:
+        if self._listening and not self.draining:
+            self.relay.watch(self.socket, READ, self._on_connection)
+
+    def _on_request(self, inbox: Inbox) -> None:
+        if inbox.late_at is None:  # it ended without one
+            self.shutdown_request(inbox)
+            return
         try:
-            super().process_request(request, client_address)
-        except RuntimeError:
-            self.shutdown_request(request)
-            raise
+            self.process_request(inbox, inbox.address)
+        except RuntimeError as error:  # no thread is left
+            log.error("a connection was not accepted: %s", place_of(error))
+            self._turn_away(inbox)
+
+    def get_request(self) -> tuple[Any, Any]:
+        client, address = self.socket.accept()
+        client.setblocking(False)
+        if not self.path:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return Inbox(self.relay, client, address, self.settings.client_timeout), address
+
+    def _turn_away(self, inbox: Inbox) -> None:
+        with contextlib.suppress(OSError):
+            inbox.client.send(_TOO_MANY)
+            inbox.client.recv(READ_SIZE)  # what is unread would reset the connection, and the answer with it
+        self.shutdown_request(inbox)
 
     def shutdown_request(self, request: Any) -> None:
-        request.close()
+        request.client.close()
         with self._changed:
-            self._connections.discard(request)
+            self._connections.discard(request.client)
             self._changed.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
