@@ -117,7 +117,6 @@ MAX_INTERIM = 10  # answers (100, 103) before the one that counts
 MAX_IDLE_CONNECTIONS = 128  # to upstream, between two requests
 MAX_QUIET_CLIENTS = 10_000  # remembered for their limits although they have no stream
 SPARE_CONNECTIONS = 256  # beyond two a stream: those between two requests, and those slow to send one
-READS_PER_TURN = 4  # of one upstream before other streams get their turn
 BACKLOG = 1024  # of connections that wait to be accepted (socketserver: 5)
 # Threads that work at a time; those that wait do not count.  More of them starve the relay of the interpreter
 # when a thousand requests arrive at once.
@@ -494,18 +493,18 @@ class Answer:
 
     def feed(self, body: bytes) -> bytes:
         """Return what body adds to the answer, for the client."""
-        out: list[bytes] = []
         if self.failure:
             return b""
         if self._document is not None:
             self.events += bool(body)
             self._document += body
             return self.close(None) if len(self._document) > MAX_EVENT_SIZE else b""
+        out: list[bytes] = []
         try:
             self._feed(body, out)
         except UpstreamError as error:
             self._fail(error)
-        return b"".join(out)
+        return out[0] if len(out) == 1 else b"".join(out)
 
     def close(self, cut: UpstreamError | None) -> bytes:
         """Take the end of the body, and what was wrong with its framing; sets done or failure."""
@@ -785,6 +784,7 @@ def passes_back(name: str) -> bool:
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 _QUOTED = r'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'  # section 5.6.4
 _VALUE = r"[\t \x21-\x7e\x80-\xff]*"  # section 5.5: no CR, LF or NUL
+_VALUES = re.compile(_VALUE)
 
 # Lines of RFC 9112, matched whole: int() would also take "+5", "0x5" and "1_0".
 _FIELD_LINE = re.compile(f"({_TOKEN}):({_VALUE})")  # section 5: no space before the colon, no folding
@@ -804,11 +804,9 @@ def encode_chunk(data: bytes) -> bytes:
 
 def encode_head(line: str, fields: Mapping[str, str]) -> bytes:
     """Return a head.  Raises ValueError for a value that would forge a line."""
-    lines = [line]
-    for name, value in fields.items():
-        if not re.fullmatch(_VALUE, value):
-            raise ValueError(f"bad value for header field {name}")
-        lines.append(f"{name}: {value}")
+    if not _VALUES.fullmatch("".join(fields.values())):
+        raise ValueError("a bad value in a header field")
+    lines = [line, *[f"{name}: {value}" for name, value in fields.items()]]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
@@ -957,7 +955,7 @@ def body_decoder(fields: Mapping[str, str], default: BodyDecoder) -> BodyDecoder
         return ChunkedDecoder()
     if length is None:
         return default
-    if not re.fullmatch("[0-9]{1,15}", length):
+    if not (length.isascii() and length.isdigit() and len(length) < 16):
         raise ValueError("a Content-Length that is not one number")
     return BodyDecoder(int(length))
 
@@ -1385,6 +1383,9 @@ class Limits:
         self._total += 1
 
 
+_PORT = re.compile(":[0-9]*$")
+
+
 class Access:
     """Who may ask: tokens, the pages of which origins, and under which names."""
 
@@ -1411,8 +1412,8 @@ class Access:
 
         own_address returns the address that was connected to.  Raises RequestError.
         """
-        name = re.sub(":[0-9]*$", "", host).strip("[]").lower()
-        if not (self._any_name or is_loopback(name) or name in self._names or name == own_address()):
+        name = _PORT.sub("", host).strip("[]").lower()
+        if not (self._any_name or name in self._names or is_loopback(name) or name == own_address()):
             raise RequestError(f"This server does not answer to the name {name[:100]!a} (--allow-host).", 403)
 
     def cors_fields(self, fields: Mapping[str, str]) -> dict[str, str]:
@@ -1428,7 +1429,8 @@ class Access:
     def check_origin(self, fields: Mapping[str, str]) -> None:
         """Check that no page asks but our own, or one of an allowed origin.  Raises RequestError."""
         origin, site = fields.get("origin", ""), fields.get("sec-fetch-site", "")
-        own = re.sub("^https?://", "", origin).lower() == fields.get("host", "").lower() or site == "same-origin"
+        host = fields.get("host", "").lower()
+        own = site == "same-origin" or origin.lower() in (f"http://{host}", f"https://{host}")
         if (origin and not own and origin not in self._settings.allow_origin) or (site in ("cross-site", "same-site") and not origin):
             raise RequestError(f"Pages of {origin[:100] or 'another site'} may not ask (--allow-origin).", 403)
 
@@ -1508,14 +1510,15 @@ class Relay:
         self.now = clock()  # when this turn's events came
         # epoll itself: the way through selectors costs a fifth of what a piece of text costs in all.
         self._epoll: Any = getattr(select, "epoll", _Selector)()
-        self._watched: dict[int, tuple[int, Callable[[int], None]]] = {}  # by descriptor
+        self._callbacks: dict[int, Callable[[int], None]] = {}  # by descriptor
+        self._events: dict[int, int] = {}
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
         self._alarms: list[list[Any]] = []  # a heap of [when, order, callback, or None if cancelled]
         self._cancelled = 0  # of those, about
         self._order = itertools.count()  # so that the heap never compares callbacks
         self._bell, self._rope = socket.socketpair()  # pulling the rope rings the bell, which wakes the selector
         self._bell.setblocking(False)
-        self._rung = False
+        self._asleep = False
         self.watch(self._bell, READ, self._on_bell)
         self._running = True
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
@@ -1536,22 +1539,23 @@ class Relay:
     def post(self, call: Callable[[], None]) -> None:
         """Have the relay's thread make a call.  For any thread."""
         self._posts.append(call)
-        if not self._rung:
-            self._rung = True
+        if self._asleep:
+            self._asleep = False
             self._rope.send(b"!")
 
     def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
         """Call back when sock is ready for events: READ, WRITE or both.  Undone by unwatch, before sock is closed."""
         fd = sock.fileno()
-        before = self._watched.get(fd)
-        self._watched[fd] = events, callback
+        before = self._events.get(fd)
+        self._callbacks[fd], self._events[fd] = callback, events
         if not before:
             self._epoll.register(fd, events)
-        elif before[0] != events:
+        elif before != events:
             self._epoll.modify(fd, events)
 
     def unwatch(self, sock: socket.socket) -> None:
-        if self._watched.pop(sock.fileno(), None):
+        if self._callbacks.pop(sock.fileno(), None):
+            del self._events[sock.fileno()]
             self._epoll.unregister(sock.fileno())
 
     def set_alarm(self, when: float, callback: Callable[[], None]) -> list[Any]:
@@ -1571,14 +1575,19 @@ class Relay:
 
     def turn(self, timeout: float | None = None) -> None:
         """Wait for at most timeout seconds (None: until an alarm), then do all there is to do."""
-        if timeout is None and self._alarms:
-            timeout = max(0.0, self._alarms[0][0] - self.clock())
-        ready = self._epoll.poll(FOREVER if timeout is None else min(timeout, FOREVER))
+        if timeout is None:
+            timeout = max(0.0, self._alarms[0][0] - self.clock()) if self._alarms else FOREVER
+        self._asleep = True  # from here on, a post rings the bell; those before are seen here
+        ready = self._epoll.poll(0 if self._posts else min(timeout, FOREVER))
+        self._asleep = False
         self.now = self.clock()
         for fd, events in ready:
-            watched = self._watched.get(fd)
-            if watched:  # or what came before has ended it
-                self._call(watched[1], events)
+            callback = self._callbacks.get(fd)
+            if callback:  # or what came before has ended it
+                try:
+                    callback(events)
+                except Exception as error:  # noqa: BLE001
+                    self._take_fault(callback, error)
         for _ in range(len(self._posts)):  # what these post is for the next turn: other streams come first
             self._call(self._posts.popleft())
         while self._alarms and (self._alarms[0][0] <= self.now or not self._alarms[0][2]):
@@ -1592,22 +1601,24 @@ class Relay:
 
     def _on_bell(self, events: int) -> None:
         self._bell.recv(READ_SIZE)
-        self._rung = False
 
     def _stop(self) -> None:
         self._running = False
 
-    def _call(self, callback: Callable[..., None], *events: int) -> None:
-        """Make a call.  A fault in one stream ends that stream and touches no other."""
+    def _call(self, callback: Callable[[], None]) -> None:
         try:
-            callback(*events)
+            callback()
         except Exception as error:  # noqa: BLE001
-            log.error("fault in the relay: %s", place_of(error))
-            owner: Any = getattr(getattr(callback, "func", callback), "__self__", None)
-            if owner in self.streams:
-                owner.drop(ProxyError("Internal error."))
-            elif owner in self.inboxes:
-                owner.wake(ProxyError("Internal error."))
+            self._take_fault(callback, error)
+
+    def _take_fault(self, callback: Callable[..., None], error: Exception) -> None:
+        """A fault in one stream ends that stream and touches no other."""
+        log.error("fault in the relay: %s", place_of(error))
+        owner: Any = getattr(getattr(callback, "func", callback), "__self__", None)
+        if owner in self.streams:
+            owner.drop(ProxyError("Internal error."))
+        elif owner in self.inboxes:
+            owner.wake(ProxyError("Internal error."))
 
 
 # 10 ------------------------------------------------------------------ Upstream
@@ -1713,14 +1724,16 @@ class Connection:
         self.pool = pool
         self.reused = False
         self.broken = False  # its end came without a word: no close, no TLS closure (RFC 9112 section 9.8)
-        # TLS may hold decrypted bytes that a selector does not see: it is read until it would block.
-        self.hides = isinstance(sock, ssl.SSLSocket)
         if isinstance(sock, ssl.SSLSocket):
             sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         self.alarm: list[Any] = [0.0, 0, None]
 
     def read(self) -> bytes | None:
-        """Return what has come; b"" at the end of the connection, None where nothing came."""
+        """Return what has come; b"" at the end of the connection, None where nothing came.
+
+        Of TLS that is a whole record, which READ_SIZE is larger than: nothing decrypted is left
+        where a selector does not see it.
+        """
         try:
             return self.sock.recv(READ_SIZE)
         except WOULD_BLOCK:
@@ -2078,27 +2091,23 @@ class Stream:
         self.begin()
         if not self._blocked:
             self._relay.watch(connection.sock, READ, self.on_upstream)
-            if connection.hides:
-                self.on_upstream(READ)
 
     def on_upstream(self, events: int) -> None:
         """Read what has arrived and pass it on."""
-        for _ in range(READS_PER_TURN):
-            connection = self._connection
-            if not connection or self._blocked:
-                return
-            data = connection.read()
-            if data is None:
-                return
-            if self._body:
-                if not (data or connection.broken):
-                    self._body.close()
-                self._take(data, closed=not data)
-            else:
-                self._take_head(data)
-            if not connection.hides:
-                return
-        self._relay.post(functools.partial(self.on_upstream, READ))
+        connection = self._connection
+        if not connection or self._blocked:
+            return
+        data = connection.read()
+        if data is None:
+            return
+        if not self._body:
+            self._take_head(data)
+        elif data:
+            self._take(data)
+        else:
+            if not connection.broken:
+                self._body.close()
+            self._take(b"", closed=True)
 
     def on_client(self, events: int) -> None:
         """Send what waits, and take what the client sends: mostly, that it leaves."""
@@ -2258,7 +2267,6 @@ class Stream:
         self._relay.watch(self._client, READ, self.on_client)
         if self._connection:
             self._relay.watch(self._connection.sock, READ, self.on_upstream)
-            self.on_upstream(READ)  # also for what TLS may hold
         if self._ending_at is not None:
             self._ending_at = self._relay.now
             self._set_alarm()  # END_GRACE did not run meanwhile, and is shorter than the other clocks
@@ -2322,7 +2330,10 @@ class Stream:
 
 # 12 ------------------------------------------------------------------ Server
 
+_LINE_START = re.compile(f"{_TOKEN}|\r?$".encode())
 _REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])")  # RFC 9112 section 3
+_MODEL_PATH = re.compile("^/v1/models/.+")
+_REQUEST_ID = re.compile("[0-9A-Za-z._-]{1,64}")
 _HOST = re.compile(r"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
 
 
@@ -2353,7 +2364,7 @@ def has_head(data: bytearray) -> bool:
     line, line_ends, _ = data.removeprefix(b"\r\n").partition(b"\r\n")  # RFC 9112 section 2.2 on the first
     if b"\n" in line or (line_ends and not _REQUEST_LINE.fullmatch(line.decode("latin-1"))):
         return True
-    return b"\r\n\r\n" in data or len(data) > MAX_HEAD_SIZE or not re.match(_TOKEN + "|\r?$", data[:1].decode("latin-1"))
+    return b"\r\n\r\n" in data or len(data) > MAX_HEAD_SIZE or not _LINE_START.match(data)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2451,7 +2462,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if scheme.lower() in ("http", "https") and rest.partition("/")[0].lower() == host.lower():
             self.path = "/" + rest.partition("/")[2]  # absolute form, RFC 9112 section 3.2.2
         self.body = body
-        if re.fullmatch("[0-9A-Za-z._-]{1,64}", self.fields.get("x-request-id", "")):
+        if _REQUEST_ID.fullmatch(self.fields.get("x-request-id", "")):
             self.request_id = self.fields["x-request-id"]
         tokens = [token.strip() for token in self.fields.get("connection", "").lower().split(",")]
         self.close_connection = not self.http11 or "close" in tokens
@@ -2461,7 +2472,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         access = self.server.access
         self.client = access.address_of(self.peer, self.fields.get("x-forwarded-for", ""))
         self.cors = access.cors_fields(self.fields)
-        methods = _ROUTES.get(re.sub("^/v1/models/.+", "/v1/models", self.path))
+        methods = _ROUTES.get(_MODEL_PATH.sub("/v1/models", self.path))
         if not methods:
             raise RequestError("There is nothing at this path.", 404)
         self.allowed = allowed = ", ".join(methods)
@@ -2714,7 +2725,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             entry.update(
                 ttft=ttft, pieces=answer.pieces, bytes=answer.size, usage=answer.usage, upstream_id=answer.request_id
             )
-        log.info(entry)
+        if log.isEnabledFor(logging.INFO):  # log.info would look, at some cost, where it is called from
+            log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, entry, (), None))
 
 
 def _get(function: Callable[[Handler], None]) -> dict[str, Callable[[Handler], None]]:
@@ -2899,7 +2911,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self._listening and not self.draining:
             self.relay.watch(self.socket, READ, self._on_connection)
 
-    def _on_request(self, inbox: Inbox) -> None:
+    def _on_request(self, inbox: Any) -> None:
         if inbox.late_at is None:  # it ended without one
             self.shutdown_request(inbox)
             return
