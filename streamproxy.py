@@ -109,6 +109,7 @@ END_GRACE = 1.0  # for usage and [DONE] to follow a finish_reason
 ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is over
 KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
 STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
+IDLE_THREAD_TIMEOUT = 0.1  # for a thread whose connection has ended to be given another
 FOREVER = 86400.0  # where a wait needs a number and there is no limit
 
 # Counts.
@@ -385,8 +386,8 @@ def parse_payload(data: str, type: str = "message") -> dict[str, Any]:
             raise ValueError("more than one value")
     except (ValueError, RecursionError):
         raise Garbled("Upstream sent what is not JSON.") from None
-    if type == "error" or (isinstance(payload, dict) and payload.get("error")):
-        error = payload.get("error") if isinstance(payload, dict) else None
+    error = payload.get("error") if isinstance(payload, dict) else None
+    if error or type == "error":
         code = error.get("code") if isinstance(error, dict) else None
         status = code if isinstance(code, int) and code in PASSED_STATUSES else 502
         raise quoting("Upstream reported an error.", status, payload)
@@ -403,14 +404,15 @@ def parse_choice(payload: dict[str, Any], part: str) -> tuple[str, str, str | No
     """
     try:
         choices = payload.get("choices")
-        if not choices or choices[0].get("index"):  # a further answer, where somebody set n
+        choice = choices[0] if choices else {}
+        if choice.get("index"):  # a further answer, where somebody set n
             return "", "", None
-        message = choices[0].get(part) or {}
+        message = choice.get(part) or {}
         content = message.get("content") or ""
         if not isinstance(content, str):  # typed parts: [{"type": "text", "text": "..."}, ...]
             content = "".join([item["text"] for item in content if item["type"] == "text"])
         reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-        return content, reasoning if isinstance(reasoning, str) else "", choices[0].get("finish_reason")
+        return content, reasoning if isinstance(reasoning, str) else "", choice.get("finish_reason")
     except (AttributeError, LookupError, TypeError):
         raise Garbled("Upstream sent JSON that is not a chat completion's.") from None
 
@@ -444,13 +446,13 @@ def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
     return UpstreamError(f"Upstream failed with status {status}.")
 
 
-def join_halves(joiner: codecs.IncrementalDecoder, text: str) -> str:
+def join_halves(joiner: codecs.BufferedIncrementalDecoder, text: str) -> str:
     """Return text with the surrogate pairs whole that upstream split over two events.
 
     A tokeniser may cut an emoji in two, and JSON then carries each half as an escape of its own.
     joiner, for UTF-16, keeps the first half until the second comes, and makes U+FFFD of one left alone.
     """
-    if text.isascii() and not joiner.getstate()[0]:  # mostly
+    if text.isascii() and not joiner.buffer:  # mostly
         return text
     return joiner.decode(text.encode("utf-16-le", "surrogatepass"))
 
@@ -613,10 +615,11 @@ class TextAnswer(Answer):
 
     def _take_payload(self, payload: dict[str, Any], part: str, out: list[bytes]) -> None:
         text, reasoning, finish_reason = parse_choice(payload, part)
-        reasoning = reasoning and join_halves(self._joiners["reasoning"], reasoning)
         if reasoning:
-            out.append(self.encode("reasoning", text=reasoning))
-        text = text and join_halves(self._joiners["message"], text)
+            reasoning = join_halves(self._joiners["reasoning"], reasoning)
+            out.append(self.encode("reasoning", text=reasoning) if reasoning else b"")
+        if text:
+            text = join_halves(self._joiners["message"], text)
         if text:
             self.pieces += 1
             self.size += len(text.encode())
@@ -662,8 +665,7 @@ class PassedAnswer(Answer):
 
     # What events are searched for: only those that have it are parsed.
     _TYPE_OR_DONE = re.compile(rb"\n(?:event:|data: *\[)")
-    _FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
-    _ERROR = re.compile(rb'"error"\s*:\s*(?!null|false|""|\{\})')
+    _FINISH_OR_ERROR = re.compile(rb'"finish_reason"\s*:\s*"[^"]|"error"\s*:\s*(?!null|false|""|\{\})')
     # What ends a stream, beside [DONE]: Anthropic's messages, OpenAI's responses.
     _LAST_TYPES = ("message_stop", "response.completed", "response.incomplete", "response.failed")
 
@@ -713,7 +715,7 @@ class PassedAnswer(Answer):
         cr = block[-1:] == b"\r"  # lines end so: rare enough to be parsed all
         if b"\ndata" in block or cr:
             self.events += 1
-            if self._TYPE_OR_DONE.search(block) or self._FINISH_REASON.search(block) or self._ERROR.search(block) or cr:
+            if self._FINISH_OR_ERROR.search(block) or self._TYPE_OR_DONE.search(block) or cr:
                 for event in EventParser(len(block) + 1).feed(block):
                     self._take_event(event)
 
@@ -2100,14 +2102,15 @@ class Stream:
         data = connection.read()
         if data is None:
             return
-        if not self._body:
+        body = self._body
+        if not body:
             self._take_head(data)
         elif data:
-            self._take(data)
+            self._take(body, data)
         else:
             if not connection.broken:
-                self._body.close()
-            self._take(b"", closed=True)
+                body.close()
+            self._take(body, b"", closed=True)
 
     def on_client(self, events: int) -> None:
         """Send what waits, and take what the client sends: mostly, that it leaves."""
@@ -2185,12 +2188,11 @@ class Stream:
         self.answer.start(status, fields)
         if self.answer.eager and not (self.answer.failure or self.answer.refused):
             self._write(b"")
-        self._take(rest)
+        self._take(self._body, rest)
 
-    def _take(self, data: bytes, closed: bool = False) -> None:
+    def _take(self, body: BodyDecoder, data: bytes, closed: bool = False) -> None:
         """Pass on what data adds to the answer; closed: it is the last of upstream's connection."""
-        assert self._body
-        answer, body, events = self.answer, self._body, self.answer.events
+        answer, before = self.answer, self.answer.events
         out = answer.feed(body.feed(data))
         if body.complete:
             out += answer.close(None)
@@ -2205,7 +2207,7 @@ class Stream:
             self._write(out)
         if answer.failure:
             self.fail(answer.failure)
-        elif answer.events != events:
+        elif answer.events != before:
             self._event_at = self._relay.now
             if answer.ending and self._ending_at is None:
                 self._ending_at = self._event_at
@@ -2217,18 +2219,16 @@ class Stream:
 
     def _write(self, body: bytes, last: bool = False) -> None:
         """Send body as one chunk, with the head before the first and the last chunk behind the last."""
-        head = b""
         if not self.started:
             self.started = True
-            head, self._chunked = self._encode_head()
-        data = head + encode_chunk(body) if self._chunked else head + body
-        if last and self._chunked:
-            data += LAST_CHUNK
+            self._pending, self._chunked = self._encode_head()
+        data = encode_chunk(body) if self._chunked else body
+        if last:
+            self._closing = self.intact = True
+            data += LAST_CHUNK if self._chunked else b""
         self._write_at = self._relay.now
         if self.first_text_at is None and self.answer.pieces:
             self.first_text_at = self._write_at
-        if last:
-            self._closing = self.intact = True
         self._pending = self._pending + data if self._pending else data
         if not self._blocked:
             self._flush()
@@ -2774,7 +2774,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.limits = Limits(settings)
         self._max_connections = 2 * settings.max_streams + SPARE_CONNECTIONS if settings.max_streams else sys.maxsize
         self._connections: set[socket.socket] = set()
-        self._changed = threading.Condition()  # guards _connections, _listening and _hurried
+        self._tasks: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()  # for idle threads; (): to end
+        self._idle_threads = 0  # those that none is meant for
+        self._changed = threading.Condition()  # guards _idle_threads, _connections, _listening and _hurried
         self._hurried = self._listening = self._started = False
         self._resources = contextlib.ExitStack()
         self._resources.callback(self.relay.close)
@@ -2877,6 +2879,10 @@ class Server(http.server.ThreadingHTTPServer):
         self._stop_listening()
         super().server_close()
         self._resources.close()
+        with self._changed:
+            for _ in range(self._idle_threads):
+                self._tasks.put(())
+            self._idle_threads = 0
 
     def _stop_listening(self) -> None:
         if self._listening:
@@ -2920,6 +2926,29 @@ class Server(http.server.ThreadingHTTPServer):
         except RuntimeError as error:  # no thread is left
             log.error("a connection was not accepted: %s", place_of(error))
             self._turn_away(inbox)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a connection to an idle thread, or to a new one, which costs as much again as a short request."""
+        with self._changed:
+            idle = self._idle_threads > 0
+            self._idle_threads -= idle
+        if idle:
+            self._tasks.put((request, client_address))
+        else:
+            super().process_request(request, client_address)
+
+    def process_request_thread(self, *task: Any) -> None:
+        while task:
+            super().process_request_thread(*task)
+            with self._changed:
+                self._idle_threads += 1
+            try:
+                task = self._tasks.get(timeout=IDLE_THREAD_TIMEOUT)
+            except queue.Empty:
+                with self._changed:
+                    leaves = self._idle_threads > 0  # or a task is on its way
+                    self._idle_threads -= leaves
+                task = () if leaves else self._tasks.get()
 
     def get_request(self) -> tuple[Any, Any]:
         client, address = self.socket.accept()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import errno
 import gc
 import http.client
 import json
@@ -1549,16 +1550,14 @@ def test_limits_refuse_before_a_body_is_read(provider: Provider) -> None:
 # ---------------------------------------------------------------- hostile input
 
 
-def test_more_connections_than_threads_are_for_are_told_so(provider: Provider) -> None:
+def test_more_connections_than_are_allowed_are_told_so(provider: Provider) -> None:
     with running(provider, max_streams=1) as server:
         most = 2 + streamproxy.SPARE_CONNECTIONS
         clients = [Client(server) for _ in range(most)]
         wait_for(lambda: len(server._connections) == most)
-        threads = threading.active_count()
         with Client(server) as extra:
             head = extra.head()
             assert (head.status, head.fields["Retry-After"]) == (503, "1") and extra.exactly(int(head.fields["Content-Length"])) and extra.rest() == b""
-        assert threading.active_count() == threads
         clients.pop().sock.close()
         wait_for(lambda: len(server._connections) < most)
         with Client(server).ask(method="GET", path="/healthz") as client:
@@ -1567,11 +1566,66 @@ def test_more_connections_than_threads_are_for_are_told_so(provider: Provider) -
             client.sock.close()
 
 
+def test_connection_without_a_request_holds_no_thread(server: Any) -> None:
+    before = threading.active_count()
+    clients = [Client(server) for _ in range(100)]
+    for client in clients[::2]:
+        client.send(b"POST / HTTP/1.1\r\nHost: a\r\n")
+    wait_for(lambda: len(server._connections) == 100 and sum(bool(inbox.data) for inbox in server.relay.inboxes) == 50)
+    assert threading.active_count() == before
+    for client in clients:
+        client.sock.close()
+
+
+def test_thread_whose_connection_ended_takes_the_next(server: Any, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(streamproxy, "IDLE_THREAD_TIMEOUT", DEADLINE)
+    for _ in range(3):
+        with Client(server).ask(method="GET", path="/healthz") as client:
+            client.head()
+        wait_for(lambda: server._idle_threads == 1)
+    assert len(log_entries(caplog, 3)) == 3 and len({record.thread for record in caplog.records}) == 1
+
+
+def test_idle_thread_leaves(server: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(streamproxy, "IDLE_THREAD_TIMEOUT", 0.01)
+    before = threading.active_count()  # none has come to this server
+    for _ in range(20):
+        with Client(server).ask(method="GET", path="/healthz") as client:
+            client.head()
+        wait_for(lambda: (threading.active_count(), server._idle_threads), lambda now: now == (before, 0))
+
+
+def test_connection_for_which_no_thread_is_left_is_told_so(server: Any, monkeypatch: Any) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with Client(server).ask(method="GET", path="/healthz") as client:
+            assert client.head().status == 503
+    with Client(server).ask(method="GET", path="/healthz") as client:
+        assert client.head().status == 200
+
+
+def test_connection_for_which_no_descriptor_is_left_is_accepted_later(server: Any, monkeypatch: Any, caplog: Any) -> None:
+    accept = server.get_request
+
+    def get_request() -> Any:
+        if not caplog.records:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept()
+
+    monkeypatch.setattr(server, "get_request", get_request)
+    with Client(server).ask(method="GET", path="/healthz") as client:
+        assert client.head().status == 200
+    assert "a connection was not accepted" in caplog.text
+
+
 def test_2000_connections_opened_and_dropped_leave_nothing_behind(server: Any, provider: Provider) -> None:
     def good() -> None:
         with Client(server).ask(method="GET", path="/healthz") as client:
             assert client.head().status == 200
-        wait_for(lambda: not server._connections)
+        wait_for(lambda: not server._connections and not server._idle_threads)
     good()
     before = threading.active_count(), descriptors()
     pieces = [b"", b"G", b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\n" + H + b"Content-Length: 9\r\n\r\n{", b"\0" * 99]
@@ -2541,8 +2595,8 @@ def descriptors() -> int:
 def test_200_clients_leave_at_once_and_no_thread_or_descriptor_is_left(server: Any, provider: Provider) -> None:
     with Client(server).ask(method="GET", path="/healthz") as client:
         client.head()
-    wait_for(lambda: not server._connections)
-    before = wait_for(threading.active_count), descriptors()
+    wait_for(lambda: not server._connections and not server._idle_threads)
+    before = threading.active_count(), descriptors()
     clients = [Client(server).ask(PROMPT) for _ in range(200)]
     upstreams = [provider.take() for _ in clients]
     for number, upstream in enumerate(upstreams):
