@@ -21,10 +21,9 @@ It terminates no TLS, stores nothing and knows no users: nginx in front does the
 
 Life of a request, and the section of this file for each step:
 
-    Server accepts; a thread takes the connection                        12
-      Handler reads, through its Inbox, and checks the request           12
+    the relay accepts; Inbox takes the request in                        9, 11
+      a thread takes the connection; Handler checks the request          12
         Access and Limits let it pass                                    8
-        Stream has the relay watch the client                            11
         Upstream.open sends the request, on a new or a warm connection   10
         the thread sleeps; the relay moves what arrives:                 9
           BodyDecoder       upstream's framing to the bytes of the body  5
@@ -33,8 +32,8 @@ Life of a request, and the section of this file for each step:
           Stream            one chunk, one send                          11
         the thread wakes, answers with an error if nothing was sent, logs the request
 
-There is a thread a connection for what is short and blocks, and one, the relay, for what is
-long: it owns every clock and waits for nothing but its selector.
+There is a thread a connection, once it has asked, for what is short and blocks; and one, the
+relay, for what is long: it owns every clock and waits for nothing but its selector.
 
 Sources: RFC 9110 and 9112 (HTTP), WHATWG HTML section 9.2 (server-sent events).
 """
