@@ -1928,10 +1928,10 @@ class Upstream(urllib.request.BaseHandler):
 
 
 class Inbox:
-    """What a client sent and no thread has taken yet.
+    """A client's connection, and what it sent that no thread has taken yet.
 
-    The relay reads what comes, until it is enough: neither does a connection hold a thread before its
-    first request is there, nor does a request that drips in cost one's waking for each byte.
+    The relay reads what comes, until it is enough: a connection holds no thread before its first request
+    is there, and one that drips in wakes its thread once, not for each byte.
     """
 
     def __init__(self, relay: Relay, client: socket.socket, address: Any, timeout: float) -> None:
@@ -2412,13 +2412,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.error("fault in request %s: %s", self.request_id, place_of(error))
             self._refuse(ProxyError("Internal error."))
         self._log()
+        self.inbox.expect()
 
     # What is asked.
 
     def _read_head(self) -> None:
         """Take the next request's head.  Raises ProxyError."""
         inbox = self.inbox
-        inbox.expect()
         try:
             while not has_head(inbox.data):
                 inbox.read(has_head, self.server.gate)

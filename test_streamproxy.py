@@ -1566,6 +1566,16 @@ def test_more_connections_than_are_allowed_are_told_so(provider: Provider) -> No
             client.sock.close()
 
 
+def test_head_and_body_must_arrive_within_one_timeout(server: Any) -> None:
+    with Client(server) as client:
+        client.send(b"P")
+        inbox = wait_for(lambda: [inbox for inbox in server.relay.inboxes if inbox.data])[0]
+        late_at = inbox.late_at
+        client.send(b"OST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n{")
+        wait_for(lambda: not inbox.data and inbox in server.relay.inboxes)
+        assert inbox.late_at == late_at
+
+
 def test_connection_without_a_request_holds_no_thread(server: Any) -> None:
     before = threading.active_count()
     clients = [Client(server) for _ in range(100)]
