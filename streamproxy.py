@@ -1507,11 +1507,12 @@ class Relay:
         self.streams: set[Any] = set()  # those under way
         self.inboxes: set[Any] = set()  # those that wait
         self.draining = False
+        self.aborted: ProxyError | None = None  # why all streams and inboxes end, those that begin now, too
         self.clock = clock
         self.now = clock()  # when this turn's events came
         # epoll itself: the way through selectors costs a fifth of what a piece of text costs in all.
         self._epoll: Any = getattr(select, "epoll", _Selector)()
-        self._callbacks: dict[int, Callable[[int], None]] = {}  # by descriptor
+        self._callbacks: dict[int, Callable[[int], object]] = {}  # by descriptor
         self._events: dict[int, int] = {}
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
         self._alarms: list[list[Any]] = []  # a heap of [when, order, callback, or None if cancelled]
@@ -1544,15 +1545,15 @@ class Relay:
             self._asleep = False
             self._rope.send(b"!")
 
-    def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
+    def watch(self, sock: socket.socket, events: int, callback: Callable[[int], object]) -> None:
         """Call back when sock is ready for events: READ, WRITE or both.  Undone by unwatch, before sock is closed."""
         fd = sock.fileno()
         before = self._events.get(fd)
-        self._callbacks[fd], self._events[fd] = callback, events
         if not before:
             self._epoll.register(fd, events)
         elif before != events:
             self._epoll.modify(fd, events)
+        self._callbacks[fd], self._events[fd] = callback, events
 
     def unwatch(self, sock: socket.socket) -> None:
         if self._callbacks.pop(sock.fileno(), None):
@@ -1612,14 +1613,15 @@ class Relay:
         except Exception as error:  # noqa: BLE001
             self._take_fault(callback, error)
 
-    def _take_fault(self, callback: Callable[..., None], error: Exception) -> None:
+    def _take_fault(self, callback: Callable[..., object], error: Exception) -> None:
         """A fault in one stream ends that stream and touches no other."""
         log.error("fault in the relay: %s", place_of(error))
         owner: Any = getattr(getattr(callback, "func", callback), "__self__", None)
-        if owner in self.streams:
-            owner.drop(ProxyError("Internal error."))
-        elif owner in self.inboxes:
-            owner.wake(ProxyError("Internal error."))
+        with contextlib.suppress(Exception):
+            if owner in self.streams:
+                owner.drop(ProxyError("Internal error."))
+            elif owner in self.inboxes:
+                owner.wake(ProxyError("Internal error."))
 
 
 # 10 ------------------------------------------------------------------ Upstream
@@ -1876,6 +1878,7 @@ class Upstream(urllib.request.BaseHandler):
             try:
                 return self._send(connection, call, data)
             except OSError:  # it was closed just now
+                call.connected_at = None
                 self.pool.relay.post(functools.partial(self.pool.close, connection))
         connection = Connection(self._connect(request), key, self.pool)
         try:
@@ -1942,16 +1945,16 @@ class Inbox:
         self.late_at: float | None = None  # when the request must have arrived; None: none has begun
         self._relay = relay
         self._timeout = timeout or FOREVER
-        self._enough: Callable[[bytearray], bool] = bool
+        self._enough: Callable[[bytearray, int], bool]
         self._on_news: Callable[[Inbox], None]
         self._alarm: list[Any] = [0.0, 0, None]
 
     def expect(self) -> None:
         """Begin with the next request, which may be there in part."""
-        self.late_at = self._relay.clock() + self._timeout if self.data else None
+        self.late_at = self._relay.clock() + self._timeout if self.data.strip(b"\r\n") else None
 
-    def read(self, enough: Callable[[bytearray], bool], gate: Gate) -> None:
-        """Read what there is, or sleep until enough(data).
+    def read(self, enough: Callable[[bytearray, int], bool], gate: Gate) -> None:
+        """Read what there is, or sleep until enough(data, how much of it was not).
 
         Raises Disconnected at the end of the connection, and where it ends before a request: the server
         drains, or nothing comes for timeout.  Raises RequestError where a request takes longer than that,
@@ -1976,23 +1979,26 @@ class Inbox:
         self.data += data
         if not data:
             self.failure = Disconnected("The client left.")
-        elif self.late_at is None:
+        elif self.late_at is None and self.data.strip(b"\r\n"):  # empty lines are none of a request
             self.late_at = self._relay.clock() + self._timeout
         return True
 
     # The rest is called by the relay.
 
-    def wait(self, enough: Callable[[bytearray], bool], on_news: Callable[[Inbox], None]) -> None:
-        """Call on_news once enough(data), or for a failure."""
+    def wait(self, enough: Callable[[bytearray, int], bool], on_news: Callable[[Inbox], None]) -> None:
+        """Call on_news once enough(data, how much of it was not), or for a failure."""
         self._enough, self._on_news = enough, on_news
         self._relay.inboxes.add(self)
         self._relay.watch(self.client, READ, self.on_client)
         self._alarm = self._relay.set_alarm(self.late_at or self._relay.now + self._timeout, self.on_alarm)
-        if self._relay.draining:
+        if self._relay.aborted:
+            self.wake(self._relay.aborted)
+        elif self._relay.draining:
             self.drain()
 
     def on_client(self, events: int) -> None:
-        if self._receive() and (self.failure or self._enough(self.data)):
+        seen = len(self.data)
+        if self._receive() and (self.failure or self._enough(self.data, seen)):
             self.wake()
 
     def on_alarm(self) -> None:
@@ -2081,15 +2087,17 @@ class Stream:
             self._relay.streams.add(self)
             self._relay.watch(self._client, READ, self.on_client)
             self._set_alarm()
+            if self._relay.aborted:
+                self.fail(self._relay.aborted)
 
     def carry(self, connection: Connection) -> None:
         """Move what comes over connection from now on."""
         self._relay.cancel(connection.alarm)
+        self.begin()
         if self._ended or self._closing:
             connection.pool.close(connection)
             return
         self._connection = connection
-        self.begin()
         if not self._blocked:
             self._relay.watch(connection.sock, READ, self.on_upstream)
 
@@ -2329,8 +2337,9 @@ class Stream:
 
 # 12 ------------------------------------------------------------------ Server
 
-_LINE_START = re.compile(f"{_TOKEN}|\r?$".encode())
+_LINE_START = re.compile(f"{_TOKEN[:-1]}|\r?\\Z".encode())  # or what can become one
 _REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])")  # RFC 9112 section 3
+_BAD_LINE = "The request line is not in HTTP's grammar."
 _MODEL_PATH = re.compile("^/v1/models/.+")
 _REQUEST_ID = re.compile("[0-9A-Za-z._-]{1,64}")
 _HOST = re.compile(r"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
@@ -2358,12 +2367,20 @@ _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
-def has_head(data: bytearray) -> bool:
-    """Tell whether a request's head is there, or cannot come any more: HTTP/0.9 and TLS are told at once."""
-    line, line_ends, _ = data.removeprefix(b"\r\n").partition(b"\r\n")  # RFC 9112 section 2.2 on the first
-    if b"\n" in line or (line_ends and not _REQUEST_LINE.fullmatch(line.decode("latin-1"))):
+def has_head(data: bytearray, seen: int = 0) -> bool:
+    """Tell whether a request's head is there, or cannot come any more: HTTP/0.9 and TLS are told at once.
+
+    seen: of so many bytes it was False.
+    """
+    begin = 2 if data.startswith(b"\r\n") else 0  # RFC 9112 section 2.2
+    if len(data) - begin > MAX_HEAD_SIZE or not _LINE_START.match(data, begin):
         return True
-    return b"\r\n\r\n" in data or len(data) > MAX_HEAD_SIZE or not _LINE_START.match(data)
+    line_end = data.find(b"\n", begin)
+    if line_end >= seen:
+        line = _REQUEST_LINE.fullmatch(data[begin : line_end + 1].decode("latin-1").removesuffix("\r\n"))
+        if not line or line[3] != "1":
+            return True
+    return line_end >= 0 and data.find(b"\r\n\r\n", max(begin, seen - 3)) >= 0
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2426,17 +2443,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             line, line_ends, _ = inbox.data.removeprefix(b"\r\n").partition(b"\r\n")
             if line_ends:
                 self._take_request_line(line.decode("latin-1"))
-        head, _, inbox.data = inbox.data.removeprefix(b"\r\n").partition(b"\r\n\r\n")
+        head, head_ends, inbox.data = inbox.data.removeprefix(b"\r\n").partition(b"\r\n\r\n")
         if len(head) > MAX_HEAD_SIZE:
             raise RequestError("The head of the request is too large.", 431 if len(line) < MAX_HEAD_SIZE else 414)
-        if not line_ends:
-            self._take_request_line(line.decode("latin-1"))
+        if not head_ends:
+            raise RequestError(_BAD_LINE)
         self._take_fields(bytes(head))
 
     def _take_request_line(self, line: str) -> None:
         match = _REQUEST_LINE.fullmatch(line)
         if not match:
-            raise RequestError("The request line is not in HTTP's grammar.")
+            raise RequestError(_BAD_LINE)
         if match[3] != "1":
             raise RequestError("This server speaks HTTP/1.1 and HTTP/1.0.", 505)
         self.method, self.http11 = match[1], match[4] != "0"
@@ -2581,7 +2598,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return the rest of the request's body.  Raises RequestError, and Disconnected."""
         inbox, body = self.inbox, bytearray()
 
-        def is_enough(data: bytearray) -> bool:
+        def is_enough(data: bytearray, seen: int) -> bool:
             chunked = "transfer-encoding" in self.fields  # of which each line, and so the last, may be the end
             return len(data) >= min(self.body.left or 1, READ_SIZE) or (chunked and b"\n" in data)
 
@@ -2627,6 +2644,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.relay, self.connection, answer, call, server.settings, encode_head, news.put
         )
         for fresh in (False, True):
+            if server.relay.aborted:
+                raise server.relay.aborted
             stream.open(server.upstream, fresh)
             with server.gate.outside():
                 if not news.get():
@@ -2806,9 +2825,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve, in threads of its own."""
-        self._started = True
         self.relay.watch(self.socket, READ, self._on_connection)
         self.relay.start()
+        self._started = True
 
     def stop(self) -> None:
         """Stop accepting, let what is open end for up to drain_timeout seconds, abort the rest, close.
@@ -2841,23 +2860,24 @@ class Server(http.server.ThreadingHTTPServer):
     def _wait_for_connections(self, timeout: float) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: self._hurried or not (self._connections or self._listening), timeout)
-            return not self._connections
+            return not (self._connections or self._listening)
 
     def _drain(self) -> None:
         self.relay.unwatch(self.socket)
         for _ in range(BACKLOG):  # those who connected before
-            self._on_connection()
+            if not self._on_connection():
+                break
         self.relay.draining = True
         self._stop_listening()
         for inbox in list(self.relay.inboxes):
             inbox.drain()
 
     def _abort_streams(self) -> None:
-        failure = Aborted("The server is shutting down.", fields={"Retry-After": "1"})
+        self.relay.aborted = Aborted("The server is shutting down.", fields={"Retry-After": "1"})
         for stream in list(self.relay.streams):
-            stream.fail(failure)
+            stream.fail(self.relay.aborted)
         for inbox in list(self.relay.inboxes):
-            inbox.wake(failure)
+            inbox.wake(self.relay.aborted)
 
     def _drop_streams(self) -> None:
         for stream in list(self.relay.streams):
@@ -2893,17 +2913,17 @@ class Server(http.server.ThreadingHTTPServer):
                 self._listening = False
                 self._changed.notify_all()
 
-    def _on_connection(self, events: int = 0) -> None:
+    def _on_connection(self, events: int = 0) -> bool:
         """Accept a connection, if one is there, and have the relay wait for its first request."""
         try:
             inbox, _ = self.get_request()
         except BlockingIOError:
-            return
+            return False
         except OSError as error:  # no descriptor is left
             log.error("a connection was not accepted: %s", place_of(error))
             self.relay.unwatch(self.socket)
             self.relay.set_alarm(self.relay.now + 0.1, self._listen)
-            return
+            return False
         with self._changed:
             self._connections.add(inbox.client)
         if len(self._connections) > self._max_connections:
@@ -2911,6 +2931,7 @@ class Server(http.server.ThreadingHTTPServer):
         else:
             inbox.wait(has_head, self._on_request)
             inbox.on_client(READ)
+        return True
 
     def _listen(self) -> None:
         if self._listening and not self.draining:

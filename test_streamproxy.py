@@ -877,6 +877,20 @@ def test_relay_a_settled_answer_is_complete_whatever_comes_then(late: str) -> No
         assert stage.ended and stage.stream.intact and not stage.stream.failure
 
 
+def test_relay_aborts_also_what_begins_after_it_aborted_the_rest() -> None:
+    with Stage() as stage:
+        stage.relay.aborted = streamproxy.Aborted("The server is shutting down.")
+        stage.relay.streams.clear()  # as if this one began now
+        stage.carry()
+        assert stage.ended and stage.stream.failure is stage.relay.aborted and stage.upstream.gone()
+        near, _far = socket.socketpair()
+        near.setblocking(False)
+        inbox = streamproxy.Inbox(stage.relay, near, "peer", 5.0)
+        news: list[object] = []
+        inbox.wait(bool, news.append)
+        assert news == [inbox] and inbox.failure is stage.relay.aborted and not stage.relay.inboxes
+
+
 def test_relay_idle_clock_does_not_count_time_in_which_we_did_not_listen() -> None:
     with Stage(idle_timeout=5.0, client_timeout=0.0) as stage:
         stage.carry()
@@ -1564,6 +1578,58 @@ def test_more_connections_than_are_allowed_are_told_so(provider: Provider) -> No
             assert client.head().status == 200
         for client in clients:
             client.sock.close()
+
+
+@pytest.mark.parametrize("start", [b"", b"\r\n"])
+def test_head_is_there_at_its_end_and_not_before_wherever_it_is_cut(start: bytes) -> None:
+    head = start + b"POST /?a=b HTTP/1.1\r\nHost: localhost\r\nA: \xe9\r\nContent-Length: 5\r\n\r\n"
+    for size in range(len(head)):
+        assert not streamproxy.has_head(bytearray(head[:size]))
+        for seen in range(size):
+            assert not streamproxy.has_head(bytearray(head[:size]), seen)
+            assert streamproxy.has_head(bytearray(head), seen) and streamproxy.has_head(bytearray(head + b"GET"), seen)
+
+
+@pytest.mark.parametrize("data", [
+    b"\x16", b"\r\n\x16", b" ", b"GET\n", b"GET /\r\n", b"\r\nGET /\r\n", b"GET / HTTP/1.1\n", b"GET / HTTP/2.0\r\n", b"\r\n\r\n", b"\n", b"\rG",
+    b"x" * 65537, b"\r\n" + b"x" * 65537, b"GET / HTTP/1.1\r\nA: " + b"x" * 65536,
+], ids=lambda data: str(data[:20]))  # fmt: skip
+def test_head_that_cannot_come_any_more_is_told_at_once(data: bytes) -> None:
+    assert streamproxy.has_head(bytearray(data)) and streamproxy.has_head(bytearray(data), len(data) - 1)
+
+
+def test_request_behind_an_empty_line_is_not_acted_on_before_its_end(server: Any, provider: Provider, caplog: Any) -> None:
+    with Client(server) as client:
+        client.send(b"\r\nPOST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5")
+        wait_for(lambda: any(inbox.data for inbox in server.relay.inboxes))
+        hidden = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        client.send(b"5\r\n\r\n" + hidden.ljust(55, b" "))
+        assert client.error()[0] == 400
+        client.sock.shutdown(socket.SHUT_WR)
+        assert client.rest() == b""
+    assert len(log_entries(caplog, 1)) == 1 and provider.nobody_came()
+
+
+def test_empty_line_behind_a_body_is_no_request(provider: Provider, caplog: Any) -> None:
+    with running(provider, client_timeout=0.3) as server, Client(server) as client:
+        client.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n\r\n")
+        head = client.head()
+        assert head.status == 200 and client.exactly(3) == b"ok\n" and client.rest() == b""
+    assert len(log_entries(caplog, 1)) == 1
+
+
+def test_stop_serves_who_connected_while_the_relay_was_busy(provider: Provider) -> None:
+    with running(provider, drain_timeout=0.0) as server:
+        busy, go = threading.Event(), threading.Event()
+        server.relay.post(lambda: (busy.set(), go.wait(DEADLINE)))
+        busy.wait(DEADLINE)
+        with Client(server).ask(PROMPT) as client:
+            stopping = threading.Thread(target=server.stop)
+            stopping.start()
+            wait_for(lambda: server.draining)
+            go.set()
+            stopping.join(DEADLINE)
+            assert client.rest().startswith(b"HTTP/1.1 503 ") and not stopping.is_alive() and not server._connections
 
 
 def test_head_and_body_must_arrive_within_one_timeout(server: Any) -> None:
