@@ -445,13 +445,13 @@ def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
     return UpstreamError(f"Upstream failed with status {status}.")
 
 
-def join_halves(joiner: codecs.BufferedIncrementalDecoder, text: str) -> str:
+def join_halves(joiner: codecs.IncrementalDecoder, text: str) -> str:
     """Return text with the surrogate pairs whole that upstream split over two events.
 
     A tokeniser may cut an emoji in two, and JSON then carries each half as an escape of its own.
     joiner, for UTF-16, keeps the first half until the second comes, and makes U+FFFD of one left alone.
     """
-    if text.isascii() and not joiner.buffer:  # mostly
+    if text.isascii() and not joiner.getstate()[0]:  # mostly
         return text
     return joiner.decode(text.encode("utf-16-le", "surrogatepass"))
 
@@ -494,18 +494,18 @@ class Answer:
 
     def feed(self, body: bytes) -> bytes:
         """Return what body adds to the answer, for the client."""
+        out: list[bytes] = []
         if self.failure:
             return b""
         if self._document is not None:
             self.events += bool(body)
             self._document += body
             return self.close(None) if len(self._document) > MAX_EVENT_SIZE else b""
-        out: list[bytes] = []
         try:
             self._feed(body, out)
         except UpstreamError as error:
             self._fail(error)
-        return out[0] if len(out) == 1 else b"".join(out)
+        return b"".join(out)
 
     def close(self, cut: UpstreamError | None) -> bytes:
         """Take the end of the body, and what was wrong with its framing; sets done or failure."""
@@ -614,11 +614,10 @@ class TextAnswer(Answer):
 
     def _take_payload(self, payload: dict[str, Any], part: str, out: list[bytes]) -> None:
         text, reasoning, finish_reason = parse_choice(payload, part)
+        reasoning = reasoning and join_halves(self._joiners["reasoning"], reasoning)
         if reasoning:
-            reasoning = join_halves(self._joiners["reasoning"], reasoning)
-            out.append(self.encode("reasoning", text=reasoning) if reasoning else b"")
-        if text:
-            text = join_halves(self._joiners["message"], text)
+            out.append(self.encode("reasoning", text=reasoning))
+        text = text and join_halves(self._joiners["message"], text)
         if text:
             self.pieces += 1
             self.size += len(text.encode())
@@ -1512,8 +1511,7 @@ class Relay:
         self.now = clock()  # when this turn's events came
         # epoll itself: the way through selectors costs a fifth of what a piece of text costs in all.
         self._epoll: Any = getattr(select, "epoll", _Selector)()
-        self._callbacks: dict[int, Callable[[int], object]] = {}  # by descriptor
-        self._events: dict[int, int] = {}
+        self._watched: dict[int, tuple[int, Callable[[int], object]]] = {}  # by descriptor
         self._posts: collections.deque[Callable[[], None]] = collections.deque()
         self._alarms: list[list[Any]] = []  # a heap of [when, order, callback, or None if cancelled]
         self._cancelled = 0  # of those, about
@@ -1540,7 +1538,7 @@ class Relay:
 
     def post(self, call: Callable[[], None]) -> None:
         """Have the relay's thread make a call.  For any thread."""
-        self._posts.append(call)
+        self._posts.append(call)  # first: whoever sleeps has said so before it looked for posts
         if self._asleep:
             self._asleep = False
             self._rope.send(b"!")
@@ -1548,16 +1546,15 @@ class Relay:
     def watch(self, sock: socket.socket, events: int, callback: Callable[[int], object]) -> None:
         """Call back when sock is ready for events: READ, WRITE or both.  Undone by unwatch, before sock is closed."""
         fd = sock.fileno()
-        before = self._events.get(fd)
+        before = self._watched.get(fd)
         if not before:
             self._epoll.register(fd, events)
-        elif before != events:
+        elif before[0] != events:
             self._epoll.modify(fd, events)
-        self._callbacks[fd], self._events[fd] = callback, events
+        self._watched[fd] = events, callback
 
     def unwatch(self, sock: socket.socket) -> None:
-        if self._callbacks.pop(sock.fileno(), None):
-            del self._events[sock.fileno()]
+        if self._watched.pop(sock.fileno(), None):
             self._epoll.unregister(sock.fileno())
 
     def set_alarm(self, when: float, callback: Callable[[], None]) -> list[Any]:
@@ -1584,12 +1581,9 @@ class Relay:
         self._asleep = False
         self.now = self.clock()
         for fd, events in ready:
-            callback = self._callbacks.get(fd)
-            if callback:  # or what came before has ended it
-                try:
-                    callback(events)
-                except Exception as error:  # noqa: BLE001
-                    self._take_fault(callback, error)
+            watched = self._watched.get(fd)
+            if watched:  # or what came before has ended it
+                self._call(watched[1], events)
         for _ in range(len(self._posts)):  # what these post is for the next turn: other streams come first
             self._call(self._posts.popleft())
         while self._alarms and (self._alarms[0][0] <= self.now or not self._alarms[0][2]):
@@ -1607,21 +1601,18 @@ class Relay:
     def _stop(self) -> None:
         self._running = False
 
-    def _call(self, callback: Callable[[], None]) -> None:
+    def _call(self, callback: Callable[..., object], *events: int) -> None:
+        """Make a call.  A fault in one stream ends that stream and touches no other."""
         try:
-            callback()
+            callback(*events)
         except Exception as error:  # noqa: BLE001
-            self._take_fault(callback, error)
-
-    def _take_fault(self, callback: Callable[..., object], error: Exception) -> None:
-        """A fault in one stream ends that stream and touches no other."""
-        log.error("fault in the relay: %s", place_of(error))
-        owner: Any = getattr(getattr(callback, "func", callback), "__self__", None)
-        with contextlib.suppress(Exception):
-            if owner in self.streams:
-                owner.drop(ProxyError("Internal error."))
-            elif owner in self.inboxes:
-                owner.wake(ProxyError("Internal error."))
+            log.error("fault in the relay: %s", place_of(error))
+            owner: Any = getattr(getattr(callback, "func", callback), "__self__", None)
+            with contextlib.suppress(Exception):
+                if owner in self.streams:
+                    owner.drop(ProxyError("Internal error."))
+                elif owner in self.inboxes:
+                    owner.wake(ProxyError("Internal error."))
 
 
 # 10 ------------------------------------------------------------------ Upstream
@@ -1988,6 +1979,8 @@ class Inbox:
     def wait(self, enough: Callable[[bytearray, int], bool], on_news: Callable[[Inbox], None]) -> None:
         """Call on_news once enough(data, how much of it was not), or for a failure."""
         self._enough, self._on_news = enough, on_news
+        if self._take():  # mostly so for a new connection
+            return
         self._relay.inboxes.add(self)
         self._relay.watch(self.client, READ, self.on_client)
         self._alarm = self._relay.set_alarm(self.late_at or self._relay.now + self._timeout, self.on_alarm)
@@ -1997,9 +1990,7 @@ class Inbox:
             self.drain()
 
     def on_client(self, events: int) -> None:
-        seen = len(self.data)
-        if self._receive() and (self.failure or self._enough(self.data, seen)):
-            self.wake()
+        self._take()
 
     def on_alarm(self) -> None:
         if self.late_at is None:
@@ -2011,9 +2002,16 @@ class Inbox:
 
     def drain(self) -> None:
         """End the wait for a request that has not begun."""
-        self.on_client(READ)
-        if self.late_at is None and not self.failure:
+        if not self._take() and self.late_at is None:
             self.wake(Disconnected("The server is shutting down."))
+
+    def _take(self) -> bool:
+        """Take what has come, and end the wait if that is enough."""
+        seen = len(self.data)
+        over = self._receive() and (self.failure is not None or self._enough(self.data, seen))
+        if over:
+            self.wake()
+        return over
 
     def wake(self, failure: ProxyError | None = None) -> None:
         self.failure = self.failure or failure
@@ -2026,9 +2024,9 @@ class Inbox:
 class Stream:
     """One answer on its way: from upstream's socket, through the decoders, to the client's socket.
 
-    The thread that asks makes it and calls open.  All else happens in the relay's thread, and from
-    the start: the client may leave, a clock may run out and, in SSE mode, the head may have to go,
-    before upstream has said a word.
+    The thread that asks makes it and calls open.  All else happens in the relay's thread, as soon as
+    the other may have to wait: the client may leave, a clock may run out and, in SSE mode, the head
+    may have to go, before upstream has said a word.
     """
 
     def __init__(
@@ -2082,7 +2080,7 @@ class Stream:
     # The rest is called by the relay.
 
     def begin(self) -> None:
-        """Watch the client and the clocks, from now on or from before."""
+        """Watch the client and the clocks, unless that has begun."""
         if self not in self._relay.streams and not self._ended:
             self._relay.streams.add(self)
             self._relay.watch(self._client, READ, self.on_client)
@@ -2345,6 +2343,22 @@ _REQUEST_ID = re.compile("[0-9A-Za-z._-]{1,64}")
 _HOST = re.compile(r"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
 
 
+def has_head(data: bytearray, seen: int = 0) -> bool:
+    """Tell whether a request's head is there, or cannot come any more: HTTP/0.9 and TLS are told at once.
+
+    seen: of so many bytes it was False.
+    """
+    begin = 2 if data.startswith(b"\r\n") else 0  # RFC 9112 section 2.2
+    if len(data) - begin > MAX_HEAD_SIZE or not _LINE_START.match(data, begin):
+        return True
+    line_end = data.find(b"\n", begin)
+    if line_end >= seen:
+        line = _REQUEST_LINE.fullmatch(data[begin : line_end + 1].decode("latin-1").removesuffix("\r\n"))
+        if not line or line[3] != "1":
+            return True
+    return line_end >= 0 and data.find(b"\r\n\r\n", max(begin, seen - 3)) >= 0
+
+
 @functools.lru_cache(maxsize=1)
 def http_date(seconds: int) -> str:
     """A time of the system's clock as RFC 9110 section 5.6.7 has it."""
@@ -2365,22 +2379,6 @@ class LogEntry(dict[str, object]):
 
 _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
-
-
-def has_head(data: bytearray, seen: int = 0) -> bool:
-    """Tell whether a request's head is there, or cannot come any more: HTTP/0.9 and TLS are told at once.
-
-    seen: of so many bytes it was False.
-    """
-    begin = 2 if data.startswith(b"\r\n") else 0  # RFC 9112 section 2.2
-    if len(data) - begin > MAX_HEAD_SIZE or not _LINE_START.match(data, begin):
-        return True
-    line_end = data.find(b"\n", begin)
-    if line_end >= seen:
-        line = _REQUEST_LINE.fullmatch(data[begin : line_end + 1].decode("latin-1").removesuffix("\r\n"))
-        if not line or line[3] != "1":
-            return True
-    return line_end >= 0 and data.find(b"\r\n\r\n", max(begin, seen - 3)) >= 0
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2743,8 +2741,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             entry.update(
                 ttft=ttft, pieces=answer.pieces, bytes=answer.size, usage=answer.usage, upstream_id=answer.request_id
             )
-        if log.isEnabledFor(logging.INFO):  # log.info would look, at some cost, where it is called from
-            log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, entry, (), None))
+        log.info(entry)
 
 
 def _get(function: Callable[[Handler], None]) -> dict[str, Callable[[Handler], None]]:
@@ -2825,7 +2822,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve, in threads of its own."""
-        self.relay.watch(self.socket, READ, self._on_connection)
+        self._listen()
         self.relay.start()
         self._started = True
 
@@ -2930,14 +2927,13 @@ class Server(http.server.ThreadingHTTPServer):
             self._turn_away(inbox)
         else:
             inbox.wait(has_head, self._on_request)
-            inbox.on_client(READ)
         return True
 
     def _listen(self) -> None:
         if self._listening and not self.draining:
             self.relay.watch(self.socket, READ, self._on_connection)
 
-    def _on_request(self, inbox: Any) -> None:
+    def _on_request(self, inbox: Inbox) -> None:
         if inbox.late_at is None:  # it ended without one
             self.shutdown_request(inbox)
             return
@@ -2948,7 +2944,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._turn_away(inbox)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection to an idle thread, or to a new one, which costs as much again as a short request."""
+        """Give a connection to an idle thread, or to a new one, which makes a short request a fifth dearer."""
         with self._changed:
             idle = self._idle_threads > 0
             self._idle_threads -= idle

@@ -1582,10 +1582,9 @@ def test_more_connections_than_are_allowed_are_told_so(provider: Provider) -> No
 def test_head_is_there_at_its_end_and_not_before_wherever_it_is_cut(start: bytes) -> None:
     head = start + b"POST /?a=b HTTP/1.1\r\nHost: localhost\r\nA: \xe9\r\nContent-Length: 5\r\n\r\n"
     for size in range(len(head)):
-        assert not streamproxy.has_head(bytearray(head[:size]))
-        for seen in range(size):
+        assert streamproxy.has_head(bytearray(head), size) and streamproxy.has_head(bytearray(head + b"GET"), size)
+        for seen in range(size + 1):
             assert not streamproxy.has_head(bytearray(head[:size]), seen)
-            assert streamproxy.has_head(bytearray(head), seen) and streamproxy.has_head(bytearray(head + b"GET"), seen)
 
 
 @pytest.mark.parametrize("data", [
@@ -1616,7 +1615,7 @@ def test_empty_line_behind_a_body_is_no_request(provider: Provider, caplog: Any)
     assert len(log_entries(caplog, 1)) == 1
 
 
-def test_stop_serves_who_connected_while_the_relay_was_busy(provider: Provider) -> None:
+def test_stop_answers_who_connected_while_the_relay_was_busy(provider: Provider) -> None:
     with running(provider, drain_timeout=0.0) as server:
         busy, go = threading.Event(), threading.Event()
         server.relay.post(lambda: (busy.set(), go.wait(DEADLINE)))
@@ -1628,6 +1627,23 @@ def test_stop_serves_who_connected_while_the_relay_was_busy(provider: Provider) 
             go.set()
             stopping.join(DEADLINE)
             assert client.rest().startswith(b"HTTP/1.1 503 ") and not stopping.is_alive() and not server._connections
+
+
+def test_request_that_a_warm_connection_did_not_take_does_not_count_as_sent(provider: Provider, monkeypatch: Any) -> None:
+    with Stage() as stage:
+        upstream = streamproxy.Upstream(streamproxy.Settings(upstream=provider.url), streamproxy.Gate(), stage.relay)
+        stage.client.sock.close()  # of the connection that the pool holds for warm
+        monkeypatch.setattr(upstream.pool, "take", lambda key: streamproxy.Connection(stage.near, key, upstream.pool))
+        sent_at = []
+
+        def connect(request: Any) -> Any:
+            sent_at.append(stage.call.connected_at)
+            raise OSError(errno.ECONNREFUSED, "refused")
+
+        monkeypatch.setattr(upstream, "_connect", connect)
+        with pytest.raises(streamproxy.ProxyError, match="connection refused"):
+            upstream.open(stage.call)
+        assert sent_at == [None]
 
 
 def test_head_and_body_must_arrive_within_one_timeout(server: Any) -> None:
