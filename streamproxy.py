@@ -1830,6 +1830,8 @@ class Upstream(urllib.request.BaseHandler):
         if self._base.scheme == "https":
             try:
                 self._context = ssl.create_default_context(cafile=settings.ca_file or None)
+                # Some builds of Python take a connection that is cut for one that is closed.
+                self._context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
             except OSError:
                 raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {settings.ca_file!r}") from None
         # Neither redirects nor file: addresses: handlers that are not there.  The built-in upstream is

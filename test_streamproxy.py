@@ -2738,7 +2738,7 @@ def make_certificate(folder: Path, names: str) -> Path:
 
 def take_tls(provider: Provider, certificate: Path) -> UpstreamPeer:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
+    context.load_cert_chain(str(certificate))
     return UpstreamPeer(context.wrap_socket(provider.listener.accept()[0], server_side=True))
 
 
@@ -2838,7 +2838,7 @@ def test_proxy_connect_for_tls(provider: Provider, certificate: Path, proxy_vari
         assert proxy.head.startswith("CONNECT localhost:443 HTTP/1.") and "uthorization" not in proxy.head
         proxy.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate)
+        context.load_cert_chain(str(certificate))
         with UpstreamPeer(context.wrap_socket(proxy.sock, server_side=True)) as upstream:
             upstream.start(A)
             assert client.head().status == 200 and client.chunk() == b"a"
