@@ -652,6 +652,18 @@ class EventAnswer(TextAnswer):
         return encode_event(json.dumps(payload, ensure_ascii=False), "" if type == "message" else type, last_event_id)
 
 
+def goes_on(body: bytes) -> bool:
+    """Tell whether body is one event, a completion's, which does not end it: mostly, and soon told."""
+    return (
+        body[-2:] == b"\n\n"
+        and body.find(b"\n") == len(body) - 2
+        and body[:7] == b"data: {"
+        and b'"finish_reason":null' in body
+        and b'"finish_reason":"' not in body
+        and b'"error"' not in body
+    )
+
+
 class PassedAnswer(Answer):
     """The answer to an OpenAI client, passed on byte for byte.
 
@@ -696,10 +708,10 @@ class PassedAnswer(Answer):
             self.pieces += 1
             self.size += len(body)
             out.append(body)
-            if self._is_stream:
-                self._look_through(body if self.pieces > 1 else body.removeprefix(codecs.BOM_UTF8))
-            else:
+            if not self._is_stream or (len(self._rest) == 1 and goes_on(body)):
                 self.events += 1
+            else:
+                self._look_through(body if self.pieces > 1 else body.removeprefix(codecs.BOM_UTF8))
 
     def _finish(self, out: list[bytes]) -> None:
         parser = EventParser()

@@ -2287,6 +2287,9 @@ ENDS = {
     "two spaces": (b"data:  [DONE]\n\n", True), "mixed line ends": (b": ping\n\ndata: [DONE]\r\n\r\n", True),
     "cut within the last event": (b'event: response.completed\ndata: {"type": "response.completed", "half', False),
     "cut behind its type": (b"event: message_stop\nda", False), "no blank line": (b'event: message_stop\ndata: {"type":"message_stop"}', True),
+    "one of two choices": (event(b'{"choices":[{"index":0,"finish_reason":null},{"index":1,"finish_reason":"stop"}]}'), True),
+    "choice goes on beside an error": (event(b'{"error":"x","choices":[{"finish_reason":null}]}') + DONE, False),
+    "choice goes on in an error event": (b'data: {"choices":[{"finish_reason":null}]}\nevent: error\n\n' + DONE, False),
     "CR line ends": (b"data: {}\r\rdata: [DONE]\r\r", True), "BOM": (b"\xef\xbb\xbfdata: [DONE]\n\n", True), "finish_reason in text": (delta('"finish_reason":"stop"'), False), "CRLF": (b"data: [DONE]\r\n\r\n", True),
 }
 
@@ -2301,6 +2304,28 @@ def test_api_stream_is_whole_only_with_its_end_event(server: Any, provider: Prov
     for http10 in (False, True):
         assert passed(server, provider, STREAM_HEAD, b"".join(chunk(body[at : at + 1]) for at in range(min(len(body), 2000))) + (chunk(body[2000:]) if body[2000:] else b"")
                       + b"0\r\n\r\n", http10)[1] == expected  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_api_stream_whose_events_come_one_by_one_ends_with_the_same(name: str) -> None:
+    body, expected = ENDS[name]
+    answer = streamproxy.PassedAnswer()
+    answer.start(200, {"content-type": "text/event-stream"})
+    for piece in re.split(b"(?<=\n\n)", body):
+        assert answer.feed(piece) == piece or answer.failure or answer.done
+    answer.close(None)
+    assert answer.done == expected
+
+
+def test_api_event_that_seems_to_go_on_is_looked_at_in_the_state_it_arrives_in() -> None:
+    goes_on = b'{"choices":[{"finish_reason":null}]}\n'
+    answer = streamproxy.PassedAnswer()
+    answer.start(200, {"content-type": "text/event-stream"})
+    answer.feed(b": " + goes_on + b"\n")
+    assert answer.events == 0  # a comment is none
+    answer.feed(b"data: " + goes_on + b"e")
+    answer.feed(b"vent: error\n\n")
+    assert answer.failure and answer.events == 1
 
 
 def test_api_several_choices_need_as_many_finish_reasons(server: Any, provider: Provider) -> None:
