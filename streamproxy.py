@@ -2803,9 +2803,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.limits = Limits(settings)
         self._max_connections = 2 * settings.max_streams + SPARE_CONNECTIONS if settings.max_streams else sys.maxsize
         self._connections: set[socket.socket] = set()
-        self._tasks: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()  # for idle threads; (): to end
-        self._idle_threads = 0  # those that none is meant for
-        self._changed = threading.Condition()  # guards _idle_threads, _connections, _listening and _hurried
+        self._idle_threads: list[queue.SimpleQueue[tuple[Any, ...]]] = []  # where each waits for a task; (): to end
+        self._changed = threading.Condition()  # guards _connections, _listening and _hurried
         self._hurried = self._listening = self._started = False
         self._resources = contextlib.ExitStack()
         self._resources.callback(self.relay.close)
@@ -2909,10 +2908,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._stop_listening()
         super().server_close()
         self._resources.close()
-        with self._changed:
-            for _ in range(self._idle_threads):
-                self._tasks.put(())
-            self._idle_threads = 0
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle_threads.pop().put(())
 
     def _stop_listening(self) -> None:
         if self._listening:
@@ -2958,27 +2956,24 @@ class Server(http.server.ThreadingHTTPServer):
             self._turn_away(inbox)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection to an idle thread, or to a new one, which makes a short request a fifth dearer."""
-        with self._changed:
-            idle = self._idle_threads > 0
-            self._idle_threads -= idle
-        if idle:
-            self._tasks.put((request, client_address))
-        else:
+        """Give a connection to the thread that was idle last, or to a new one, which makes a short request dearer."""
+        try:
+            self._idle_threads.pop().put((request, client_address))
+        except IndexError:
             super().process_request(request, client_address)
 
     def process_request_thread(self, *task: Any) -> None:
+        tasks: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()  # its own: one shared wakes others in vain
         while task:
             super().process_request_thread(*task)
-            with self._changed:
-                self._idle_threads += 1
+            self._idle_threads.append(tasks)
             try:
-                task = self._tasks.get(timeout=IDLE_THREAD_TIMEOUT)
+                task = tasks.get(timeout=IDLE_THREAD_TIMEOUT)
             except queue.Empty:
-                with self._changed:
-                    leaves = self._idle_threads > 0  # or a task is on its way
-                    self._idle_threads -= leaves
-                task = () if leaves else self._tasks.get()
+                with contextlib.suppress(ValueError):  # a task is on its way
+                    self._idle_threads.remove(tasks)
+                    return
+                task = tasks.get()
 
     def get_request(self) -> tuple[Any, Any]:
         client, address = self.socket.accept()
