@@ -3441,12 +3441,29 @@ http { access_log off; server { listen 80; %s
 """
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def front_server(command: list[str], port: int, **environ: str) -> Iterator[Front]:
+    """What command runs, once it accepts connections at port."""
+    front = Front(f"http://127.0.0.1:{port}")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, **environ})
+    try:
+        wait_for(lambda: process.poll() is not None or not refused(front))
+        assert process.poll() is None, process.communicate()[1]
+        yield front
+    finally:
+        process.terminate()
+        process.communicate()
+
+
 @contextlib.contextmanager
 def nginx(folder: Path, config: str) -> Iterator[Front]:
     """nginx with config, its port, logs, sockets and temporary files moved into folder."""
-    binary = program("nginx")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    binary, port = program("nginx"), free_port()
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     for old, new in {
         "user www-data;": "",  # given below: only root's own workers can enter a test's folder
@@ -3459,14 +3476,8 @@ def nginx(folder: Path, config: str) -> Iterator[Front]:
     (folder / "nginx.conf").write_text(config)
     user = "user root;" if os.geteuid() == 0 else ""
     command = [binary, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-g", f"daemon off; pid {folder}/nginx.pid; {user}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    try:
-        wait_for(lambda: process.poll() is not None or not refused(Front(f"http://127.0.0.1:{port}")))
-        assert process.poll() is None, process.communicate()[1]
-        yield Front(f"http://127.0.0.1:{port}")
-    finally:
-        process.terminate()
-        process.communicate()
+    with front_server(command, port) as front:
+        yield front
 
 
 @pytest.mark.parametrize("gzip", ["", GZIP], ids=["plain", "gzip"])
@@ -3581,6 +3592,78 @@ def test_nginx_example_goes_to_another_process_while_one_restarts(provider: Prov
             with Client(front).ask(PROMPT) as client, provider.take() as upstream:
                 upstream.start(A)
                 assert client.head().status == 200 and client.chunk() == b"a"
+
+
+# ---------------------------------------------------------------- other servers in front
+
+APACHE_MODULES = "mpm_event proxy proxy_http deflate filter authz_core"
+# What is around README's lines.
+OTHERS = {
+    "Apache": "PidFile {folder}/pid\nErrorLog {folder}/log\nServerName localhost\nListen 127.0.0.1:{port}\n"
+              + "".join(f"LoadModule {name}_module {{modules}}/mod_{name}.so\n" for name in APACHE_MODULES.split())
+              + "AddOutputFilterByType DEFLATE text/plain text/event-stream\n{lines}",
+    "HAProxy": "{lines}\nfrontend all\n bind 127.0.0.1:{port}\n default_backend streamproxy\n",
+    "Caddy": "{{\n admin off\n}}\n{lines}",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def other_front(name: str, folder: Path, server: Any) -> Iterator[Front]:
+    """The server of that name, set up as README says."""
+    lines = re.search(rf"^```\n# {name}\b.*\n([^`]*)```", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert lines
+    binary, port, config = program({"Apache": "apache2"}.get(name, name.lower())), free_port(), folder / "config"
+    text = lines[1].replace("127.0.0.1:8000", server.url.partition("://")[2]).replace("chat.example.com", f"http://:{port}")
+    config.write_text(OTHERS[name].format(folder=folder, port=port, lines=text, modules="/usr/lib/apache2/modules"))
+    arguments = {"Apache": ["-DFOREGROUND", "-f"], "HAProxy": ["-db", "-f"], "Caddy": ["run", "--adapter", "caddyfile", "--config"]}
+    with front_server([binary, *arguments[name], str(config)], port, HOME=str(folder)) as front:
+        yield front
+
+
+@pytest.mark.parametrize("mode", ["text", "events"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_front_passes_each_piece_on_at_once(provider: Provider, tmp_path: Path, name: str, mode: str) -> None:
+    with running(provider) as server, other_front(name, tmp_path, server) as front:
+        fields = {"Accept_Encoding": "gzip", **(EVENTS if mode == "events" else {})}
+        with Client(front).ask(PROMPT, **fields) as client, provider.take() as upstream:
+            upstream.start(A)
+            compressed = client.head().fields.get("Content-Encoding") == "gzip"  # Apache, although told not to
+            decode = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress if compressed else bytes
+            seen = decode(client.chunk())
+            for text in ("b", "c" * 5000, "d"):
+                upstream.event(delta(text))
+                while text.encode() not in seen:
+                    seen += decode(client.chunk())
+            upstream.finish()
+            client.body()
+
+
+@pytest.mark.parametrize("stage", ["before the first text", "mid-stream"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_front_client_leaves(provider: Provider, tmp_path: Path, name: str, stage: str) -> None:
+    with running(provider) as server, other_front(name, tmp_path, server) as front:
+        with Client(front).ask(PROMPT) as client, provider.take() as upstream:
+            if stage == "mid-stream" or name == "Apache":
+                upstream.start(A)
+                client.head()
+            client.sock.close()
+            if name == "Apache":  # which looks only when it has something to send
+                with contextlib.suppress(ConnectionError):
+                    wait_for(lambda: upstream.event(delta("b")))  # until that fails
+            assert upstream.gone()
+
+
+@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in OTHERS for mode in ("text", "events") if (name, mode) != ("Caddy", "text")])
+def test_other_front_lets_a_cut_answer_be_told(provider: Provider, tmp_path: Path, name: str, mode: str) -> None:
+    with running(provider) as server, other_front(name, tmp_path, server) as front:
+        with Client(front).ask(PROMPT, **(EVENTS if mode == "events" else {})) as client, provider.take() as upstream:
+            upstream.start(A)
+            assert client.head().status == 200 and b"a" in client.chunk()
+            upstream.sock.close()
+            if mode == "text":
+                assert client.rest() == b""
+            else:
+                assert b"event: error" in client.body()
 
 
 # ---------------------------------------------------------------- curl
