@@ -653,13 +653,13 @@ class EventAnswer(TextAnswer):
 
 
 def goes_on(body: bytes) -> bool:
-    """Tell whether body is one event, a completion's, which does not end it: mostly, and soon told."""
+    """Tell at a glance, mostly, that body is one event, a completion's that goes on; False: it may be another."""
     return (
         body[-2:] == b"\n\n"
         and body.find(b"\n") == len(body) - 2
         and body[:7] == b"data: {"
         and b'"finish_reason":null' in body
-        and b'"finish_reason":"' not in body
+        and body.count(b'"finish_reason"') == 1
         and b'"error"' not in body
     )
 
@@ -708,7 +708,7 @@ class PassedAnswer(Answer):
             self.pieces += 1
             self.size += len(body)
             out.append(body)
-            if not self._is_stream or (len(self._rest) == 1 and goes_on(body)):
+            if not self._is_stream or (len(self._rest) == 1 and goes_on(body)):  # 1: nothing is held
                 self.events += 1
             else:
                 self._look_through(body if self.pieces > 1 else body.removeprefix(codecs.BOM_UTF8))
@@ -1838,12 +1838,10 @@ class Upstream(urllib.request.BaseHandler):
         if settings.api_key:
             name, _, template = settings.auth_header.partition(":")
             self._fields[name] = template.strip().replace("{key}", settings.api_key)
-        self._context = None  # reading the system's certificates takes time and memory
+        self._ca_file = settings.ca_file
         if self._base.scheme == "https":
             try:
-                self._context = ssl.create_default_context(cafile=settings.ca_file or None)
-                # Some builds of Python take a connection that is cut for one that is closed.
-                self._context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+                _ = self._context
             except OSError:
                 raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {settings.ca_file!r}") from None
         # Neither redirects nor file: addresses: handlers that are not there.  The built-in upstream is
@@ -1851,6 +1849,14 @@ class Upstream(urllib.request.BaseHandler):
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(urllib.request.ProxyHandler({} if settings.demo else None))
         self._opener.add_handler(self)
+
+    @functools.cached_property
+    def _context(self) -> ssl.SSLContext:
+        """Made only where it is needed: reading the system's certificates takes time and memory."""
+        context = ssl.create_default_context(cafile=self._ca_file or None)
+        # Python before 3.11.4, with OpenSSL 3, would take a connection that is cut for one that is closed (gh-95494).
+        context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+        return context
 
     def open(self, call: Call, fresh: bool = False) -> Connection:
         """Send a request, and return the connection on which its answer will come.
@@ -2803,7 +2809,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.limits = Limits(settings)
         self._max_connections = 2 * settings.max_streams + SPARE_CONNECTIONS if settings.max_streams else sys.maxsize
         self._connections: set[socket.socket] = set()
-        self._idle_threads: list[queue.SimpleQueue[tuple[Any, ...]]] = []  # where each waits for a task; (): to end
+        # Where each waits for a connection.  What is done to the list, append, pop and remove, needs no lock.
+        self._idle_threads: list[queue.SimpleQueue[tuple[Any, ...]]] = []
         self._changed = threading.Condition()  # guards _connections, _listening and _hurried
         self._hurried = self._listening = self._started = False
         self._resources = contextlib.ExitStack()
@@ -2908,9 +2915,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._stop_listening()
         super().server_close()
         self._resources.close()
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle_threads.pop().put(())
 
     def _stop_listening(self) -> None:
         if self._listening:
@@ -2956,24 +2960,27 @@ class Server(http.server.ThreadingHTTPServer):
             self._turn_away(inbox)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection to the thread that was idle last, or to a new one, which makes a short request dearer."""
+        """Give a connection to the thread that was idle last, or to a new one, which makes a short request a fifth dearer."""
         try:
-            self._idle_threads.pop().put((request, client_address))
+            tasks = self._idle_threads.pop()
         except IndexError:
             super().process_request(request, client_address)
+        else:
+            tasks.put((request, client_address))
 
     def process_request_thread(self, *task: Any) -> None:
-        tasks: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()  # its own: one shared wakes others in vain
-        while task:
+        tasks: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()  # its own: one for all wakes others in vain
+        while True:
             super().process_request_thread(*task)
             self._idle_threads.append(tasks)
             try:
                 task = tasks.get(timeout=IDLE_THREAD_TIMEOUT)
             except queue.Empty:
-                with contextlib.suppress(ValueError):  # a task is on its way
+                try:
                     self._idle_threads.remove(tasks)
                     return
-                task = tasks.get()
+                except ValueError:  # a task is on its way
+                    task = tasks.get()
 
     def get_request(self) -> tuple[Any, Any]:
         client, address = self.socket.accept()
