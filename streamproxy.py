@@ -653,10 +653,9 @@ class EventAnswer(TextAnswer):
 
 
 def goes_on(body: bytes) -> bool:
-    """Tell at a glance, mostly, that body is one event, a completion's that goes on; False: it may be another."""
+    """Tell of body, which a blank line ends, that it is one event of a completion that goes on; False: nothing."""
     return (
-        body[-2:] == b"\n\n"
-        and body.find(b"\n") == len(body) - 2
+        body.find(b"\n") == len(body) - 2
         and body[:7] == b"data: {"
         and b'"finish_reason":null' in body
         and body.count(b'"finish_reason"') == 1
@@ -708,10 +707,10 @@ class PassedAnswer(Answer):
             self.pieces += 1
             self.size += len(body)
             out.append(body)
-            if not self._is_stream or (len(self._rest) == 1 and goes_on(body)):  # 1: nothing is held
-                self.events += 1
-            else:
+            if self._is_stream:
                 self._look_through(body if self.pieces > 1 else body.removeprefix(codecs.BOM_UTF8))
+            else:
+                self.events += 1
 
     def _finish(self, out: list[bytes]) -> None:
         parser = EventParser()
@@ -721,7 +720,13 @@ class PassedAnswer(Answer):
             self._take_event(event)
 
     def _look_through(self, body: bytes) -> None:
-        block = b"\n" + body if body[-2:] == b"\n\n" and len(self._rest) == 1 else self._whole_events(body)
+        if body[-2:] == b"\n\n" and len(self._rest) == 1:  # whole events, and nothing is held
+            if goes_on(body):  # mostly, and told in less than the search below takes
+                self.events += 1
+                return
+            block = b"\n" + body
+        else:
+            block = self._whole_events(body)
         cr = block[-1:] == b"\r"  # lines end so: rare enough to be parsed all
         if b"\ndata" in block or cr:
             self.events += 1
@@ -1841,7 +1846,7 @@ class Upstream(urllib.request.BaseHandler):
         self._ca_file = settings.ca_file
         if self._base.scheme == "https":
             try:
-                _ = self._context
+                _ = self._context  # now, for its fault to be seen at the start
             except OSError:
                 raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {settings.ca_file!r}") from None
         # Neither redirects nor file: addresses: handlers that are not there.  The built-in upstream is
@@ -1854,7 +1859,7 @@ class Upstream(urllib.request.BaseHandler):
     def _context(self) -> ssl.SSLContext:
         """Made only where it is needed: reading the system's certificates takes time and memory."""
         context = ssl.create_default_context(cafile=self._ca_file or None)
-        # Python before 3.11.4, with OpenSSL 3, would take a connection that is cut for one that is closed (gh-95494).
+        # Set by Python 3.11.2, for one: it takes a connection that is cut for one that is closed (CPython gh-95494).
         context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
         return context
 
@@ -2809,7 +2814,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.limits = Limits(settings)
         self._max_connections = 2 * settings.max_streams + SPARE_CONNECTIONS if settings.max_streams else sys.maxsize
         self._connections: set[socket.socket] = set()
-        # Where each waits for a connection.  What is done to the list, append, pop and remove, needs no lock.
+        # Where each waits for a connection, or () to end.  What is done to the list, append, pop and remove, needs no lock.
         self._idle_threads: list[queue.SimpleQueue[tuple[Any, ...]]] = []
         self._changed = threading.Condition()  # guards _connections, _listening and _hurried
         self._hurried = self._listening = self._started = False
@@ -2915,6 +2920,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._stop_listening()
         super().server_close()
         self._resources.close()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle_threads.pop().put(())
 
     def _stop_listening(self) -> None:
         if self._listening:
@@ -2960,7 +2968,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._turn_away(inbox)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection to the thread that was idle last, or to a new one, which makes a short request a fifth dearer."""
+        """Give a connection to the thread that was idle last, or to a new one: a short request is a fifth dearer then."""
         try:
             tasks = self._idle_threads.pop()
         except IndexError:
@@ -2970,7 +2978,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request_thread(self, *task: Any) -> None:
         tasks: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()  # its own: one for all wakes others in vain
-        while True:
+        while task:
             super().process_request_thread(*task)
             self._idle_threads.append(tasks)
             try:

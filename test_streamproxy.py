@@ -1668,12 +1668,11 @@ def test_connection_without_a_request_holds_no_thread(server: Any) -> None:
 
 
 def test_thread_whose_connection_ended_takes_the_next(server: Any, monkeypatch: Any, caplog: Any) -> None:
-    monkeypatch.setattr(streamproxy, "IDLE_THREAD_TIMEOUT", 2.0)
+    monkeypatch.setattr(streamproxy, "IDLE_THREAD_TIMEOUT", DEADLINE)
     for _ in range(3):
         with Client(server).ask(method="GET", path="/healthz") as client:
             client.head()
         wait_for(lambda: len(server._idle_threads) == 1)
-    wait_for(lambda: not server._idle_threads)
     assert len(log_entries(caplog, 3)) == 3 and len({record.thread for record in caplog.records}) == 1
 
 
@@ -2862,6 +2861,15 @@ def test_proxy_of_the_environment_is_used(provider: Provider, proxy_variables: A
         assert client.head().status == 200 and client.chunk() == b"a"
 
 
+def test_proxy_that_is_itself_spoken_to_over_tls(provider: Provider, certificate: Path, proxy_variables: Any) -> None:
+    proxy_variables("http_proxy", f"https://localhost:{provider.listener.getsockname()[1]}")
+    with running(None, upstream="http://api.example/v1", ca_file=str(certificate)) as server, Client(server).ask(PROMPT) as client:
+        with take_tls(provider, certificate) as proxy:
+            assert proxy.head.startswith("POST http://api.example/v1/chat/completions HTTP/1.1\r\n")
+            proxy.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+
+
 def test_proxy_connect_for_tls(provider: Provider, certificate: Path, proxy_variables: Any) -> None:
     proxy_variables("HTTPS_PROXY", provider.url)
     with running(None, upstream="https://localhost/v1", ca_file=str(certificate)) as server, Client(server).ask(PROMPT) as client:
@@ -3619,7 +3627,7 @@ def other_front(name: str, folder: Path, server: Any) -> Iterator[Front]:
     lines = re.search(rf"^```\n# {name}\b.*\n([^`]*)```", README.read_text(encoding="utf-8"), re.MULTILINE)
     assert lines
     binary, port, config = program({"Apache": "apache2"}.get(name, name.lower())), free_port(), folder / "config"
-    text = lines[1].replace("127.0.0.1:8000", server.url.partition("://")[2]).replace("chat.example.com", f"http://:{port}")
+    text = lines[1].replace("127.0.0.1:8000", urllib.parse.urlsplit(server.url).netloc).replace("chat.example.com", f"http://:{port}")
     config.write_text(OTHERS[name].format(folder=folder, port=port, lines=text, modules="/usr/lib/apache2/modules"))
     arguments = {"Apache": ["-DFOREGROUND", "-f"], "HAProxy": ["-db", "-f"], "Caddy": ["run", "--adapter", "caddyfile", "--config"]}
     with front_server([binary, *arguments[name], str(config)], port, HOME=str(folder)) as front:
@@ -3645,18 +3653,38 @@ def test_other_front_passes_each_piece_on_at_once(provider: Provider, tmp_path: 
 
 
 @pytest.mark.parametrize("stage", ["before the first text", "mid-stream"])
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", ["HAProxy", "Caddy"])
 def test_other_front_client_leaves(provider: Provider, tmp_path: Path, name: str, stage: str) -> None:
     with running(provider) as server, other_front(name, tmp_path, server) as front:
         with Client(front).ask(PROMPT) as client, provider.take() as upstream:
-            if stage == "mid-stream" or name == "Apache":
+            if stage == "mid-stream":
                 upstream.start(A)
                 client.head()
             client.sock.close()
-            if name == "Apache":  # which looks only when it has something to send
+            assert upstream.gone()
+
+
+@pytest.mark.parametrize("mode", ["text", "events"])
+def test_apache_sees_that_a_client_left_with_the_next_text_or_ping(provider: Provider, tmp_path: Path, mode: str) -> None:
+    with running(provider, heartbeat=0.05) as server, other_front("Apache", tmp_path, server) as front:
+        with Client(front).ask(PROMPT, **(EVENTS if mode == "events" else {})) as client, provider.take() as upstream:
+            if mode == "text":
+                upstream.start(A)
+                client.head()
+            client.sock.close()
+            if mode == "text":
                 with contextlib.suppress(ConnectionError):
                     wait_for(lambda: upstream.event(delta("b")))  # until that fails
             assert upstream.gone()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_front_tells_who_asks_and_under_which_name(provider: Provider, tmp_path: Path, name: str) -> None:
+    asked = b"GET / HTTP/1.1\r\nHost: chat.example.com\r\n\r\n"
+    with other_front(name, tmp_path, provider) as front, Client(front) as client:
+        client.send(asked)
+        with provider.take() as seen:
+            assert {"host: chat.example.com", "x-forwarded-for: 127.0.0.1"} <= set(seen.head.lower().split("\r\n"))
 
 
 @pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in OTHERS for mode in ("text", "events") if (name, mode) != ("Caddy", "text")])
