@@ -2862,7 +2862,7 @@ def test_proxy_of_the_environment_is_used(provider: Provider, proxy_variables: A
 
 
 def test_proxy_that_is_itself_spoken_to_over_tls(provider: Provider, certificate: Path, proxy_variables: Any) -> None:
-    proxy_variables("http_proxy", f"https://localhost:{provider.listener.getsockname()[1]}")
+    proxy_variables("http_proxy", tls_url(provider))
     with running(None, upstream="http://api.example/v1", ca_file=str(certificate)) as server, Client(server).ask(PROMPT) as client:
         with take_tls(provider, certificate) as proxy:
             assert proxy.head.startswith("POST http://api.example/v1/chat/completions HTTP/1.1\r\n")
