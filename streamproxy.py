@@ -22,18 +22,18 @@ It terminates no TLS, stores nothing and knows no users: nginx in front does the
 Life of a request, and the section of this file for each step:
 
     the relay accepts; Inbox takes the request in                        9, 11
-      a thread takes the connection; Handler checks the request          12
+      a thread is given the connection; Handler checks the request       12
         Access and Limits let it pass                                    8
         Upstream.open sends the request, on a new or a warm connection   10
-        the thread sleeps; the relay moves what arrives:                 9
-          BodyDecoder       upstream's framing to the bytes of the body  5
-          EventParser       bytes to events                              3
-          Answer            events to what the client asked for          4
-          Stream            one chunk, one send                          11
-        the thread wakes, answers with an error if nothing was sent, logs the request
+      the thread turns to other work; the relay moves what arrives:      9
+        BodyDecoder         upstream's framing to the bytes of the body  5
+        EventParser         bytes to events                              3
+        Answer              events to what the client asked for          4
+        Stream              one chunk, one send                          11
+      a thread answers with an error if nothing was sent, logs the request
 
-There is a thread a connection, once it has asked, for what is short and blocks; and one, the
-relay, for what is long: it owns every clock and waits for nothing but its selector.
+There are a few threads for what is short or blocks; and one, the relay, for what is long: it owns
+every clock and waits for nothing but its selector.
 
 Sources: RFC 9110 and 9112 (HTTP), WHATWG HTML section 9.2 (server-sent events).
 """
@@ -108,7 +108,8 @@ END_GRACE = 1.0  # for usage and [DONE] to follow a finish_reason
 ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is over
 KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
 STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
-IDLE_THREAD_TIMEOUT = 0.1  # for a thread whose connection has ended to be given another
+IDLE_THREAD_TIMEOUT = 0.1  # for a thread that has done its work to be given more
+SHORTAGE_PAUSE = 0.1  # before what failed for want of a descriptor or a thread is tried again
 FOREVER = 86400.0  # where a wait needs a number and there is no limit
 
 # Counts.
@@ -1529,7 +1530,7 @@ class Relay:
         # epoll itself: the way through selectors costs a fifth of what a piece of text costs in all.
         self._epoll: Any = getattr(select, "epoll", _Selector)()
         self._watched: dict[int, tuple[int, Callable[[int], object]]] = {}  # by descriptor
-        self._posts: collections.deque[Callable[[], None]] = collections.deque()
+        self._posts: collections.deque[Callable[[], object]] = collections.deque()
         self._alarms: list[list[Any]] = []  # a heap of [when, order, callback, or None if cancelled]
         self._cancelled = 0  # of those, about
         self._order = itertools.count()  # so that the heap never compares callbacks
@@ -1553,7 +1554,7 @@ class Relay:
         for resource in (self._epoll, self._bell, self._rope):
             resource.close()
 
-    def post(self, call: Callable[[], None]) -> None:
+    def post(self, call: Callable[[], object]) -> None:
         """Have the relay's thread make a call.  For any thread."""
         self._posts.append(call)  # first: whoever sleeps has said so before it looked for posts
         if self._asleep:
@@ -1574,7 +1575,7 @@ class Relay:
         if self._watched.pop(sock.fileno(), None):
             self._epoll.unregister(sock.fileno())
 
-    def set_alarm(self, when: float, callback: Callable[[], None]) -> list[Any]:
+    def set_alarm(self, when: float, callback: Callable[[], object]) -> list[Any]:
         """Call back at when, by clock, unless cancel is given what is returned."""
         alarm = [when, next(self._order), callback]
         heapq.heappush(self._alarms, alarm)
@@ -1639,23 +1640,42 @@ class Gate:
     """Lets MAX_WORKING threads work at a time; a wait within stands in `with gate.outside():`."""
 
     def __init__(self) -> None:
-        self._places: queue.SimpleQueue[None] = queue.SimpleQueue()  # as a semaphore, in C
-        for _ in range(MAX_WORKING):
-            self._places.put(None)
+        self._lock = threading.Lock()
+        self._places = MAX_WORKING  # that are free
+        self._waiting: collections.deque[Callable[[], object]] = collections.deque()
+
+    def enter(self, begin: Callable[[], object]) -> None:
+        """Call begin once there is a place for it: now, or by the thread that leaves one."""
+        with self._lock:
+            if not self._places:
+                self._waiting.append(begin)
+                return
+            self._places -= 1
+        begin()
+
+    def leave(self) -> None:
+        with self._lock:
+            if not self._waiting:
+                self._places += 1
+                return
+            begin = self._waiting.popleft()
+        begin()
 
     def __enter__(self) -> None:
-        self._places.get()
+        news: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.enter(functools.partial(news.put, None))
+        news.get()
 
     def __exit__(self, *_: object) -> None:
-        self._places.put(None)
+        self.leave()
 
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
-        self._places.put(None)
+        self.leave()
         try:
             yield
         finally:
-            self._places.get()
+            self.__enter__()
 
 
 class Lifeline:
@@ -1710,6 +1730,7 @@ class Call:
         """path: below the base URL."""
         self.path, self.body, self.fields, self.method, self.query = path, body, fields or {}, method, query
         self.connected_at: float | None = None  # when it could be sent, by the relay's clock
+        self.fresh = False  # on a new connection, since a warm one turned out closed
         self.lifeline = Lifeline()
         self.on_wait: Callable[[], None] = lambda: None  # called before the thread that asks may have to wait
 
@@ -1863,16 +1884,15 @@ class Upstream(urllib.request.BaseHandler):
         context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
         return context
 
-    def open(self, call: Call, fresh: bool = False) -> Connection:
+    def open(self, call: Call) -> Connection:
         """Send a request, and return the connection on which its answer will come.
 
-        Blocks until it is sent or the call's lifeline is cut.  fresh: on a new connection.
-        Raises UpstreamError.
+        Blocks until it is sent or the call's lifeline is cut.  Raises UpstreamError.
         """
         query = "&".join(filter(None, (self._base.query, call.query)))
         url = self._base._replace(path=self._base.path.rstrip("/") + call.path, query=query).geturl()
         request = urllib.request.Request(url, method=call.method)
-        request.call, request.fresh = call, fresh  # type: ignore[attr-defined]
+        request.call = call  # type: ignore[attr-defined]
         try:
             return self._opener.open(request)  # type: ignore[no-any-return]
         except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last for a name like a..b
@@ -1889,7 +1909,7 @@ class Upstream(urllib.request.BaseHandler):
         if call.method == "POST":
             fields["Content-Length"] = str(len(call.body))
         data = encode_head(f"{call.method} {request.selector} HTTP/1.1", fields) + call.body
-        connection = None if request.fresh else self.pool.take(key)
+        connection = None if call.fresh else self.pool.take(key)
         if connection:
             try:
                 return self._send(connection, call, data)
@@ -1949,8 +1969,8 @@ class Upstream(urllib.request.BaseHandler):
 class Inbox:
     """A client's connection, and what it sent that no thread has taken yet.
 
-    The relay reads what comes, until it is enough: a connection holds no thread before its first request
-    is there, and one that drips in wakes its thread once, not for each byte.
+    The relay reads what comes, until it is enough: a connection holds no thread before a request is
+    there, and a body that drips in wakes its thread once, not for each byte.
     """
 
     def __init__(self, relay: Relay, client: socket.socket, address: Any, timeout: float) -> None:
@@ -1959,6 +1979,7 @@ class Inbox:
         self.data = bytearray()
         self.failure: ProxyError | None = None  # why no more is to come
         self.late_at: float | None = None  # when the request must have arrived; None: none has begun
+        self.handler: Handler | None = None  # once it has asked
         self._relay = relay
         self._timeout = timeout or FOREVER
         self._enough: Callable[[bytearray, int], bool]
@@ -1984,6 +2005,13 @@ class Inbox:
         if self.failure:
             raise self.failure
 
+    def take(self, enough: Callable[[bytearray, int], bool], seen: int = 0) -> bool:
+        """Take what has come; tell whether that is enough, or nothing more will come.  Of seen bytes it was not."""
+        if self.failure or (len(self.data) > seen and enough(self.data, seen)):
+            return True
+        seen = len(self.data)
+        return self._receive() and (self.failure is not None or enough(self.data, seen))
+
     def _receive(self) -> bool:
         """Take what has come; False where nothing has."""
         try:
@@ -2004,7 +2032,8 @@ class Inbox:
     def wait(self, enough: Callable[[bytearray, int], bool], on_news: Callable[[Inbox], None]) -> None:
         """Call on_news once enough(data, how much of it was not), or for a failure."""
         self._enough, self._on_news = enough, on_news
-        if self._take():  # mostly so for a new connection
+        if self.take(enough):  # mostly so for a new connection
+            self.wake()
             return
         self._relay.inboxes.add(self)
         self._relay.watch(self.client, READ, self.on_client)
@@ -2014,8 +2043,9 @@ class Inbox:
         elif self._relay.draining:
             self.drain()
 
-    def on_client(self, events: int) -> None:
-        self._take()
+    def on_client(self, events: int = 0) -> None:
+        if self.take(self._enough, len(self.data)):
+            self.wake()
 
     def on_alarm(self) -> None:
         if self.late_at is None:
@@ -2027,16 +2057,9 @@ class Inbox:
 
     def drain(self) -> None:
         """End the wait for a request that has not begun."""
-        if not self._take() and self.late_at is None:
+        self.on_client()
+        if self.late_at is None and self in self._relay.inboxes:
             self.wake(Disconnected("The server is shutting down."))
-
-    def _take(self) -> bool:
-        """Take what has come, and end the wait if that is enough."""
-        seen = len(self.data)
-        over = self._receive() and (self.failure is not None or self._enough(self.data, seen))
-        if over:
-            self.wake()
-        return over
 
     def wake(self, failure: ProxyError | None = None) -> None:
         self.failure = self.failure or failure
@@ -2056,16 +2079,17 @@ class Stream:
 
     def __init__(
         self, relay: Relay, client: socket.socket, answer: Answer, call: Call, settings: Settings,
-        encode_head: Callable[[], tuple[bytes, bool]], on_news: Callable[[bool], None],
+        encode_head: Callable[[], tuple[bytes, bool]], on_news: Callable[[], None],
     ) -> None:
         """client must not block; encode_head is asked, with the first bytes of the body, what leaves before
         them, and whether the body is chunked.
 
-        on_news is called in the relay: with False at the end, with True where the request got
-        nowhere, over a connection that turned out closed, and should be opened afresh.
+        on_news is called in the relay: at the end, or where the request got nowhere, over a connection
+        that turned out closed, and is to be opened afresh.
         """
         self.answer = answer
         self.failure: ProxyError | None = None  # why the answer is not complete
+        self.ended = False
         self.started = False  # the client was sent something
         self.intact = False  # the client was sent a body that ends as it should
         self.first_text_at: float | None = None  # by the relay's clock
@@ -2084,18 +2108,19 @@ class Stream:
         self._pending = b""  # what the client's socket did not take
         self._blocked = False  # pending waits for the client, and upstream is not read
         self._closing = False  # nothing comes after pending
-        self._ended = False
         self._alarm: list[Any] = [0.0, 0, None]
         self._began_at = self._event_at = self._write_at = relay.clock()
         self._ending_at: float | None = None  # when all but a word or two had come
 
-    def open(self, upstream: Upstream, fresh: bool = False) -> None:
+    def open(self, upstream: Upstream) -> None:
         """Ask upstream, and leave the rest to the relay.  Blocks until the request is sent."""
         self.call.on_wait = functools.partial(self._relay.post, self.begin)
         news: Callable[[], None]
         try:
-            news = functools.partial(self.carry, upstream.open(self.call, fresh))
-        except UpstreamError as error:
+            if self._relay.aborted:
+                raise self._relay.aborted
+            news = functools.partial(self.carry, upstream.open(self.call))
+        except ProxyError as error:
             news = functools.partial(self.fail, error)
         except Exception as error:  # noqa: BLE001
             log.error("fault in asking upstream: %s", place_of(error))
@@ -2106,7 +2131,7 @@ class Stream:
 
     def begin(self) -> None:
         """Watch the client and the clocks, unless that has begun."""
-        if self not in self._relay.streams and not self._ended:
+        if self not in self._relay.streams and not self.ended:
             self._relay.streams.add(self)
             self._relay.watch(self._client, READ, self.on_client)
             self._set_alarm()
@@ -2117,7 +2142,7 @@ class Stream:
         """Move what comes over connection from now on."""
         self._relay.cancel(connection.alarm)
         self.begin()
-        if self._ended or self._closing:
+        if self.ended or self._closing:
             connection.pool.close(connection)
             return
         self._connection = connection
@@ -2146,7 +2171,7 @@ class Stream:
         """Send what waits, and take what the client sends: mostly, that it leaves."""
         if events & WRITE:
             self._flush()
-        if events & ~WRITE and not self._ended:
+        if events & ~WRITE and not self.ended:
             try:
                 data = self._client.recv(READ_SIZE)
             except BlockingIOError:
@@ -2170,7 +2195,7 @@ class Stream:
 
     def fail(self, failure: ProxyError) -> None:
         """End the stream so that the client can tell that the answer is not complete."""
-        if self._ended or self._closing:
+        if self.ended or self._closing:
             return
         if self.answer.settled and not self.answer.failure:
             self._complete()  # the answer was, and only usage and [DONE] were waited for
@@ -2187,7 +2212,7 @@ class Stream:
 
     def drop(self, failure: ProxyError) -> None:
         """End the stream at once: nobody is there, or able, to take what is left of it."""
-        if not self._ended:
+        if not self.ended:
             self.failure = failure
             self.intact = False
             self._end()
@@ -2197,9 +2222,8 @@ class Stream:
         assert self._connection
         sent_at = self.call.connected_at or 0.0
         if not (data or self._head or self.started) and self._connection.reused and self._relay.now < sent_at + STALE_WINDOW:
-            self.call.connected_at = None
-            self._close_upstream(cut=False)
-            self._on_news(True)
+            self.call.connected_at, self.call.fresh = None, True
+            self._leave(cut=False)
             return
         if not data:
             self.fail(UpstreamError("Upstream closed the connection without an answer."))
@@ -2312,19 +2336,23 @@ class Stream:
             connection.pool.close(connection)
 
     def _end(self) -> None:
-        self._ended = True
+        self.ended = True
+        self._leave()
+
+    def _leave(self, cut: bool = True) -> None:
+        """Leave the relay: it is a thread's turn."""
         self._relay.cancel(self._alarm)
-        self._close_upstream()
+        self._close_upstream(cut=cut)
         self._relay.unwatch(self._client)
         self._relay.streams.discard(self)
-        self._on_news(False)
+        self._on_news()
 
     def _set_alarm(self, within: float = FOREVER) -> None:
         """Look at the clocks again when the next is due, in within seconds at most.
 
         A clock that starts later runs for one of limits at least: looking that often misses none.
         """
-        if not self._ended:
+        if not self.ended:
             limits = self._settings
             timeouts = (limits.connect_timeout, limits.first_byte_timeout, limits.idle_timeout, limits.client_timeout,
                         limits.heartbeat if self.answer.pings else 0)
@@ -2416,19 +2444,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self.inbox: Inbox = self.request
+        self.inbox.handler = self
         self.connection = self.inbox.client
         self.peer = "unix" if self.server.path else plain_address(self.client_address[0])
+        self.close_connection = False
+        self.stream: Stream | None = None
 
     def finish(self) -> None:
         pass
 
     def handle(self) -> None:
-        with self.server.gate:
-            super().handle()
+        """Do what there is to do, until it is the relay's turn; called again when it is a thread's."""
+        if self.stream and self.stream.ended:
+            self._attempt(self._take_end)
+        while not (self.stream or self.close_connection) and self.inbox.take(has_head):
+            self.handle_one_request()
+        if self.stream:
+            self.stream.open(self.server.upstream)  # from here on, another thread may have this connection
+        elif self.close_connection:
+            self.server.shutdown_request(self.inbox)
+        else:
+            self.server.relay.post(functools.partial(self.server.await_request, self.inbox))
 
     def handle_one_request(self) -> None:
-        """Read a request and answer it, whatever happens, with one line in the log."""
+        """Read a request, and answer it or prepare the stream that will."""
         self.close_connection = True
+        if self.inbox.late_at is None:  # nothing was asked, and nothing will be
+            return
         self.method = self.path = "-"
         self.query = ""
         self.http11 = True
@@ -2437,22 +2479,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.client = self.peer
         self.body: BodyDecoder = BodyDecoder()  # which is not complete: who knows what comes
         self.request_id, self.status, self.began_at = f"{random.getrandbits(64):016x}", 0, time.monotonic()
-        self.stream: Stream | None = None
+        self.place = contextlib.ExitStack()  # among the streams of the limits
         self.failure: ProxyError | None = None
+        self._attempt(self._take_request)
+
+    def _attempt(self, step: Callable[[], None]) -> None:
+        """Take a step of a request; if it is the last, see to its end, whatever happens, with one line in the log."""
+        failure: ProxyError | None = None
         try:
-            self._read_head()
-            self._dispatch()
-        except ProxyError as failure:
-            if self.inbox.late_at is None:  # nothing was asked
+            step()
+            if self.stream and not self.stream.ended:
                 return
-            self._refuse(failure)
+        except ProxyError as error:
+            failure = error
         except OSError:
-            self._refuse(Disconnected("The client left."))
+            failure = Disconnected("The client left.")
         except Exception as error:  # noqa: BLE001
             log.error("fault in request %s: %s", self.request_id, place_of(error))
-            self._refuse(ProxyError("Internal error."))
+            failure = ProxyError("Internal error.")
+        self.place.close()
+        if failure:
+            self._refuse(failure)
         self._log()
+        self.stream = None
         self.inbox.expect()
+
+    def _take_request(self) -> None:
+        self._read_head()
+        self._dispatch()
 
     # What is asked.
 
@@ -2460,8 +2514,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Take the next request's head.  Raises ProxyError."""
         inbox = self.inbox
         try:
-            while not has_head(inbox.data):
-                inbox.read(has_head, self.server.gate)
+            if inbox.failure and not has_head(inbox.data):
+                raise inbox.failure
         finally:  # also of a head that does not come, the first line says how to answer and what to log
             line, line_ends, _ = inbox.data.removeprefix(b"\r\n").partition(b"\r\n")
             if line_ends:
@@ -2538,26 +2592,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
                       "Access-Control-Max-Age": "600"}  # fmt: skip
         self._answer(204, b"", fields)
 
-    @contextlib.contextmanager
-    def _admitted(self) -> Iterator[None]:
+    def _admit(self) -> None:
         """Let in a request that costs money, and count it as long as it lasts.  Raises RequestError."""
         self.server.access.check_origin(self.fields)
         key = network_of(self.client) if self.client != "unix" else "unix"
         name = self.server.access.identify(self.fields)
         self.client = name or self.client
-        with self.server.limits.place(name or key):
-            yield
+        self.place.enter_context(self.server.limits.place(name or key))
 
     def post_prompt(self) -> None:
         """Answer a JSON body with a stream."""
         redact = self.server.upstream.redact
         answer = EventAnswer(self.request_id, redact) if self._wants_events() else TextAnswer(redact)
-        with self._admitted():
-            asked = parse_request(self._read_body())
-            if "last-event-id" in self.fields and answer.pings:  # see get_root
-                self._answer(204, b"", {})
-            else:
-                self._ask(answer, asked)
+        self._admit()
+        asked = parse_request(self._read_body())
+        if "last-event-id" in self.fields and answer.pings:  # see get_root
+            self._answer(204, b"", {})
+        else:
+            self._ask(answer, asked)
 
     def get_root(self) -> None:
         """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
@@ -2572,8 +2624,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except ValueError:
                 raise RequestError("The query is not UTF-8.") from None
             answer = EventAnswer(self.request_id, self.server.upstream.redact, reconnects=True)
-            with self._admitted():
-                self._ask(answer, {"prompt": prompts[0] if len(prompts) == 1 else None})
+            self._admit()
+            self._ask(answer, {"prompt": prompts[0] if len(prompts) == 1 else None})
 
     def get_health(self) -> None:
         """Say that the process is alive."""
@@ -2586,10 +2638,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def post_api(self) -> None:
         """Pass a request of the API on, and its answer back."""
-        with self._admitted():
-            body = self._read_body()
-            asked = check_model(body, self.server.settings)
-            self._pass(PassedAnswer(self.server.upstream.redact, count_choices(asked)), body)
+        self._admit()
+        body = self._read_body()
+        asked = check_model(body, self.server.settings)
+        self._pass(PassedAnswer(self.server.upstream.redact, count_choices(asked)), body)
 
     def get_models(self) -> None:
         """Answer with the models that may be used, or with one of them."""
@@ -2598,10 +2650,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         models = (settings.model, *settings.allow_model)
         if any(not part.strip(".") for part in name.split("/")) and name:
             raise RequestError("There is nothing at this path.", 404)  # nor at one that it leads to
-        with self._admitted():
-            if name and not {name, "*"}.intersection(models):
-                raise unknown_model(name)
-            self._pass(PassedAnswer(redact) if name or "*" in models else ModelList(models, redact))
+        self._admit()
+        if name and not {name, "*"}.intersection(models):
+            raise unknown_model(name)
+        self._pass(PassedAnswer(redact) if name or "*" in models else ModelList(models, redact))
 
     def _wants_events(self) -> bool:
         ranges = [part.partition(";")[0].strip().lower() for part in self.fields.get("accept", "").split(",")]
@@ -2650,9 +2702,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._stream(answer, Call(self.path[len("/v1") :], body, fields, self.method, self.query))
 
     def _stream(self, answer: Answer, call: Call) -> None:
-        """Have upstream's answer relayed, and sleep until it has ended."""
+        """Prepare the stream of upstream's answer."""
         server = self.server
-        news: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
         def encode_head() -> tuple[bytes, bool]:
             fields = {**STREAM_FIELDS, **answer.fields}
@@ -2663,18 +2714,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 fields["Transfer-Encoding"] = "chunked"
             return self._encode_head(answer.status, fields), chunked
 
-        self.stream = stream = Stream(
-            server.relay, self.connection, answer, call, server.settings, encode_head, news.put
-        )
-        for fresh in (False, True):
-            if server.relay.aborted:
-                raise server.relay.aborted
-            stream.open(server.upstream, fresh)
-            with server.gate.outside():
-                if not news.get():
-                    break
+        on_news = functools.partial(server.process_request, self.inbox, self.client_address)
+        self.stream = Stream(server.relay, self.connection, answer, call, server.settings, encode_head, on_news)
+
+    def _take_end(self) -> None:
+        """Take what a stream that has ended leaves.  Raises ProxyError."""
+        stream = self.stream
+        assert stream
         self.inbox.data += stream.early
-        self.status = answer.status if stream.started else 0
+        self.status = stream.answer.status if stream.started else 0
         if stream.failure:
             raise stream.failure
 
@@ -2814,7 +2862,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.limits = Limits(settings)
         self._max_connections = 2 * settings.max_streams + SPARE_CONNECTIONS if settings.max_streams else sys.maxsize
         self._connections: set[socket.socket] = set()
-        # Where each waits for a connection, or () to end.  What is done to the list, append, pop and remove, needs no lock.
+        # Where each waits for a task, or () to end.  What is done to the list, append, pop and remove, needs no lock.
         self._idle_threads: list[queue.SimpleQueue[tuple[Any, ...]]] = []
         self._changed = threading.Condition()  # guards _connections, _listening and _hurried
         self._hurried = self._listening = self._started = False
@@ -2943,44 +2991,57 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:  # no descriptor is left
             log.error("a connection was not accepted: %s", place_of(error))
             self.relay.unwatch(self.socket)
-            self.relay.set_alarm(self.relay.now + 0.1, self._listen)
+            self.relay.set_alarm(self.relay.now + SHORTAGE_PAUSE, self._listen)
             return False
         with self._changed:
             self._connections.add(inbox.client)
         if len(self._connections) > self._max_connections:
             self._turn_away(inbox)
         else:
-            inbox.wait(has_head, self._on_request)
+            self.await_request(inbox)
         return True
 
     def _listen(self) -> None:
         if self._listening and not self.draining:
             self.relay.watch(self.socket, READ, self._on_connection)
 
+    def await_request(self, inbox: Inbox) -> None:
+        """Have a thread handle the next request of a connection once it is there.  For the relay."""
+        inbox.wait(has_head, self._on_request)
+
     def _on_request(self, inbox: Inbox) -> None:
         if inbox.late_at is None:  # it ended without one
             self.shutdown_request(inbox)
-            return
-        try:
+        else:
             self.process_request(inbox, inbox.address)
-        except RuntimeError as error:  # no thread is left
-            log.error("a connection was not accepted: %s", place_of(error))
-            self._turn_away(inbox)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection to the thread that was idle last, or to a new one: a short request is a fifth dearer then."""
+        """Have a thread do what there is to do for a connection, as soon as there is room for its work."""
+        self.gate.enter(functools.partial(self._give, request, client_address))
+
+    def _give(self, *task: Any) -> None:
+        """Give a task to the thread that was idle last, or to a new one."""
         try:
-            tasks = self._idle_threads.pop()
+            self._idle_threads.pop().put(task)
         except IndexError:
-            super().process_request(request, client_address)
-        else:
-            tasks.put((request, client_address))
+            try:
+                super().process_request(*task)
+            except RuntimeError as error:
+                log.error("no thread was started: %s", place_of(error))
+                again = functools.partial(self._give, *task)
+                self.relay.post(functools.partial(self.relay.set_alarm, self.relay.clock() + SHORTAGE_PAUSE, again))
 
     def process_request_thread(self, *task: Any) -> None:
+        """Do one task after the other."""
         tasks: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()  # its own: one for all wakes others in vain
         while task:
-            super().process_request_thread(*task)
+            try:
+                self.finish_request(*task)
+            except Exception:  # noqa: BLE001
+                self.handle_error(*task)
+                self.shutdown_request(task[0])
             self._idle_threads.append(tasks)
+            self.gate.leave()  # which may give it the next at once
             try:
                 task = tasks.get(timeout=IDLE_THREAD_TIMEOUT)
             except queue.Empty:
@@ -2989,6 +3050,12 @@ class Server(http.server.ThreadingHTTPServer):
                     return
                 except ValueError:  # a task is on its way
                     task = tasks.get()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        if request.handler:
+            request.handler.handle()
+        else:
+            super().finish_request(request, client_address)
 
     def get_request(self) -> tuple[Any, Any]:
         client, address = self.socket.accept()
@@ -3004,6 +3071,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown_request(inbox)
 
     def shutdown_request(self, request: Any) -> None:
+        request.handler = None  # which has it: not for the garbage collector
         request.client.close()
         with self._changed:
             self._connections.discard(request.client)
@@ -3046,7 +3114,7 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
         reader, client = map(stack.enter_context, socket.socketpair())
         client.setblocking(False)  # the loop is a client like any other, but for HTTP
         answer = TextAnswer(upstream.redact)
-        stream = Stream(relay, client, answer, call, settings, lambda: (b"", False), lambda again: client.close())
+        stream = Stream(relay, client, answer, call, settings, lambda: (b"", False), client.close)
         relay.start()
         stack.callback(relay.stop)
         stack.callback(relay.post, functools.partial(stream.drop, Disconnected("The loop was left.")))

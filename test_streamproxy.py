@@ -13,6 +13,7 @@ import ast
 import contextlib
 import dataclasses
 import errno
+import functools
 import gc
 import http.client
 import json
@@ -713,11 +714,12 @@ class Stage:
         near.setblocking(False)
         self.near = near
         self.ended = False
+        self.news = 0
         self.pool = streamproxy.Pool(self.relay)
         self.call = streamproxy.Call("/", b"")
         self.stream = streamproxy.Stream(
             self.relay, near, answer or streamproxy.TextAnswer(), self.call, streamproxy.Settings(api_key=KEY, **settings),
-            lambda: (b"HEAD ", True), self.end)  # fmt: skip
+            lambda: (b"HEAD ", True), self.on_news)  # fmt: skip
         self.stream.begin()
         self.head = head
 
@@ -733,8 +735,9 @@ class Stage:
         if hasattr(self, "upstream"):
             self.upstream.sock.close()
 
-    def end(self, again: bool) -> None:
-        self.ended = True
+    def on_news(self) -> None:
+        self.news += 1
+        self.ended = self.stream.ended
 
     def connected(self) -> None:
         self.call.connected_at = self.now
@@ -887,6 +890,23 @@ def test_relay_aborts_also_what_begins_after_it_aborted_the_rest() -> None:
         inbox = streamproxy.Inbox(stage.relay, stage.near, "peer", 5.0)
         inbox.wait(lambda data, seen: False, news.append)
         assert news == [inbox] and inbox.failure is stage.relay.aborted and not stage.relay.inboxes
+
+
+def test_relay_aborts_what_it_gave_back_to_be_opened_afresh() -> None:
+    with Stage() as stage:
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        connection = streamproxy.Connection(near, "upstream", stage.pool)
+        connection.reused = True
+        stage.connected()
+        stage.stream.carry(connection)
+        far.close()
+        stage.turn()
+        assert stage.news == 1 and stage.call.fresh and not stage.ended and not stage.relay.streams
+        stage.relay.aborted = streamproxy.Aborted("The server is shutting down.")
+        stage.stream.open(None)  # which is not asked
+        stage.turn()
+        assert stage.news == 2 and stage.ended and stage.stream.failure is stage.relay.aborted
 
 
 def test_relay_idle_clock_does_not_count_time_in_which_we_did_not_listen() -> None:
@@ -1272,6 +1292,25 @@ def test_no_limits_in_a_real_server(provider: Provider) -> None:
                 upstream.start(A)
                 upstream.finish()
                 assert client.head().status == 200 and client.body() == b"a"
+
+
+def test_gate_lets_in_as_many_as_it_has_places_and_the_others_in_their_order() -> None:
+    gate, begun = streamproxy.Gate(), []
+    count = streamproxy.MAX_WORKING + 3
+    for number in range(count):
+        gate.enter(functools.partial(begun.append, number))
+    assert begun == list(range(count - 3))
+    gate.leave()
+    assert begun == list(range(count - 2))
+    with gate.outside():  # by one of those, whose place the next takes
+        assert begun == list(range(count - 1))
+        gate.leave()
+        gate.leave()
+    assert begun == list(range(count))
+    for _ in range(streamproxy.MAX_WORKING):
+        gate.leave()
+    with gate:
+        pass
 
 
 def test_upstream_heads_that_stall_half_way_hold_up_nobody_else(server: Any, provider: Provider) -> None:
@@ -1667,6 +1706,31 @@ def test_connection_without_a_request_holds_no_thread(server: Any) -> None:
         client.sock.close()
 
 
+def test_streams_and_kept_connections_hold_no_thread(server: Any, provider: Provider) -> None:
+    before = threading.active_count()  # none has come to this server
+    clients = [Client(server) for _ in range(60)]
+    upstreams = {}
+    for number, client in enumerate(clients):
+        if number % 3:
+            client.ask(PROMPT)
+            upstreams[number] = provider.take()  # the first token is waited for
+            if number % 3 == 1:
+                upstreams[number].start(A)
+                assert client.head().status == 200 and client.chunk() == b"a"
+        else:
+            assert client.ask(method="GET", path="/healthz").head().status == 200 and client.exactly(3) == b"ok\n"
+    assert wait_for(threading.active_count, lambda now: now == before) and len(server._connections) == 60
+    for number, upstream in upstreams.items():
+        if number % 3 == 2:
+            upstream.start(A)
+        upstream.finish()
+        if number % 3 == 2:
+            assert clients[number].head().status == 200
+        assert clients[number].body() == (b"a" if number % 3 == 2 else b"")
+    for client in clients:
+        assert client.ask(method="GET", path="/healthz").head().status == 200
+
+
 def test_thread_whose_connection_ended_takes_the_next(server: Any, monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.setattr(streamproxy, "IDLE_THREAD_TIMEOUT", DEADLINE)
     for _ in range(3):
@@ -1685,16 +1749,20 @@ def test_idle_thread_leaves(server: Any, monkeypatch: Any) -> None:
         wait_for(lambda: (threading.active_count(), server._idle_threads), lambda now: now == (before, []))
 
 
-def test_connection_for_which_no_thread_is_left_is_told_so(server: Any, monkeypatch: Any) -> None:
-    def start(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+def test_connection_for_which_no_thread_is_left_waits_for_one(server: Any, monkeypatch: Any, caplog: Any) -> None:
+    start, failed = threading.Thread.start, []
 
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start)
-        with Client(server).ask(method="GET", path="/healthz") as client:
-            assert client.head().status == 503
-    with Client(server).ask(method="GET", path="/healthz") as client:
+    def fail(self: threading.Thread) -> None:
+        failed.append(self)
+        if len(failed) <= 2 * streamproxy.MAX_WORKING:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    clients = [Client(server).ask(method="GET", path="/healthz") for _ in range(2 * streamproxy.MAX_WORKING)]
+    for client in clients:
         assert client.head().status == 200
+    assert caplog.text.count("no thread was started") == 2 * streamproxy.MAX_WORKING
 
 
 def test_connection_for_which_no_descriptor_is_left_is_accepted_later(server: Any, monkeypatch: Any, caplog: Any) -> None:
