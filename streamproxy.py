@@ -1637,7 +1637,7 @@ class Relay:
 
 
 class Gate:
-    """Lets MAX_WORKING threads work at a time; a wait within stands in `with gate.outside():`."""
+    """Lets MAX_WORKING threads work at a time; what may wait for others stands in `with gate.outside():`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -1661,21 +1661,16 @@ class Gate:
             begin = self._waiting.popleft()
         begin()
 
-    def __enter__(self) -> None:
-        news: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.enter(functools.partial(news.put, None))
-        news.get()
-
-    def __exit__(self, *_: object) -> None:
-        self.leave()
-
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
+        """Give the place away meanwhile."""
         self.leave()
         try:
             yield
         finally:
-            self.__enter__()
+            news: queue.SimpleQueue[None] = queue.SimpleQueue()
+            self.enter(functools.partial(news.put, None))
+            news.get()
 
 
 class Lifeline:
@@ -2454,7 +2449,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        """Do what there is to do, until it is the relay's turn; called again when it is a thread's."""
+        """Do what there is to do until it is the relay's turn.  Called again when it is a thread's."""
         if self.stream and self.stream.ended:
             self._attempt(self._take_end)
         while not (self.stream or self.close_connection) and self.inbox.take(has_head):
@@ -3021,15 +3016,15 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _give(self, *task: Any) -> None:
         """Give a task to the thread that was idle last, or to a new one."""
-        try:
+        with contextlib.suppress(IndexError):
             self._idle_threads.pop().put(task)
-        except IndexError:
-            try:
-                super().process_request(*task)
-            except RuntimeError as error:
-                log.error("no thread was started: %s", place_of(error))
-                again = functools.partial(self._give, *task)
-                self.relay.post(functools.partial(self.relay.set_alarm, self.relay.clock() + SHORTAGE_PAUSE, again))
+            return
+        try:
+            super().process_request(*task)
+        except RuntimeError as error:
+            log.error("no thread was started: %s", place_of(error))
+            again = functools.partial(self._give, *task)
+            self.relay.post(functools.partial(self.relay.set_alarm, self.relay.clock() + SHORTAGE_PAUSE, again))
 
     def process_request_thread(self, *task: Any) -> None:
         """Do one task after the other."""
@@ -3118,8 +3113,7 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
         relay.start()
         stack.callback(relay.stop)
         stack.callback(relay.post, functools.partial(stream.drop, Disconnected("The loop was left.")))
-        with gate:
-            stream.open(upstream)
+        gate.enter(functools.partial(stream.open, upstream))
         for data in iter(functools.partial(reader.recv, READ_SIZE), b""):
             yield decoder.decode(data)
         if stream.failure:
