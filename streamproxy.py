@@ -1366,6 +1366,7 @@ class Limits:
         self._lock = threading.Lock()
         self._total = 0
         self._clients: dict[str, list[float]] = {}  # streams, requests left, and as of when
+        self._many = MAX_QUIET_CLIENTS  # so many are looked through for those that can be forgotten
 
     @contextlib.contextmanager
     def place(self, client: str) -> Iterator[None]:
@@ -1378,10 +1379,10 @@ class Limits:
             with self._lock:
                 self._total -= 1
                 self._clients[client][0] -= 1
-                # A minute's silence leaves nothing to know of a client.
-                if len(self._clients) > 2 * self._total + MAX_QUIET_CLIENTS:
-                    old = self._clock() - 60
+                if len(self._clients) > self._many:
+                    old = self._clock() - 60  # a minute's silence leaves nothing to know of a client
                     self._clients = {name: state for name, state in self._clients.items() if state[0] or state[2] > old}
+                    self._many = max(MAX_QUIET_CLIENTS, 2 * len(self._clients))
 
     def _enter(self, client: str) -> None:
         limits, now = self._settings, self._clock()
@@ -2709,8 +2710,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 fields["Transfer-Encoding"] = "chunked"
             return self._encode_head(answer.status, fields), chunked
 
-        on_news = functools.partial(server.process_request, self.inbox, self.client_address)
-        self.stream = Stream(server.relay, self.connection, answer, call, server.settings, encode_head, on_news)
+        def on_news() -> None:
+            if stream.ended:
+                self.place.close()  # before the relay takes another request: a client that saw the end may ask again
+            server.process_request(self.inbox, self.client_address)
+
+        stream = Stream(server.relay, self.connection, answer, call, server.settings, encode_head, on_news)
+        self.stream = stream
 
     def _take_end(self) -> None:
         """Take what a stream that has ended leaves.  Raises ProxyError."""

@@ -1587,6 +1587,28 @@ def test_limits_forget_quiet_clients() -> None:
     assert len(limits._clients) < streamproxy.MAX_QUIET_CLIENTS
 
 
+def test_limits_look_seldom_for_whom_to_forget_where_nobody_is_quiet() -> None:
+    looks = []
+    limits = streamproxy.Limits(streamproxy.Settings(api_key=KEY), lambda: looks.append(1) or 100.0)
+    count = 2 * streamproxy.MAX_QUIET_CLIENTS
+    for number in range(count):
+        with limits.place(str(number)):
+            pass
+    assert len(limits._clients) == count and len(looks) == count + 1  # to enter, and once to forget
+
+
+def test_limit_of_one_stream_lets_a_client_ask_again_as_soon_as_it_saw_the_end(provider: Provider) -> None:
+    answer = STREAM_HEAD + chunk(A) + chunk(STOP) + chunk(DONE) + b"0\r\n\r\n"
+    with running(provider, max_streams_per_client=1) as server:
+        clients = [Client(server) for _ in range(100)]
+        with clients[0].ask(PROMPT), provider.take() as upstream:
+            for client, following in zip(clients, clients[1:]):
+                upstream.send(answer)
+                assert client.head().status == 200 and client.body() == b"a"
+                following.ask(PROMPT)
+                upstream.read_request()
+
+
 def test_limits_refuse_before_a_body_is_read(provider: Provider) -> None:
     with running(provider, requests_per_minute=1) as server:
         with Client(server).ask(PROMPT), provider.take():
