@@ -1987,13 +1987,12 @@ class Inbox:
         self.late_at = self._relay.clock() + self._timeout if self.data.strip(b"\r\n") else None
 
     def read(self, enough: Callable[[bytearray, int], bool], gate: Gate) -> None:
-        """Read what there is, or sleep until enough(data, how much of it was not).
+        """Read what there is of a request that has begun, or sleep until enough(data, how much of it was not).
 
-        Raises Disconnected at the end of the connection, and where it ends before a request: the server
-        drains, or nothing comes for timeout.  Raises RequestError where a request takes longer than that,
-        and Aborted.
+        Raises Disconnected at the end of the connection, RequestError where the request takes longer
+        than timeout, and Aborted.
         """
-        if not (self.failure or self._receive()):
+        if not self.take(enough):
             news: queue.SimpleQueue[Inbox] = queue.SimpleQueue()
             self._relay.post(functools.partial(self.wait, enough, news.put))
             with gate.outside():
@@ -2006,10 +2005,6 @@ class Inbox:
         if self.failure or (len(self.data) > seen and enough(self.data, seen)):
             return True
         seen = len(self.data)
-        return self._receive() and (self.failure is not None or enough(self.data, seen))
-
-    def _receive(self) -> bool:
-        """Take what has come; False where nothing has."""
         try:
             data = self.client.recv(READ_SIZE)
         except BlockingIOError:
@@ -2021,7 +2016,7 @@ class Inbox:
             self.failure = Disconnected("The client left.")
         elif self.late_at is None and self.data.strip(b"\r\n"):  # empty lines are none of a request
             self.late_at = self._relay.clock() + self._timeout
-        return True
+        return self.failure is not None or enough(self.data, seen)
 
     # The rest is called by the relay.
 
