@@ -2105,6 +2105,9 @@ class Stream:
 
     def open(self, upstream: Upstream) -> None:
         """Ask upstream, and leave the rest to the relay.  Blocks until the request is sent."""
+        self.on_client(READ)  # nobody pays for one that left while its request waited for a thread
+        if self.ended:
+            return
         self.call.on_wait = functools.partial(self._relay.post, self.begin)
         news: Callable[[], None]
         try:
@@ -2118,7 +2121,7 @@ class Stream:
             news = functools.partial(self.fail, ProxyError("Internal error."))
         self._relay.post(news)
 
-    # The rest is called by the relay.
+    # The rest is called by the relay, as long as it has the stream.
 
     def begin(self) -> None:
         """Watch the client and the clocks, unless that has begun."""

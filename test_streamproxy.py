@@ -1787,6 +1787,45 @@ def test_connection_for_which_no_thread_is_left_waits_for_one(server: Any, monke
     assert caplog.text.count("no thread was started") == 2 * streamproxy.MAX_WORKING
 
 
+def test_stream_for_whose_end_no_thread_is_left_is_seen_to_later(server: Any, provider: Provider, monkeypatch: Any, caplog: Any) -> None:
+    with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        upstream.start(A)
+        client.head()
+        wait_for(lambda: not server._idle_threads)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+            upstream.finish()
+            assert client.body() == b"a"
+            wait_for(lambda: "no thread was started" in caplog.text)
+        assert client.ask(method="GET", path="/healthz").head().status == 200  # the connection was kept
+    assert [entry["ending"] for entry in log_entries(caplog, 2)] == ["complete", "complete"]
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_client_that_leaves_while_its_request_waits_for_a_thread_costs_nothing(
+    server: Any, provider: Provider, caplog: Any, how: str
+) -> None:
+    with Client(server).ask(PROMPT) as other, provider.take() as upstream:
+        upstream.start(A)
+        upstream.finish()
+        assert other.head().status == 200 and other.body() == b"a"
+        log_entries(caplog, 1)
+        wait_for(lambda: idle(server) == 1 and server.gate._places == streamproxy.MAX_WORKING)
+        for _ in range(streamproxy.MAX_WORKING):
+            server.gate.enter(lambda: None)
+        client = Client(server).ask({"prompt": "of one that left"})
+        wait_for(lambda: server.gate._waiting)
+        leave(client, how)
+        for _ in range(streamproxy.MAX_WORKING):
+            server.gate.leave()
+        assert log_entries(caplog, 2)[1]["ending"] == "disconnect"
+        other.ask({"prompt": "of one that stayed"})
+        upstream.read_request()  # on the same connection, and the first that comes
+        assert b"of one that stayed" in upstream.body
+    wait_for(lambda: not server._connections)
+    assert server.gate._places == streamproxy.MAX_WORKING
+
+
 def test_connection_for_which_no_descriptor_is_left_is_accepted_later(server: Any, monkeypatch: Any, caplog: Any) -> None:
     accept = server.get_request
 
