@@ -2100,19 +2100,18 @@ class Stream:
         self._blocked = False  # pending waits for the client, and upstream is not read
         self._closing = False  # nothing comes after pending
         self._alarm: list[Any] = [0.0, 0, None]
-        self._began_at = self._event_at = self._write_at = relay.clock()
+        self._began_at = self._opened_at = self._event_at = self._write_at = relay.clock()
         self._ending_at: float | None = None  # when all but a word or two had come
 
     def open(self, upstream: Upstream) -> None:
         """Ask upstream, and leave the rest to the relay.  Blocks until the request is sent."""
-        self.on_client(READ)  # nobody pays for one that left while its request waited for a thread
-        if self.ended:
-            return
+        self._opened_at = self._relay.clock()
         self.call.on_wait = functools.partial(self._relay.post, self.begin)
         news: Callable[[], None]
         try:
-            if self._relay.aborted:
-                raise self._relay.aborted
+            failure = self._relay.aborted or self._listen()  # nobody pays for one that left while this waited
+            if failure:
+                raise failure
             news = functools.partial(self.carry, upstream.open(self.call))
         except ProxyError as error:
             news = functools.partial(self.fail, error)
@@ -2121,7 +2120,7 @@ class Stream:
             news = functools.partial(self.fail, ProxyError("Internal error."))
         self._relay.post(news)
 
-    # The rest is called by the relay, as long as it has the stream.
+    # The rest is called by the relay.
 
     def begin(self) -> None:
         """Watch the client and the clocks, unless that has begun."""
@@ -2165,18 +2164,9 @@ class Stream:
         """Send what waits, and take what the client sends: mostly, that it leaves."""
         if events & WRITE:
             self._flush()
-        if events & ~WRITE and not self.ended:
-            try:
-                data = self._client.recv(READ_SIZE)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            self.early += data
-            if not data:
-                self.drop(Disconnected("The client left."))
-            elif len(self.early) > MAX_PIPELINED:
-                self.drop(Aborted("The client sent too much while its answer was on its way."))
+        failure = self._listen() if events & ~WRITE and not self.ended else None
+        if failure:
+            self.drop(failure)
 
     def on_alarm(self) -> None:
         """Do what is due, then wait for what comes next."""
@@ -2210,6 +2200,21 @@ class Stream:
             self.failure = failure
             self.intact = False
             self._end()
+
+    def _listen(self) -> ProxyError | None:
+        """Take what the client sends; return why that ends the stream, if it does."""
+        try:
+            data = self._client.recv(READ_SIZE)
+        except BlockingIOError:
+            return None
+        except OSError:
+            data = b""
+        self.early += data
+        if not data:
+            return Disconnected("The client left.")
+        if len(self.early) > MAX_PIPELINED:
+            return Aborted("The client sent too much while its answer was on its way.")
+        return None
 
     def _take_head(self, data: bytes) -> None:
         """Read on in upstream's head; b"" is the end of its connection."""
@@ -2372,7 +2377,7 @@ class Stream:
             if limits.first_byte_timeout:
                 yield connected_at + limits.first_byte_timeout, self._late("to start its answer")
         elif limits.connect_timeout:
-            yield self._began_at + limits.connect_timeout, self._late("to connect")
+            yield self._opened_at + limits.connect_timeout, self._late("to connect")
         if limits.heartbeat and self.answer.pings:
             yield self._write_at + limits.heartbeat, lambda: self._write(self.answer.ping())
 
@@ -2458,7 +2463,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.close_connection:
             self.server.shutdown_request(self.inbox)
         else:
-            self.server.relay.post(functools.partial(self.server.await_request, self.inbox))
+            self.server.relay.post(functools.partial(self.inbox.wait, has_head, self.server.on_request))
 
     def handle_one_request(self) -> None:
         """Read a request, and answer it or prepare the stream that will."""
@@ -2709,12 +2714,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self._encode_head(answer.status, fields), chunked
 
         def on_news() -> None:
-            if stream.ended:
+            if self.stream and self.stream.ended:
                 self.place.close()  # before the relay takes another request: a client that saw the end may ask again
             server.process_request(self.inbox, self.client_address)
 
-        stream = Stream(server.relay, self.connection, answer, call, server.settings, encode_head, on_news)
-        self.stream = stream
+        self.stream = Stream(server.relay, self.connection, answer, call, server.settings, encode_head, on_news)
 
     def _take_end(self) -> None:
         """Take what a stream that has ended leaves.  Raises ProxyError."""
@@ -2863,6 +2867,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._connections: set[socket.socket] = set()
         # Where each waits for a task, or () to end.  What is done to the list, append, pop and remove, needs no lock.
         self._idle_threads: list[queue.SimpleQueue[tuple[Any, ...]]] = []
+        self._short_until = 0.0  # a lack of threads is known, by the relay's clock
         self._changed = threading.Condition()  # guards _connections, _listening and _hurried
         self._hurried = self._listening = self._started = False
         self._resources = contextlib.ExitStack()
@@ -2997,19 +3002,16 @@ class Server(http.server.ThreadingHTTPServer):
         if len(self._connections) > self._max_connections:
             self._turn_away(inbox)
         else:
-            self.await_request(inbox)
+            inbox.wait(has_head, self.on_request)
         return True
 
     def _listen(self) -> None:
         if self._listening and not self.draining:
             self.relay.watch(self.socket, READ, self._on_connection)
 
-    def await_request(self, inbox: Inbox) -> None:
-        """Have a thread handle the next request of a connection once it is there.  For the relay."""
-        inbox.wait(has_head, self._on_request)
-
-    def _on_request(self, inbox: Inbox) -> None:
-        if inbox.late_at is None:  # it ended without one
+    def on_request(self, inbox: Inbox) -> None:
+        """Have a thread handle the request that is there, or close a connection that ended without one."""
+        if inbox.late_at is None:
             self.shutdown_request(inbox)
         else:
             self.process_request(inbox, inbox.address)
@@ -3026,9 +3028,12 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().process_request(*task)
         except RuntimeError as error:
-            log.error("no thread was started: %s", place_of(error))
-            again = functools.partial(self._give, *task)
-            self.relay.post(functools.partial(self.relay.set_alarm, self.relay.clock() + SHORTAGE_PAUSE, again))
+            now, again = self.relay.clock(), functools.partial(self.process_request, *task)
+            if now >= self._short_until:
+                log.error("no thread was started: %s", place_of(error))
+                self._short_until = now + SHORTAGE_PAUSE
+            self.relay.post(functools.partial(self.relay.set_alarm, now + SHORTAGE_PAUSE, again))
+            self.relay.post(self.gate.leave)  # for those that have a thread; not from here, for many may fail
 
     def process_request_thread(self, *task: Any) -> None:
         """Do one task after the other."""
@@ -3070,7 +3075,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown_request(inbox)
 
     def shutdown_request(self, request: Any) -> None:
-        request.handler = None  # which has it: not for the garbage collector
+        request.handler = None  # each has the other
         request.client.close()
         with self._changed:
             self._connections.discard(request.client)

@@ -892,17 +892,38 @@ def test_relay_aborts_also_what_begins_after_it_aborted_the_rest() -> None:
         assert news == [inbox] and inbox.failure is stage.relay.aborted and not stage.relay.inboxes
 
 
+def give_back(stage: Stage) -> None:
+    """Have the relay find that a warm connection was closed."""
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    connection = streamproxy.Connection(near, "upstream", stage.pool)
+    connection.reused = True
+    stage.connected()
+    stage.stream.carry(connection)
+    far.close()
+    stage.turn()
+    assert stage.news == 1 and stage.call.fresh and not stage.ended and not stage.relay.streams
+
+
+def test_relay_connect_clock_starts_anew_where_a_stream_is_opened_afresh() -> None:
+    class Upstream:
+        def open(self, call: streamproxy.Call) -> None:
+            call.on_wait()
+            stage.turn()
+            assert stage.relay.streams == {stage.stream} and not stage.ended
+            raise streamproxy.UpstreamError("Seen.")
+
+    with Stage(connect_timeout=10.0) as stage:
+        give_back(stage)
+        stage.now += 11  # for a thread
+        stage.stream.open(Upstream())
+        stage.turn()
+        assert stage.ended and stage.stream.failure.message == "Seen."
+
+
 def test_relay_aborts_what_it_gave_back_to_be_opened_afresh() -> None:
     with Stage() as stage:
-        near, far = socket.socketpair()
-        near.setblocking(False)
-        connection = streamproxy.Connection(near, "upstream", stage.pool)
-        connection.reused = True
-        stage.connected()
-        stage.stream.carry(connection)
-        far.close()
-        stage.turn()
-        assert stage.news == 1 and stage.call.fresh and not stage.ended and not stage.relay.streams
+        give_back(stage)
         stage.relay.aborted = streamproxy.Aborted("The server is shutting down.")
         stage.stream.open(None)  # which is not asked
         stage.turn()
@@ -1784,7 +1805,29 @@ def test_connection_for_which_no_thread_is_left_waits_for_one(server: Any, monke
     clients = [Client(server).ask(method="GET", path="/healthz") for _ in range(2 * streamproxy.MAX_WORKING)]
     for client in clients:
         assert client.head().status == 200
-    assert caplog.text.count("no thread was started") == 2 * streamproxy.MAX_WORKING
+    assert "no thread was started" in caplog.text
+
+
+def test_threads_that_wait_for_a_client_go_on_while_no_other_can_be_started(server: Any, monkeypatch: Any, caplog: Any) -> None:
+    slow = [Client(server) for _ in range(streamproxy.MAX_WORKING + 2)]
+    for client in slow:
+        client.send(b"POST / HTTP/1.1\r\n" + H + b"Content-Length: 9\r\n\r\n{")
+    wait_for(lambda: len(server.relay.inboxes) == len(slow) and server.gate._places == streamproxy.MAX_WORKING)
+    wait_for(lambda: not server._idle_threads)
+
+    def fail(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        others = [Client(server).ask(method="GET", path="/healthz") for _ in range(2 * streamproxy.MAX_WORKING)]
+        wait_for(lambda: "no thread was started" in caplog.text)
+        for client in slow:
+            client.send(b"        ")
+            assert client.error()[0] == 400
+        for client in others:  # by those threads, when they have done their own
+            assert client.head().status == 200
+    wait_for(lambda: server.gate._places == streamproxy.MAX_WORKING)
 
 
 def test_stream_for_whose_end_no_thread_is_left_is_seen_to_later(server: Any, provider: Provider, monkeypatch: Any, caplog: Any) -> None:
