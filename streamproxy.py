@@ -79,7 +79,17 @@ import urllib.request
 TYPE_CHECKING = False  # typing costs time and memory, and is not needed at run time
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, ClassVar, NoReturn, Self
+    from typing import Any, ClassVar, NoReturn, Protocol, Self, TextIO
+
+    class Asker(Protocol):
+        """Whoever asks for a stream."""
+
+        @property
+        def client(self) -> Peer: ...
+        def encode_stream_head(self) -> tuple[bytes, bool]: ...
+        def on_stream_over(self) -> None: ...
+        def on_fault(self, error: Exception) -> None: ...
+
 
 __version__ = "0.1.0"
 __all__ = ["Event", "EventParser", "ProxyError", "Server", "Settings", "SettingsError", "stream_text"]
@@ -98,17 +108,18 @@ MAX_TRAILER_SIZE = 16 * 1024
 MAX_DISCARDED = 64 * 1024  # of a refused request's body, read for the sake of the connection
 # Of the next request while an answer is on its way: unless they are read, the end behind them is not seen.
 MAX_PIPELINED = 64 * 1024
-# Of what a refused client still sends: to close with bytes unread would reset the connection, and the client
-# would never see why it was refused.
-MAX_LINGER_SIZE = 1024 * 1024
 
 # Seconds.
-LINGER_TIMEOUT = 1.0  # for reading that
+LINGER_TIMEOUT = 30.0  # for what a client still sends that was refused: nginx's lingering_time
 END_GRACE = 1.0  # for usage and [DONE] to follow a finish_reason
 ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is over
 KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
 STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
-IDLE_THREAD_TIMEOUT = 0.1  # for a thread that has done its work to be given more
+MAX_CONNECTION_AGE = 300.0  # of a connection to upstream: later ones may lead to servers that are new there
+LOOK_TIMEOUT = 1.0  # for the token file to be looked at, before its last version counts
+RELIEF_PAUSE = 0.005  # for busy threads to take another job, before more are started
+LOG_PAUSE = 0.02  # for lines of log that come together to be written together
+CLOSE_TIMEOUT = 1.0  # for threads to end with the server
 SHORTAGE_PAUSE = 0.1  # before what failed for want of a descriptor or a thread is tried again
 FOREVER = 86400.0  # where a wait needs a number and there is no limit
 
@@ -119,9 +130,11 @@ MAX_IDLE_CONNECTIONS = 128  # to upstream, between two requests
 MAX_QUIET_CLIENTS = 10_000  # remembered for their limits although they have no stream
 SPARE_CONNECTIONS = 256  # beyond two a stream: those between two requests, and those slow to send one
 BACKLOG = 1024  # of connections that wait to be accepted (socketserver: 5)
-# Threads that work at a time; those that wait do not count.  More of them starve the relay of the interpreter
-# when a thousand requests arrive at once.
-MAX_WORKING = 4
+MAX_SURPLUS = 256  # connections beyond those, which are answered that there are too many
+MAX_WORKERS = 4  # threads that are parked; more of them starve the loop of the interpreter
+MAX_BEGINNINGS = 16  # new connections, and requests, of a turn of the loop
+MAX_READY = 1024  # sockets seen to in a turn
+MAX_LOG_LINES = 1000  # that wait to be written
 
 # Upstream statuses that are about the request, so that the client may see them with their message.
 # Any other failure is between upstream and us: 502.
@@ -191,6 +204,13 @@ def place_of(error: BaseException) -> str:
     while trace and trace.tb_next:
         trace = trace.tb_next
     return f"{type(error).__name__} in line {trace.tb_lineno if trace else '?'}"
+
+
+def internal_error(error: BaseException) -> ProxyError:
+    """Return what a request fails with for a fault of ours."""
+    failure = ProxyError("Internal error.")
+    failure.logged = f"Internal error: {place_of(error)}"
+    return failure
 
 
 def reason_of(error: BaseException) -> str:
@@ -465,6 +485,11 @@ class Answer:
     can no longer become complete; what feed returned before, and returns with it, still counts.
     """
 
+    OPEN, SETTLED, ENDING, DONE = range(4)
+    @property
+    def state(self): return 3 if self.done else 2 if self.ending else 1 if self.settled else 0
+    @property
+    def life(self): return self.events
     content_type = ""
     eager = False  # the head leaves as soon as upstream's has come, not with the first text
     pings = False
@@ -492,6 +517,8 @@ class Answer:
             self._document = bytearray()
         else:
             self._start(status, fields, fields.get("content-type", "").partition(";")[0].strip().lower())
+        if self.failure or self.refused: self.eager = False
+        return self
 
     def feed(self, body: bytes) -> bytes:
         """Return what body adds to the answer, for the client."""
@@ -689,7 +716,7 @@ class PassedAnswer(Answer):
 
     def start(self, status: int, fields: Mapping[str, str]) -> None:
         self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
-        super().start(status, fields)
+        return super().start(status, fields)
 
     def close(self, cut: UpstreamError | None) -> bytes:
         if not (cut or self._is_stream or self._document is not None):  # its framing alone says that it is whole
@@ -978,6 +1005,87 @@ def body_decoder(fields: Mapping[str, str], default: BodyDecoder) -> BodyDecoder
     return BodyDecoder(int(length))
 
 
+_LINE_START = re.compile(f"{_TOKEN[:-1]}|\r?\\Z".encode())  # or what can become one
+_REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])")  # RFC 9112 section 3
+_BARE_LF = re.compile(b"(?<!\r)\n")
+_BAD_LINE = "The request line is not in HTTP's grammar."
+_HOST = re.compile(r"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
+
+
+class Request:
+    """The head of a request; "-" for what of it cannot be read."""
+
+    def __init__(self, method: str = "-", target: str = "-", http11: bool = True) -> None:
+        self.method, self.http11 = method, http11
+        self.path, _, self.query = target.partition("?")
+        self.fields: dict[str, str] = {}
+        self.body = BodyDecoder()  # which is not complete: who knows what comes
+        self.keeps_alive = False
+
+    def take_fields(self, head: bytes) -> None:
+        """Take the fields, and from them the framing of the body.  Raises RequestError."""
+        if head.count(b"\r\n") > MAX_FIELDS:
+            raise RequestError("The request has too many header fields.", 431)
+        try:
+            fields = parse_head(head)[1]
+            if "transfer-encoding" in fields and not self.http11:
+                raise ValueError("a transfer coding in HTTP/1.0")
+            body = body_decoder(fields, BodyDecoder(0))
+        except ValueError as error:
+            raise RequestError(f"The request cannot be read: {error}.") from None
+        host = fields.get("host", "" if self.http11 else "localhost")
+        if not _HOST.fullmatch(host):
+            raise RequestError("The request needs one Host field.")
+        if self.path[:1] != "/":  # absolute form, RFC 9112 section 3.2.2
+            scheme, _, rest = self.path.partition("://")
+            if scheme.lower() in ("http", "https") and rest.partition("/")[0].lower() == host.lower():
+                self.path = "/" + rest.partition("/")[2]
+        self.fields, self.body = fields, body
+        tokens = fields.get("connection", "").lower()
+        self.keeps_alive = self.http11 and "close" not in [token.strip() for token in tokens.split(",")]
+
+
+def parse_request_line(data: bytes) -> Request | None:
+    """Return what the first line of a head says; None while it is not whole.  Raises RequestError."""
+    line, line_ends, _ = data.removeprefix(b"\r\n").partition(b"\n")
+    if not line_ends:
+        return None
+    match = _REQUEST_LINE.fullmatch(line.decode("latin-1").removesuffix("\r"))
+    if not match or line[-1:] != b"\r":
+        raise RequestError(_BAD_LINE)
+    if match[3] != "1":
+        raise RequestError("This server speaks HTTP/1.1 and HTTP/1.0.", 505)
+    return Request(match[1], match[2], match[4] != "0")
+
+
+def parse_request_head(data: bytes) -> tuple[Request, bytes] | None:
+    """Return the head of a request and what follows it; None while it is not whole.
+
+    Raises RequestError, at once also where it cannot become one: HTTP/0.9, TLS, a line that ends in a bare LF.
+    """
+    begin = 2 if data.startswith(b"\r\n") else 0  # RFC 9112 section 2.2
+    end = data.find(b"\r\n\r\n", begin)
+    size = (len(data) if end < 0 else end) - begin
+    if not _LINE_START.match(data, begin):
+        raise RequestError(_BAD_LINE)
+    if size > MAX_HEAD_SIZE:
+        raise RequestError("The head of the request is too large.", 431 if 0 <= data.find(b"\n", begin) < MAX_HEAD_SIZE else 414)
+    request = parse_request_line(data)
+    if end < 0 or not request:
+        if _BARE_LF.search(data):
+            raise RequestError("A line of the request ends in a bare LF.")
+        return None
+    request.take_fields(data[begin:end])
+    return request, data[end + 4 :]
+
+
+def readable_line(data: bytes) -> Request:
+    """Return what can be said of a request whose head cannot be read, to answer and to log it."""
+    with contextlib.suppress(RequestError):
+        return parse_request_line(data) or Request()
+    return Request()
+
+
 # 6 ------------------------------------------------------------------- Settings
 
 
@@ -1136,6 +1244,7 @@ class Settings:
     first_byte_timeout: float = _row(120.0, _read_seconds, "SECONDS", "from then to the first event; 0: no limit")
     idle_timeout: float = _row(60.0, _read_seconds, "SECONDS", "between two events of upstream; 0: no limit")
     total_timeout: float = _row(3600.0, _read_seconds, "SECONDS", "for a whole answer; 0: no limit")
+    keep_alive_timeout: float = _row(75.0, _read_seconds, "SECONDS", "for a client's idle connection; 0: no limit")
     client_timeout: float = _row(
         30.0, _read_seconds, "SECONDS", "for a client to send its request, and for each stalled write; 0: no limit")
     heartbeat: float = _row(15.0, _read_seconds, "SECONDS", "of silence before a comment, in SSE mode; 0: never")
@@ -1257,6 +1366,25 @@ def encode_request(asked: dict[str, Any], settings: Settings) -> bytes:
         raise RequestError("The JSON is nested too deeply.") from None
 
 
+class Call:
+    """A request to upstream."""
+
+    __slots__ = ("body", "fields", "method", "path", "query")
+
+    def __init__(self, method: str, path: str, query: str, fields: Mapping[str, str], body: bytes) -> None:
+        """path: below the base URL."""
+        self.method, self.path, self.query, self.fields, self.body = method, path, query, fields, body
+
+
+USER_AGENT = f"streamproxy/{__version__}"
+
+
+def prompt_call(asked: dict[str, Any], settings: Settings) -> Call:
+    """Return the request to upstream for what a client of ours asked.  Raises RequestError."""
+    fields = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json", "User-Agent": USER_AGENT}
+    return Call("POST", "/chat/completions", "", fields, encode_request(asked, settings))
+
+
 def check_model(body: bytes, settings: Settings) -> dict[str, Any]:
     """Return what a request of the API asks, if its model may be asked.  Raises RequestError.
 
@@ -1364,29 +1492,24 @@ class Limits:
         self._settings = settings
         self._clock = clock
         self._lock = threading.Lock()
-        self._total = 0
+        self.total = 0
         self._clients: dict[str, list[float]] = {}  # streams, requests left, and as of when
         self._many = MAX_QUIET_CLIENTS  # so many are looked through for those that can be forgotten
 
-    @contextlib.contextmanager
-    def place(self, client: str) -> Iterator[None]:
-        """Hold a place for a stream.  Raises RequestError, with a Retry-After, where there is none."""
+    def enter(self, client):
+        with self._lock: self._enter(client)
+    def leave(self, client):
         with self._lock:
-            self._enter(client)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._total -= 1
-                self._clients[client][0] -= 1
-                if len(self._clients) > self._many:
-                    old = self._clock() - 60  # a minute's silence leaves nothing to know of a client
-                    self._clients = {name: state for name, state in self._clients.items() if state[0] or state[2] > old}
-                    self._many = max(MAX_QUIET_CLIENTS, 2 * len(self._clients))
+            self.total -= 1
+            self._clients[client][0] -= 1
+            if len(self._clients) > self._many:
+                old = self._clock() - 60
+                self._clients = {name: state for name, state in self._clients.items() if state[0] or state[2] > old}
+                self._many = max(MAX_QUIET_CLIENTS, 2 * len(self._clients))
 
     def _enter(self, client: str) -> None:
         limits, now = self._settings, self._clock()
-        if limits.max_streams and self._total >= limits.max_streams:
+        if limits.max_streams and self.total >= limits.max_streams:
             raise RequestError("Too many answers are on their way.", 503, fields={"Retry-After": "1"})
         state = self._clients.setdefault(client, [0, limits.requests_per_minute, now])
         if limits.max_streams_per_client and state[0] >= limits.max_streams_per_client:
@@ -1399,7 +1522,7 @@ class Limits:
                 raise RequestError("Too many requests in a minute.", 429, fields=wait)
             state[1:] = [left - 1, now]
         state[0] += 1
-        self._total += 1
+        self.total += 1
 
 
 _PORT = re.compile(":[0-9]*$")
@@ -1425,6 +1548,8 @@ class Access:
             except ValueError:
                 break
         return peer
+
+    def look(self, then): then()
 
     def check_host(self, host: str, own_address: Callable[[], str]) -> None:
         """Check that a server without tokens is asked under a name of its own: DNS may lead any name here.
@@ -1485,13 +1610,13 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
-# 9 ------------------------------------------------------------------- Relay
+# 9 ------------------------------------------------------------------- Loop
 
 READ, WRITE = 1, 4  # as in poll(2); a hang-up or an error is told by other bits, and by the next read
 
 
 class _Selector:
-    """What the relay uses of select.epoll, where the system has none."""
+    """What the loop uses of select.epoll, where the system has none."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -1503,52 +1628,69 @@ class _Selector:
     def modify(self, fd: int, events: int) -> None:
         self._selector.modify(fd, events & READ | events // WRITE * selectors.EVENT_WRITE)
 
-    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
-        ready = self._selector.select(timeout)
+    def poll(self, timeout: float | None, most: int) -> list[tuple[int, int]]:
+        ready = self._selector.select(timeout)[:most]
         return [(key.fd, events & READ | events // selectors.EVENT_WRITE * WRITE) for key, events in ready]
 
 
-def wait_for(sock: socket.socket, events: int, timeout: float) -> bool:
-    """Wait until sock is ready for READ or WRITE; False after timeout seconds."""
-    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:  # no descriptor of its own
-        selector.register(sock, selectors.EVENT_READ if events == READ else selectors.EVENT_WRITE)
-        return bool(selector.select(min(timeout, FOREVER)))
+class Alarm:
+    """Makes a call when its time has come, at the latest; whoever is called looks what is due, and sets it anew.
 
-
-class Relay:
-    """One thread that moves the bytes of every stream and owns every clock.
-
-    All but post, start and stop belong to that thread.  A test calls turn() instead.
+    So a time that moves back, as of a time-out that starts again with each piece of text, costs nothing.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.streams: set[Any] = set()  # those under way
-        self.inboxes: set[Any] = set()  # those that wait
-        self.draining = False
-        self.aborted: ProxyError | None = None  # why all streams and inboxes end, those that begin now, too
+    __slots__ = ("_loop", "at", "call")
+
+    def __init__(self, loop: Loop, call: Callable[[], object]) -> None:
+        self._loop = loop
+        self.at = math.inf
+        self.call: Callable[[], object] | None = call
+
+    def by(self, when: float) -> None:
+        """Go off at when, by the loop's clock, if not before."""
+        if when < self.at:
+            self._loop.arm(self, when)
+
+    def close(self) -> None:
+        self.call = None  # the loop may hold an alarm for long, but not what it would call
+        self._loop.arm(self, math.inf)
+
+
+class Loop:
+    """One thread that moves bytes, keeps every clock and waits for nothing but its selector.
+
+    It knows nobody's class: a fault in what it calls is told to on_fault(error) of the object whose method
+    that is.  All but post, start and stop belong to its thread.  A test calls turn() instead.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, report: Callable[[str], object] = log.error) -> None:
+        """report takes the words for a fault."""
         self.clock = clock
         self.now = clock()  # when this turn's events came
         # epoll itself: the way through selectors costs a fifth of what a piece of text costs in all.
         self._epoll: Any = getattr(select, "epoll", _Selector)()
         self._watched: dict[int, tuple[int, Callable[[int], object]]] = {}  # by descriptor
         self._posts: collections.deque[Callable[[], object]] = collections.deque()
-        self._alarms: list[list[Any]] = []  # a heap of [when, order, callback, or None if cancelled]
-        self._cancelled = 0  # of those, about
-        self._order = itertools.count()  # so that the heap never compares callbacks
+        self._begun: collections.deque[Callable[[], object]] = collections.deque()
+        self._alarms: list[tuple[float, int, Alarm]] = []  # a heap; an entry counts if its alarm has that time
+        self._stale = 0  # of those, how many do not count, about
+        self._order = itertools.count()  # so that the heap never compares alarms
         self._bell, self._rope = socket.socketpair()  # pulling the rope rings the bell, which wakes the selector
         self._bell.setblocking(False)
         self._asleep = False
-        self.watch(self._bell, READ, self._on_bell)
+        self._report = report
         self._running = True
-        self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
+        self.watch(self._bell, READ, self._on_bell)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, after all that was posted, and with whatever streams are left."""
+        """End the thread, after all that was posted."""
         self.post(self._stop)
-        self._thread.join()
+        if self._thread.ident:
+            self._thread.join()
         self.close()
 
     def close(self) -> None:
@@ -1556,63 +1698,81 @@ class Relay:
             resource.close()
 
     def post(self, call: Callable[[], object]) -> None:
-        """Have the relay's thread make a call.  For any thread."""
+        """Have the loop's thread make a call.  For any thread."""
         self._posts.append(call)  # first: whoever sleeps has said so before it looked for posts
         if self._asleep:
             self._asleep = False
             self._rope.send(b"!")
 
-    def watch(self, sock: socket.socket, events: int, callback: Callable[[int], object]) -> None:
-        """Call back when sock is ready for events: READ, WRITE or both.  Undone by unwatch, before sock is closed."""
+    def begin(self, call: Callable[[], object]) -> None:
+        """Make a call that begins something new, of which a turn makes a few: what is under way comes first."""
+        self._begun.append(call)
+
+    def watch(self, sock: socket.socket, events: int, call: Callable[[int], object]) -> None:
+        """Call when sock is ready for events: READ, WRITE or both.  Undone by unwatch, before sock is closed."""
         fd = sock.fileno()
         before = self._watched.get(fd)
         if not before:
             self._epoll.register(fd, events)
         elif before[0] != events:
             self._epoll.modify(fd, events)
-        self._watched[fd] = events, callback
+        self._watched[fd] = events, call
 
     def unwatch(self, sock: socket.socket) -> None:
         if self._watched.pop(sock.fileno(), None):
             self._epoll.unregister(sock.fileno())
 
-    def set_alarm(self, when: float, callback: Callable[[], object]) -> list[Any]:
-        """Call back at when, by clock, unless cancel is given what is returned."""
-        alarm = [when, next(self._order), callback]
-        heapq.heappush(self._alarms, alarm)
-        return alarm
-
-    def cancel(self, alarm: list[Any]) -> None:
-        """Keep an alarm from going off."""
-        self._cancelled += alarm[2] is not None
-        alarm[2] = None
-        if self._cancelled > 1000 + len(self._alarms) // 2:  # they would stay until their time
-            self._alarms = [alarm for alarm in self._alarms if alarm[2]]
+    def arm(self, alarm: Alarm, when: float) -> None:
+        """Have an alarm go off at when, and no longer when it would have: see Alarm.by."""
+        self._stale += alarm.at != math.inf
+        alarm.at = when
+        if when != math.inf:
+            heapq.heappush(self._alarms, (when, next(self._order), alarm))
+        if self._stale > 1000 + len(self._alarms) // 2:  # they would stay until their time
+            self._alarms = [entry for entry in self._alarms if entry[2].at == entry[0]]
             heapq.heapify(self._alarms)
-            self._cancelled = 0
+            self._stale = 0
 
-    def turn(self, timeout: float | None = None) -> None:
-        """Wait for at most timeout seconds (None: until an alarm), then do all there is to do."""
-        if timeout is None:
-            timeout = max(0.0, self._alarms[0][0] - self.clock()) if self._alarms else FOREVER
-        self._asleep = True  # from here on, a post rings the bell; those before are seen here
-        ready = self._epoll.poll(0 if self._posts else min(timeout, FOREVER))
-        self._asleep = False
-        self.now = self.clock()
+    def turn(self, timeout: float = FOREVER) -> None:
+        """Wait for at most timeout seconds, or until an alarm, then do all there is to do."""
+        ready = self._poll(timeout)
         for fd, events in ready:
             watched = self._watched.get(fd)
             if watched:  # or what came before has ended it
-                self._call(watched[1], events)
+                try:
+                    watched[1](events)
+                except Exception as error:  # noqa: BLE001
+                    self._on_fault(watched[1], error)
         for _ in range(len(self._posts)):  # what these post is for the next turn: other streams come first
             self._call(self._posts.popleft())
-        while self._alarms and (self._alarms[0][0] <= self.now or not self._alarms[0][2]):
-            alarm = heapq.heappop(self._alarms)
-            if alarm[2]:
-                self._call(alarm[2])
+        for _ in range(min(len(self._begun), MAX_BEGINNINGS)):
+            self._call(self._begun.popleft())
+        while len(ready) < MAX_READY and self._alarms and self._alarms[0][0] <= self.now:
+            when, _, alarm = heapq.heappop(self._alarms)
+            if alarm.at == when:
+                alarm.at = math.inf
+                if alarm.call:
+                    self._call(alarm.call)
+
+    def _poll(self, timeout: float) -> list[tuple[int, int]]:
+        if self._alarms:
+            timeout = min(timeout, max(0.0, self._alarms[0][0] - self.clock()))
+        self._asleep = True  # from here on, a post rings the bell; those before are seen here
+        ready: list[tuple[int, int]] = self._epoll.poll(0 if self._posts or self._begun else timeout, MAX_READY)
+        self._asleep = False
+        self.now = self.clock()
+        if not ready and self._alarms and self._alarms[0][0] <= self.now:
+            # A process that was stopped for a while goes on here, without a look at what came meanwhile: that
+            # comes before the clocks, or streams that are well would be too late.
+            ready = self._epoll.poll(0, MAX_READY)
+        return ready
 
     def _run(self) -> None:
         while self._running:
-            self.turn()
+            try:
+                self.turn()
+            except Exception as error:  # noqa: BLE001  (no memory for what select found)
+                self._on_fault(self.turn, error)
 
     def _on_bell(self, events: int) -> None:
         self._bell.recv(READ_SIZE)
@@ -1620,801 +1780,843 @@ class Relay:
     def _stop(self) -> None:
         self._running = False
 
-    def _call(self, callback: Callable[..., object], *events: int) -> None:
-        """Make a call.  A fault in one stream ends that stream and touches no other."""
+    def _call(self, call: Callable[[], object]) -> None:
         try:
-            callback(*events)
+            call()
         except Exception as error:  # noqa: BLE001
-            log.error("fault in the relay: %s", place_of(error))
-            owner: Any = getattr(getattr(callback, "func", callback), "__self__", None)
+            self._on_fault(call, error)
+
+    def _on_fault(self, call: Callable[..., object], error: Exception) -> None:
+        """Tell the owner: a fault in one stream ends that stream and touches no other."""
+        with contextlib.suppress(Exception):
+            self._report(f"fault in the loop: {place_of(error)}")
+        on_fault = getattr(getattr(call, "__self__", None), "on_fault", None)
+        if on_fault:
             with contextlib.suppress(Exception):
-                if owner in self.streams:
-                    owner.drop(ProxyError("Internal error."))
-                elif owner in self.inboxes:
-                    owner.wake(ProxyError("Internal error."))
+                on_fault(error)
 
 
-# 10 ------------------------------------------------------------------ Upstream
+# 10 ------------------------------------------------------------------ Threads
 
 
-class Gate:
-    """Lets MAX_WORKING threads work at a time; what may wait for others stands in `with gate.outside():`."""
+class Workers:
+    """Threads for what may block: a few, parked for good, and more while those are held up.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._places = MAX_WORKING  # that are free
-        self._waiting: collections.deque[Callable[[], object]] = collections.deque()
-
-    def enter(self, begin: Callable[[], object]) -> None:
-        """Call begin once there is a place for it: now, or by the thread that leaves one."""
-        with self._lock:
-            if not self._places:
-                self._waiting.append(begin)
-                return
-            self._places -= 1
-        begin()
-
-    def leave(self) -> None:
-        with self._lock:
-            if not self._waiting:
-                self._places += 1
-                return
-            begin = self._waiting.popleft()
-        begin()
-
-    @contextlib.contextmanager
-    def outside(self) -> Iterator[None]:
-        """Give the place away meanwhile."""
-        self.leave()
-        try:
-            yield
-        finally:
-            news: queue.SimpleQueue[None] = queue.SimpleQueue()
-            self.enter(functools.partial(news.put, None))
-            news.get()
-
-
-class Lifeline:
-    """Lets the relay cut a connection that a thread is still opening.
-
-    It holds a copy of the descriptor, since TLS takes the one of the socket that it wraps, and shuts that
-    down, which wakes a thread that is blocked on the socket; to close it would not.
+    run and close belong to the loop's thread.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._copy: socket.socket | None = None
-        self._cut = False
+    def __init__(self, loop: Loop, report: Callable[[str], object], start: Callable[[Callable[[], None]], None]) -> None:
+        """start has a new thread make a call.  report takes the words where none can be started."""
+        self._start, self._report = start, report
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards _threads, _parked and _taken
+        self._threads: set[threading.Thread] = set()
+        self._starting = 0  # threads that were started and are not yet among those
+        self._parked = 0
+        self._taken = self._seen = 0  # jobs, in all; and when that was last looked at
+        self._alarm = Alarm(loop, self._relieve)
+        self._loop = loop
 
-    def hold(self, sock: socket.socket | None) -> None:
-        """Hold the connection that a thread waits on; None: let go.  Raises OSError after cut()."""
+    def run(self, job: Callable[[], object]) -> None:
+        """Have a thread do a job, which says by itself what came of it."""
+        self._jobs.put(job)
+        if self._short() and len(self) < MAX_WORKERS:
+            self._add()
+        if self._short():
+            self._alarm.by(self._loop.now + RELIEF_PAUSE)
+
+    def __len__(self) -> int:
+        return len(self._threads) + self._starting
+
+    def close(self, timeout: float) -> None:
+        """End the threads; wait up to timeout seconds for those that are held up."""
+        self._alarm.close()
+        deadline = time.monotonic() + timeout
         with self._lock:
-            if self._copy:
-                self._copy.close()
-            self._copy = socket.fromfd(sock.fileno(), sock.family, sock.type) if sock else None
-            if self._cut and sock:
-                raise ConnectionAbortedError(errno.ECONNABORTED, "cut")
+            threads = list(self._threads)
+        for _ in range(len(self)):
+            self._jobs.put(None)
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
-    def cut(self) -> None:
-        with self._lock, contextlib.suppress(OSError):
-            self._cut = True
-            if self._copy:
-                self._copy.shutdown(socket.SHUT_RDWR)
-
-    def dial(self, address: tuple[str, int], timeout: float | None, *_: object) -> socket.socket:
-        """Connect as socket.create_connection does, with each attempt on the lifeline."""
-        failure = OSError(errno.EADDRNOTAVAIL, "no address")
-        for family, kind, protocol, _name, target in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
-            sock = socket.socket(family, kind, protocol)
-            try:
-                self.hold(sock)
-                sock.settimeout(timeout)
-                sock.connect(target)
-                return sock
-            except OSError as error:
-                failure = error
-                sock.close()
-        raise failure
-
-
-class Call:
-    """A request to upstream."""
-
-    def __init__(
-        self, path: str, body: bytes, fields: Mapping[str, str] | None = None, method: str = "POST", query: str = ""
-    ) -> None:
-        """path: below the base URL."""
-        self.path, self.body, self.fields, self.method, self.query = path, body, fields or {}, method, query
-        self.connected_at: float | None = None  # when it could be sent, by the relay's clock
-        self.fresh = False  # on a new connection, since a warm one turned out closed
-        self.lifeline = Lifeline()
-        self.on_wait: Callable[[], None] = lambda: None  # called before the thread that asks may have to wait
-
-
-USER_AGENT = f"streamproxy/{__version__}"
-
-
-def prompt_call(asked: dict[str, Any], settings: Settings) -> Call:
-    """Return the request to upstream for what a client of ours asked.  Raises RequestError."""
-    accept = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json"}
-    return Call("/chat/completions", encode_request(asked, settings), {**accept, "User-Agent": USER_AGENT})
-
-
-WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-
-class Connection:
-    """A connection to upstream, whose socket does not block but while a request is sent."""
-
-    def __init__(self, sock: socket.socket, key: object, pool: Pool) -> None:
-        self.sock = sock
-        self.key = key  # what it leads to
-        self.pool = pool
-        self.reused = False
-        self.broken = False  # its end came without a word: no close, no TLS closure (RFC 9112 section 9.8)
-        if isinstance(sock, ssl.SSLSocket):
-            sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
-        self.alarm: list[Any] = [0.0, 0, None]
-
-    def read(self) -> bytes | None:
-        """Return what has come; b"" at the end of the connection, None where nothing came.
-
-        Of TLS that is a whole record, which READ_SIZE is larger than: nothing decrypted is left
-        where a selector does not see it.
-        """
-        try:
-            return self.sock.recv(READ_SIZE)
-        except WOULD_BLOCK:
-            return None
-        except OSError:
-            self.broken = True
-            return b""
-
-
-class Pool:
-    """Connections to upstream between two requests.  All but take belongs to the relay's thread."""
-
-    def __init__(self, relay: Relay) -> None:
-        self.relay = relay
-        self._lock = threading.Lock()  # guards _idle, and the sockets in it
-        self._idle: dict[object, list[Connection]] = collections.defaultdict(list)
-        self._settling: set[Connection] = set()
-
-    def take(self, key: object) -> Connection | None:
-        """Return the connection that was used last, if one is alive.  For any thread."""
+    def _short(self) -> bool:
+        """Tell whether there are jobs that no parked thread is about to take."""
         with self._lock:
-            while self._idle[key]:
-                connection = self._idle[key].pop()
-                if connection.read() is None:
-                    connection.reused = True
-                    return connection
-                self.relay.post(functools.partial(self.close, connection))
-        return None
+            return self._jobs.qsize() > self._parked + self._starting
 
-    def settle(self, connection: Connection, body: BodyDecoder) -> None:
-        """Keep a connection whose answer nobody waits for any more, once body, the rest of it, has ended."""
-        self._settling.add(connection)
-        if not body.complete:
-            self.relay.watch(connection.sock, READ, functools.partial(self._on_rest, connection, body))
-            late = functools.partial(self.close, connection)
-            connection.alarm = self.relay.set_alarm(self.relay.now + END_GRACE, late)
-        self._on_rest(connection, body)
+    def _relieve(self) -> None:
+        """Add as many threads as there are if they have taken no job since the last look: they wait for somebody."""
+        if self._short():
+            if self._taken == self._seen:
+                for _ in range(max(1, min(len(self), self._jobs.qsize()))):
+                    if not self._add():
+                        break
+            self._seen = self._taken
+            self._alarm.by(self._loop.now + RELIEF_PAUSE)
 
-    def close(self, connection: Connection) -> None:
-        self.relay.cancel(connection.alarm)
-        self.relay.unwatch(connection.sock)
-        self._settling.discard(connection)
-        connection.sock.close()
-
-    def close_all(self) -> None:
-        for connection in itertools.chain(self._settling, *self._idle.values()):
-            connection.sock.close()
-
-    def _on_rest(self, connection: Connection, body: BodyDecoder, events: int = 0) -> None:
-        data = b"" if body.complete else connection.read()
-        if data:
-            body.feed(data)
-        if body.complete and not body.rest:
-            self._keep(connection)
-        elif data is not None and (not data or body.complete or body.broken):
-            self.close(connection)
-
-    def _keep(self, connection: Connection) -> None:
-        self.relay.cancel(connection.alarm)
-        on_idle = functools.partial(self._on_idle, connection)
-        connection.alarm = self.relay.set_alarm(self.relay.now + KEEP_ALIVE_TIMEOUT, on_idle)
-        self.relay.watch(connection.sock, READ, on_idle)
-        self._settling.discard(connection)
+    def _add(self) -> bool:
         with self._lock:
-            idle = self._idle[connection.key]
-            idle.append(connection)
-            oldest = idle.pop(0) if len(idle) > MAX_IDLE_CONNECTIONS else None
-        if oldest:
-            self.close(oldest)
-
-    def _on_idle(self, connection: Connection, events: int = 0) -> None:
-        """Close what upstream closed, or says what nobody asked for on; or, without events, what is too old."""
-        with self._lock:
-            idle = self._idle[connection.key]
-            if connection not in idle:  # a thread has just taken it
-                self.relay.unwatch(connection.sock)
-                return
-            if events and connection.read() is None:  # it was TLS's own affair
-                return
-            idle.remove(connection)
-        self.close(connection)
-
-
-class Upstream(urllib.request.BaseHandler):
-    """The API, asked from any thread: a handler of urllib's, so that the proxies of the environment count."""
-
-    def __init__(self, settings: Settings, gate: Gate, relay: Relay) -> None:
-        """Raises SettingsError for certificates that cannot be read."""
-        self.redact = redactor(settings.api_key)
-        self.pool = Pool(relay)
-        self._gate = gate
-        self._base = urllib.parse.urlsplit(settings.upstream)
-        # The relay's clock cuts first; this is for systems where that does not wake connect().
-        self._timeout = settings.connect_timeout + 1 if settings.connect_timeout else None
-        self._fields = {"Host": self._base.netloc, "Accept-Encoding": "identity"}
-        if settings.api_key:
-            name, _, template = settings.auth_header.partition(":")
-            self._fields[name] = template.strip().replace("{key}", settings.api_key)
-        self._ca_file = settings.ca_file
-        if self._base.scheme == "https":
-            try:
-                _ = self._context  # now, for its fault to be seen at the start
-            except OSError:
-                raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {settings.ca_file!r}") from None
-        # Neither redirects nor file: addresses: handlers that are not there.  The built-in upstream is
-        # on this machine, whatever proxy the environment names.
-        self._opener = urllib.request.OpenerDirector()
-        self._opener.add_handler(urllib.request.ProxyHandler({} if settings.demo else None))
-        self._opener.add_handler(self)
-
-    @functools.cached_property
-    def _context(self) -> ssl.SSLContext:
-        """Made only where it is needed: reading the system's certificates takes time and memory."""
-        context = ssl.create_default_context(cafile=self._ca_file or None)
-        # Set by Python 3.11.2, for one: it takes a connection that is cut for one that is closed (CPython gh-95494).
-        context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-        return context
-
-    def open(self, call: Call) -> Connection:
-        """Send a request, and return the connection on which its answer will come.
-
-        Blocks until it is sent or the call's lifeline is cut.  Raises UpstreamError.
-        """
-        query = "&".join(filter(None, (self._base.query, call.query)))
-        url = self._base._replace(path=self._base.path.rstrip("/") + call.path, query=query).geturl()
-        request = urllib.request.Request(url, method=call.method)
-        request.call = call  # type: ignore[attr-defined]
+            self._starting += 1
         try:
-            return self._opener.open(request)  # type: ignore[no-any-return]
-        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last for a name like a..b
-            status = 504 if isinstance(error, socket.timeout) else 502
-            raise UpstreamError(f"Upstream cannot be reached: {reason_of(error)}.", status) from None
-        finally:
-            call.lifeline.hold(None)
-
-    def http_open(self, request: Any) -> Connection:
-        """What urllib calls, once it has set the proxy."""
-        call, key = request.call, (request.type, request.host, request._tunnel_host)
-        proxy_fields = {} if request._tunnel_host else request.headers
-        fields = {**self._fields, **proxy_fields, **call.fields}
-        if call.method == "POST":
-            fields["Content-Length"] = str(len(call.body))
-        data = encode_head(f"{call.method} {request.selector} HTTP/1.1", fields) + call.body
-        connection = None if call.fresh else self.pool.take(key)
-        if connection:
-            try:
-                return self._send(connection, call, data)
-            except OSError:  # it was closed just now
-                call.connected_at = None
-                self.pool.relay.post(functools.partial(self.pool.close, connection))
-        connection = Connection(self._connect(request), key, self.pool)
-        try:
-            return self._send(connection, call, data)
-        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):  # it may have answered without reading all
-            connection.sock.setblocking(False)
-            return connection
-        except BaseException:
-            connection.sock.close()
-            raise
-
-    https_open = http_open
-
-    def _send(self, connection: Connection, call: Call, data: bytes) -> Connection:
-        call.connected_at = self.pool.relay.clock()  # from here on the relay's clocks count
-        try:
-            data = data[connection.sock.send(data) :]
-        except WOULD_BLOCK:
-            pass
-        if data:
-            call.lifeline.hold(connection.sock)
-            connection.sock.setblocking(True)
-            with self._waiting(call):
-                connection.sock.sendall(data)
-            connection.sock.setblocking(False)
-        return connection
-
-    def _connect(self, request: Any) -> socket.socket:
-        """Connect, through TLS and a proxy's tunnel where they are needed."""
-        kind: Any = http.client.HTTPConnection
-        if request.type == "https":
-            kind = functools.partial(http.client.HTTPSConnection, context=self._context)
-        connection = kind(request.host, timeout=self._timeout)
-        connection._create_connection = request.call.lifeline.dial
-        if request._tunnel_host:
-            connection.set_tunnel(request._tunnel_host, headers=request.headers)
-        with self._waiting(request.call):
-            connection.connect()
-        connection.sock.setblocking(False)
-        return connection.sock  # type: ignore[no-any-return]
-
-    @contextlib.contextmanager
-    def _waiting(self, call: Call) -> Iterator[None]:
-        call.on_wait()
-        with self._gate.outside():
-            yield
-
-
-# 11 ------------------------------------------------------------------ Streams
-
-
-class Inbox:
-    """A client's connection, and what it sent that no thread has taken yet.
-
-    The relay reads what comes, until it is enough: a connection holds no thread before a request is
-    there, and a body that drips in wakes its thread once, not for each byte.
-    """
-
-    def __init__(self, relay: Relay, client: socket.socket, address: Any, timeout: float) -> None:
-        """timeout: seconds for a request to arrive in all, and for a connection to idle before it; 0: no limit."""
-        self.client, self.address = client, address
-        self.data = bytearray()
-        self.failure: ProxyError | None = None  # why no more is to come
-        self.late_at: float | None = None  # when the request must have arrived; None: none has begun
-        self.handler: Handler | None = None  # once it has asked
-        self._relay = relay
-        self._timeout = timeout or FOREVER
-        self._enough: Callable[[bytearray, int], bool]
-        self._on_news: Callable[[Inbox], None]
-        self._alarm: list[Any] = [0.0, 0, None]
-
-    def expect(self) -> None:
-        """Begin with the next request, which may be there in part."""
-        self.late_at = self._relay.clock() + self._timeout if self.data.strip(b"\r\n") else None
-
-    def read(self, enough: Callable[[bytearray, int], bool], gate: Gate) -> None:
-        """Read what there is of a request that has begun, or sleep until enough(data, how much of it was not).
-
-        Raises Disconnected at the end of the connection, RequestError where the request takes longer
-        than timeout, and Aborted.
-        """
-        if not self.take(enough):
-            news: queue.SimpleQueue[Inbox] = queue.SimpleQueue()
-            self._relay.post(functools.partial(self.wait, enough, news.put))
-            with gate.outside():
-                news.get()
-        if self.failure:
-            raise self.failure
-
-    def take(self, enough: Callable[[bytearray, int], bool], seen: int = 0) -> bool:
-        """Take what has come; tell whether that is enough, or nothing more will come.  Of seen bytes it was not."""
-        if self.failure or (len(self.data) > seen and enough(self.data, seen)):
-            return True
-        seen = len(self.data)
-        try:
-            data = self.client.recv(READ_SIZE)
-        except BlockingIOError:
+            self._start(self._work)
+        except RuntimeError:
+            with self._lock:
+                self._starting -= 1
+            self._report("no thread can be started: the system's limit is reached")
             return False
-        except OSError:
-            data = b""
-        self.data += data
-        if not data:
-            self.failure = Disconnected("The client left.")
-        elif self.late_at is None and self.data.strip(b"\r\n"):  # empty lines are none of a request
-            self.late_at = self._relay.clock() + self._timeout
-        return self.failure is not None or enough(self.data, seen)
+        return True
 
-    # The rest is called by the relay.
-
-    def wait(self, enough: Callable[[bytearray, int], bool], on_news: Callable[[Inbox], None]) -> None:
-        """Call on_news once enough(data, how much of it was not), or for a failure."""
-        self._enough, self._on_news = enough, on_news
-        if self.take(enough):  # mostly so for a new connection
-            self.wake()
-            return
-        self._relay.inboxes.add(self)
-        self._relay.watch(self.client, READ, self.on_client)
-        self._alarm = self._relay.set_alarm(self.late_at or self._relay.now + self._timeout, self.on_alarm)
-        if self._relay.aborted:
-            self.wake(self._relay.aborted)
-        elif self._relay.draining:
-            self.drain()
-
-    def on_client(self, events: int = 0) -> None:
-        if self.take(self._enough, len(self.data)):
-            self.wake()
-
-    def on_alarm(self) -> None:
-        if self.late_at is None:
-            self.wake(Disconnected("The client asked nothing."))
-        elif self.late_at > self._relay.now:  # it has begun since
-            self._alarm = self._relay.set_alarm(self.late_at, self.on_alarm)
-        else:
-            self.wake(RequestError("The request did not arrive in time.", 408))
-
-    def drain(self) -> None:
-        """End the wait for a request that has not begun."""
-        self.on_client()
-        if self.late_at is None and self in self._relay.inboxes:
-            self.wake(Disconnected("The server is shutting down."))
-
-    def wake(self, failure: ProxyError | None = None) -> None:
-        self.failure = self.failure or failure
-        self._relay.cancel(self._alarm)
-        self._relay.unwatch(self.client)
-        self._relay.inboxes.discard(self)
-        self._on_news(self)
+    def _work(self) -> None:
+        thread = threading.current_thread()
+        with self._lock:
+            self._starting -= 1
+            self._threads.add(thread)
+            self._parked += 1
+        while True:
+            job = self._jobs.get()
+            with self._lock:
+                self._parked -= 1
+                self._taken += 1
+            if job:
+                try:
+                    job()
+                except Exception as error:  # noqa: BLE001
+                    self._report(f"fault in a thread: {place_of(error)}")
+            with self._lock:
+                if not job or (self._parked >= MAX_WORKERS and not self._jobs.qsize()):
+                    self._threads.discard(thread)
+                    return
+                self._parked += 1
+            job = None  # or it would live on, with all that it holds, while this thread is parked
 
 
-class Stream:
-    """One answer on its way: from upstream's socket, through the decoders, to the client's socket.
-
-    The thread that asks makes it and calls open.  All else happens in the relay's thread, as soon as
-    the other may have to wait: the client may leave, a clock may run out and, in SSE mode, the head
-    may have to go, before upstream has said a word.
+class LogWriter:
+    """Writes the log in a thread of its own, so that a reader that is stuck, or a handler of somebody's that
+    blocks or raises, costs lines of log and nothing else.
     """
 
-    def __init__(
-        self, relay: Relay, client: socket.socket, answer: Answer, call: Call, settings: Settings,
-        encode_head: Callable[[], tuple[bytes, bool]], on_news: Callable[[], None],
-    ) -> None:
-        """client must not block; encode_head is asked, with the first bytes of the body, what leaves before
-        them, and whether the body is chunked.
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lines: collections.deque[tuple[int, object]] = collections.deque()
+        self._lost = 0  # lines that found no room, or whose handler raised
+        self._rare: dict[str, list[float]] = {}  # of each of these: when it was last said, how often it was since
+        self._clock = clock
+        self._wake = threading.Semaphore(0)
+        self._asleep = True
+        self._closing = threading.Event()
+        self._lock = threading.Lock()  # guards _rare, and the start
+        self._thread: threading.Thread | None = None
 
-        on_news is called in the relay: at the end, or where the request got nowhere, over a connection
-        that turned out closed, and is to be opened afresh.
-        """
-        self.answer = answer
-        self.failure: ProxyError | None = None  # why the answer is not complete
-        self.ended = False
-        self.started = False  # the client was sent something
-        self.intact = False  # the client was sent a body that ends as it should
-        self.first_text_at: float | None = None  # by the relay's clock
-        self.early = bytearray()  # what the client sent meanwhile: its next request
-        self._relay = relay
-        self._client = client
-        self.call = call
-        self._settings = settings
-        self._encode_head = encode_head
-        self._on_news = on_news
-        self._connection: Connection | None = None
-        self._head = b""  # what came of upstream's head, until it is whole
-        self._body: BodyDecoder | None = None  # once it is
-        self._keeps_alive = False
-        self._chunked = False
-        self._pending = b""  # what the client's socket did not take
-        self._blocked = False  # pending waits for the client, and upstream is not read
-        self._closing = False  # nothing comes after pending
-        self._alarm: list[Any] = [0.0, 0, None]
-        self._began_at = self._opened_at = self._event_at = self._write_at = relay.clock()
-        self._ending_at: float | None = None  # when all but a word or two had come
+    def info(self, line: object) -> None:
+        """Have a line written soon.  For any thread; it never waits, and never raises."""
+        self._put(logging.INFO, line)
 
-    def open(self, upstream: Upstream) -> None:
-        """Ask upstream, and leave the rest to the relay.  Blocks until the request is sent."""
-        self._opened_at = self._relay.clock()
-        self.call.on_wait = functools.partial(self._relay.post, self.begin)
-        news: Callable[[], None]
+    def error(self, words: str) -> None:
+        """Say what is wrong: at once, and then once a second with how often it was since.  For any thread."""
+        with self._lock:
+            now, rare = self._clock(), self._rare.setdefault(words, [-math.inf, 0])
+            rare[1] += 1
+            if now < rare[0] + 1:
+                return
+            again = f" ({rare[1]:.0f} times)" if rare[1] > 1 else ""
+            rare[:] = now, 0
+        self._put(logging.ERROR, words + again)
+
+    def close(self, timeout: float) -> None:
+        """Write what waits; give up after timeout seconds."""
+        self._closing.set()
+        self._wake.release()
+        if self._thread:
+            self._thread.join(timeout)
+
+    def _put(self, level: int, line: object) -> None:
+        if len(self._lines) >= MAX_LOG_LINES:
+            self._lost += 1
+            return
+        self._lines.append((level, line))
+        if self._asleep:
+            with self._lock:
+                self._asleep = not (self._thread or self._start())
+                self._wake.release()
+
+    def _start(self) -> bool:
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         try:
-            failure = self._relay.aborted or self._listen()  # nobody pays for one that left while this waited
-            if failure:
-                raise failure
-            news = functools.partial(self.carry, upstream.open(self.call))
-        except ProxyError as error:
-            news = functools.partial(self.fail, error)
-        except Exception as error:  # noqa: BLE001
-            log.error("fault in asking upstream: %s", place_of(error))
-            news = functools.partial(self.fail, ProxyError("Internal error."))
-        self._relay.post(news)
+            self._thread.start()
+        except RuntimeError:  # the next line tries again
+            self._thread = None
+        return self._thread is not None
 
-    # The rest is called by the relay.
+    def _run(self) -> None:
+        while not (self._closing.is_set() and not self._lines):
+            self._wake.acquire()
+            self._closing.wait(LOG_PAUSE)  # for lines that come together to be written together
+            self._asleep = True  # from here on, a line wakes this thread; those before are seen here
+            while self._lines:
+                self._write(*self._lines.popleft())
 
-    def begin(self) -> None:
-        """Watch the client and the clocks, unless that has begun."""
-        if self not in self._relay.streams and not self.ended:
-            self._relay.streams.add(self)
-            self._relay.watch(self._client, READ, self.on_client)
-            self._set_alarm()
-            if self._relay.aborted:
-                self.fail(self._relay.aborted)
+    def _write(self, level: int, line: object) -> None:
+        try:
+            log.log(level, line)
+            lost = self._lost
+            if lost:
+                log.error("%d lines of log were lost", lost)
+                self._lost -= lost
+        except Exception:  # noqa: BLE001  (a handler or a filter of somebody's)
+            self._lost += 1
 
-    def carry(self, connection: Connection) -> None:
-        """Move what comes over connection from now on."""
-        self._relay.cancel(connection.alarm)
-        self.begin()
-        if self.ended or self._closing:
-            connection.pool.close(connection)
-            return
-        self._connection = connection
-        if not self._blocked:
-            self._relay.watch(connection.sock, READ, self.on_upstream)
 
-    def on_upstream(self, events: int) -> None:
-        """Read what has arrived and pass it on."""
-        connection = self._connection
-        if not connection or self._blocked:
-            return
-        data = connection.read()
-        if data is None:
-            return
-        body = self._body
-        if not body:
-            self._take_head(data)
-        elif data:
-            self._take(body, data)
-        else:
-            if not connection.broken:
-                body.close()
-            self._take(body, b"", closed=True)
+def start_thread(work: Callable[[], None]) -> None:
+    """Raises RuntimeError where the system has none left."""
+    threading.Thread(target=work, name="worker", daemon=True).start()
 
-    def on_client(self, events: int) -> None:
-        """Send what waits, and take what the client sends: mostly, that it leaves."""
+
+# 11 ------------------------------------------------------------------ Clients
+
+
+class Peer:
+    """A client's socket, which the loop reads from and writes to without waiting."""
+
+    def __init__(self, sock: socket.socket, loop: Loop) -> None:
+        """sock must not block."""
+        self.sock, self.loop = sock, loop
+        self.pending = b""  # what the socket did not take
+        self.lost = False  # the client is gone, and what is sent goes nowhere
+        loop.watch(sock, READ, self.on_ready)
+
+    def on_ready(self, events: int) -> None:
         if events & WRITE:
             self._flush()
-        failure = self._listen() if events & ~WRITE and not self.ended else None
-        if failure:
-            self.drop(failure)
-
-    def on_alarm(self) -> None:
-        """Do what is due, then wait for what comes next."""
-        self._relay.cancel(self._alarm)
-        for due, act in self._clocks():
-            if due <= self._relay.now:
-                act()
-                break
-        self._set_alarm()
-
-    def fail(self, failure: ProxyError) -> None:
-        """End the stream so that the client can tell that the answer is not complete."""
-        if self.ended or self._closing:
-            return
-        if self.answer.settled and not self.answer.failure:
-            self._complete()  # the answer was, and only usage and [DONE] were waited for
-            return
-        self.failure = failure
-        self._close_upstream()
-        told = self.answer.encode("error", error=failure.message) if self.started else b""
-        if told:
-            self._write(told, last=True)
-        elif self._pending:
-            self._closing = True
-        else:
-            self._end()
-
-    def drop(self, failure: ProxyError) -> None:
-        """End the stream at once: nobody is there, or able, to take what is left of it."""
-        if not self.ended:
-            self.failure = failure
-            self.intact = False
-            self._end()
-
-    def _listen(self) -> ProxyError | None:
-        """Take what the client sends; return why that ends the stream, if it does."""
-        try:
-            data = self._client.recv(READ_SIZE)
-        except BlockingIOError:
-            return None
-        except OSError:
-            data = b""
-        self.early += data
-        if not data:
-            return Disconnected("The client left.")
-        if len(self.early) > MAX_PIPELINED:
-            return Aborted("The client sent too much while its answer was on its way.")
-        return None
-
-    def _take_head(self, data: bytes) -> None:
-        """Read on in upstream's head; b"" is the end of its connection."""
-        assert self._connection
-        sent_at = self.call.connected_at or 0.0
-        if not (data or self._head or self.started) and self._connection.reused and self._relay.now < sent_at + STALE_WINDOW:
-            self.call.connected_at, self.call.fresh = None, True
-            self._leave(cut=False)
-            return
-        if not data:
-            self.fail(UpstreamError("Upstream closed the connection without an answer."))
-            return
-        self._head += data
-        try:
-            parsed = parse_answer_head(self._head)
-            if not parsed:
+        if events & ~WRITE and not self.lost:
+            try:
+                data = self.sock.recv(READ_SIZE)
+            except BlockingIOError:
                 return
-            status, fields, rest = parsed
-            self._body = BodyDecoder(0) if status in (204, 304) else body_decoder(fields, BodyDecoder())
-        except ValueError as error:
-            self.fail(Garbled(f"Upstream's answer cannot be read: {error}."))
+            except OSError:
+                data = b""
+            if data:
+                self.on_data(data)
+            else:
+                self._lose()
+
+    def send(self, data: bytes) -> None:
+        """Send data, or keep what the socket does not take: then on_drained is called once it has."""
+        if self.lost:
             return
-        self._keeps_alive = self._body.left is not None and "close" not in fields.get("connection", "").lower()
-        self.answer.start(status, fields)
-        if self.answer.eager and not (self.answer.failure or self.answer.refused):
-            self._write(b"")
-        self._take(self._body, rest)
-
-    def _take(self, body: BodyDecoder, data: bytes, closed: bool = False) -> None:
-        """Pass on what data adds to the answer; closed: it is the last of upstream's connection."""
-        answer, before = self.answer, self.answer.events
-        out = answer.feed(body.feed(data))
-        if body.complete:
-            out += answer.close(None)
-        elif body.broken:
-            out += answer.close(Garbled("Upstream broke the chunked coding of its answer."))
-        elif closed:
-            out += answer.close(UpstreamError("Upstream closed the connection within its answer.", ending="truncated"))
-        if answer.done:
-            self._complete(out)
+        if self.pending:
+            self.pending += data
             return
-        if out:
-            self._write(out)
-        if answer.failure:
-            self.fail(answer.failure)
-        elif answer.events != before:
-            self._event_at = self._relay.now
-            if answer.ending and self._ending_at is None:
-                self._ending_at = self._event_at
-                self._set_alarm(END_GRACE)
-
-    def _complete(self, out: bytes = b"") -> None:
-        self._close_upstream(keep=True)
-        self._write(out + self.answer.end(), last=True)
-
-    def _write(self, body: bytes, last: bool = False) -> None:
-        """Send body as one chunk, with the head before the first and the last chunk behind the last."""
-        if not self.started:
-            self.started = True
-            self._pending, self._chunked = self._encode_head()
-        data = encode_chunk(body) if self._chunked else body
-        if last:
-            self._closing = self.intact = True
-            data += LAST_CHUNK if self._chunked else b""
-        self._write_at = self._relay.now
-        if self.first_text_at is None and self.answer.pieces:
-            self.first_text_at = self._write_at
-        self._pending = self._pending + data if self._pending else data
-        if not self._blocked:
-            self._flush()
-
-    def _flush(self) -> None:
         try:
-            sent = self._client.send(self._pending)
+            sent = self.sock.send(data)
         except BlockingIOError:
             sent = 0
         except OSError:
-            self.drop(Disconnected("The client left."))
+            self.lost = True
+            self.loop.post(self._lose)  # not from here: whoever sends is not done
             return
-        if sent == len(self._pending):
-            self._pending = b""
-            if self._closing:
-                self._end()
-            elif self._blocked:
-                self._unblock()
+        if sent < len(data):
+            self.pending = data[sent:]
+            self.loop.watch(self.sock, READ | WRITE, self.on_ready)
+            self.on_blocked()
+
+    def close(self) -> None:
+        self.lost, self.pending = True, b""
+        self.loop.unwatch(self.sock)
+        self.sock.close()
+
+    def _flush(self) -> None:
+        try:
+            sent = self.sock.send(self.pending)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._lose()
+            return
+        self.pending = self.pending[sent:]
+        if self.pending:
+            self.on_blocked()
         else:
-            self._pending = self._pending[sent:]
-            if not self._blocked:
-                self._block()
-            elif sent:
-                self._write_at = self._relay.now
+            self.loop.watch(self.sock, READ, self.on_ready)
+            self.on_drained()
 
-    def _block(self) -> None:
-        """Back-pressure: while the client does not read, neither do we."""
-        self._blocked = True
-        self._relay.watch(self._client, READ | WRITE, self.on_client)
-        if self._connection:
-            self._relay.unwatch(self._connection.sock)
+    def _lose(self) -> None:
+        if self.sock.fileno() >= 0:  # it was not closed meanwhile
+            self.lost, self.pending = True, b""
+            self.loop.unwatch(self.sock)
+            self.on_lost()
 
-    def _unblock(self) -> None:
-        self._blocked = False
-        self._event_at = self._write_at = self._relay.now  # upstream was not silent: we did not listen
-        self._relay.watch(self._client, READ, self.on_client)
-        if self._connection:
-            self._relay.watch(self._connection.sock, READ, self.on_upstream)
-        if self._ending_at is not None:
-            self._ending_at = self._relay.now
-            self._set_alarm()  # END_GRACE did not run meanwhile, and is shorter than the other clocks
+    def on_data(self, data: bytes) -> None:
+        """Take what the client sent."""
 
-    def _close_upstream(self, keep: bool = False, cut: bool = True) -> None:
-        """Nobody pays for what would come from now on.  keep: what comes is a few bytes that were paid for."""
-        if cut:
-            self.call.lifeline.cut()
-        connection, self._connection = self._connection, None
-        if connection and self._body and self._keeps_alive and (keep or self._body.complete):
-            connection.pool.settle(connection, self._body)
-        elif connection:
-            connection.pool.close(connection)
+    def on_blocked(self) -> None:
+        """Wait for a client that does not read, or go on waiting for one that took a part."""
+
+    def on_drained(self) -> None:
+        """Go on: the client has taken all that was sent."""
+
+    def on_lost(self) -> None:
+        """End: the client is gone."""
+
+
+class Client(Peer):
+    """A connection of HTTP/1.1: its requests, one after the other.
+
+    IDLE -> HEAD -> BODY -> ANSWERING -> IDLE, or from any of them, LINGERING -> CLOSED.  LINGERING: the rest of a
+    request is dropped that was answered before it was there, for to close with bytes unread would reset the connection,
+    and the client would never see why it was refused.
+    """
+
+    IDLE, HEAD, BODY, ANSWERING, LINGERING, CLOSED = range(6)
+
+    def __init__(self, sock: socket.socket, address: Any, server: Server) -> None:
+        super().__init__(sock, server.hub.loop)
+        self.server = server
+        self.address = "unix" if server.path else plain_address(address[0])
+        self.surplus = len(server.clients) > server.max_clients  # it is told so
+        self.data = b""  # came, and was not taken
+        self.exchange: Exchange | None = None
+        self.state = self.IDLE
+        self.since = self.loop.now  # in this state; of HEAD and BODY together; of the last progress of what is sent
+        self.keeps_alive = False  # after the answer; as yet there was none
+        self._alarm = Alarm(self.loop, self._on_alarm)
+        self._set_alarm()
+
+    def __repr__(self) -> str:
+        return f"<Client {('IDLE', 'HEAD', 'BODY', 'ANSWERING', 'LINGERING', 'CLOSED')[self.state]}>"
+
+    def on_data(self, data: bytes) -> None:
+        if self.state == self.LINGERING:
+            self._linger(data)
+            return
+        self.data = self.data + data if self.data else data
+        if self.state == self.BODY:
+            self._read_body()
+        elif self.state != self.ANSWERING:
+            self.loop.begin(self.begin)
+        elif len(self.data) > MAX_PIPELINED and self.exchange:
+            self.exchange.drop(Aborted("The client sent too much while its answer was on its way."))
+
+    def begin(self) -> None:
+        """Begin with the request that is there, if one is."""
+        if self.state not in (self.IDLE, self.HEAD) or self.lost:
+            return
+        try:
+            parsed = parse_request_head(self.data)
+        except RequestError as error:
+            self._refuse(error)
+            return
+        if parsed:
+            request, self.data = parsed
+            self._exchange_for(request).begin()
+        elif self.state == self.IDLE and self.data.strip(b"\r\n"):  # empty lines are none of a request
+            self.state, self.since = self.HEAD, self.loop.now
+            self._set_alarm()
+
+    def expect_body(self) -> None:
+        """Read the body of the request, and have its exchange go on once it is there."""
+        self.state = self.BODY
+        self._read_body()
+
+    def on_answered(self) -> None:
+        """The answer has left: read on, or close."""
+        exchange, self.exchange = self.exchange, None
+        self.since = self.loop.now
+        if not exchange or self.lost:
+            self.close()
+        elif not exchange.request.body.complete or (self.data and not self.keeps_alive):
+            self.state, self._rest = self.LINGERING, exchange.request.body
+            if not self.keeps_alive:
+                with contextlib.suppress(OSError):
+                    self.sock.shutdown(socket.SHUT_WR)
+            data, self.data = self.data, b""
+            self._linger(data)
+        elif self.keeps_alive:
+            self._expect_head()
+        else:
+            self.close()
+
+    def on_drained(self) -> None:
+        if self.exchange:
+            self.exchange.on_drained()
+
+    def on_blocked(self) -> None:
+        self.since = self.loop.now
+        self._set_alarm()
+
+    def on_lost(self) -> None:
+        self.drop(Disconnected("The client left."))
+
+    def on_fault(self, error: Exception) -> None:
+        try:
+            self.abort(internal_error(error))
+        except Exception:  # noqa: BLE001  (it was in that)
+            self.drop(internal_error(error))
+
+    def drop(self, failure: ProxyError) -> None:
+        """End at once."""
+        if self.state == self.HEAD:
+            self._exchange_for(readable_line(self.data))
+        if self.exchange:
+            self.exchange.drop(failure)
+        else:
+            self.close()
+
+    def drain(self) -> None:
+        """Close a connection that has asked nothing; its last words are heard before."""
+        if self.state == self.IDLE:
+            self.on_ready(READ)
+        if self.state == self.IDLE and not self.data:
+            self.close()
+
+    def abort(self, failure: ProxyError) -> None:
+        """End what is under way, truthfully."""
+        if self.exchange:
+            self.exchange.abort(failure)
+        elif self.state == self.HEAD or self.data:
+            self._refuse(failure)
+        else:
+            self.close()
+
+    def close(self) -> None:
+        if self.state != self.CLOSED:
+            self.state = self.CLOSED
+            self._alarm.close()
+            super().close()
+            self.server.on_closed(self)
+
+    def reset(self) -> None:
+        """Have the client see an error when this is closed (SO_LINGER of 0 s), not the end of a body."""
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def _exchange_for(self, request: Request) -> Exchange:
+        self.state, self.keeps_alive = self.ANSWERING, request.keeps_alive
+        self.exchange = Exchange(self, request)
+        return self.exchange
+
+    def _refuse(self, failure: ProxyError) -> None:
+        if self.exchange:
+            self.exchange.refuse(failure)
+        elif self.data.strip(b"\r\n"):
+            self._exchange_for(readable_line(self.data)).refuse(failure)
+        else:
+            self.close()
+
+    def _expect_head(self) -> None:
+        self.state = self.IDLE
+        if self.data:
+            self.loop.begin(self.begin)
+        if self.server.draining:
+            self.drain()
+        else:
+            self._set_alarm()
+
+    def _read_body(self) -> None:
+        assert self.exchange
+        body = self.exchange.request.body
+        part = body.feed(self.data)
+        self.data = body.rest
+        if body.complete:
+            self.state = self.ANSWERING
+        else:
+            self._set_alarm()
+        self.exchange.on_body(part)
+
+    def _linger(self, data: bytes) -> None:
+        """Drop what is left of a request: a little for the sake of the connection, else until the client closes."""
+        self._rest.feed(data)
+        if self.keeps_alive and self._rest.complete:
+            self.data = self._rest.rest
+            self._expect_head()
+        elif self._rest.broken:
+            self.keeps_alive = False
+
+    def _due(self) -> float:
+        """When this state has lasted too long."""
+        limits = self.server.settings
+        limit = limits.client_timeout
+        if self.state == self.IDLE and self.keeps_alive:
+            limit = limits.keep_alive_timeout
+        elif self.state == self.ANSWERING and not self.pending:
+            limit = 0.0
+        elif self.state == self.LINGERING:
+            limit = min(LINGER_TIMEOUT, limit or LINGER_TIMEOUT)
+        return self.since + limit if limit else math.inf
+
+    def _set_alarm(self) -> None:
+        self._alarm.by(self._due())
+
+    def _on_alarm(self) -> None:
+        if self._due() > self.loop.now:
+            self._set_alarm()
+        elif self.state in (self.HEAD, self.BODY):
+            self._refuse(RequestError("The request did not arrive in time.", 408))
+        elif self.exchange:
+            self.exchange.drop(Aborted("The client stopped reading."))
+        else:
+            self.close()
+
+
+_REQUEST_ID = re.compile("[0-9A-Za-z._-]{1,64}")
+_MODEL_PATH = re.compile("^/v1/models/.+")
+
+
+class Exchange:
+    """One request, its answer, and its one line in the log."""
+
+    def __init__(self, client: Client, request: Request) -> None:
+        self.client, self.request = client, request
+        self.server = client.server
+        given = request.fields.get("x-request-id", "")
+        self.id = given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
+        self.began_at = client.loop.now
+        self.who = client.address  # as the log names the client
+        self.place = ""  # under which name it counts in the limits; "": it does not
+        self.cors: dict[str, str] = {}
+        self.status = 0  # as told to the client
+        self.failure: ProxyError | None = None
+        self.stream: Stream | None = None
+        self.received = bytearray()  # of the body
+        self._then: Callable[[], None]  # what is done once a place, and the body, are there
+
+    # What is asked.
+
+    def begin(self) -> None:
+        self._step(self._dispatch)
+
+    def _step(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except ProxyError as failure:
+            self.refuse(failure)
+
+    def _dispatch(self) -> None:
+        """Check what every request must have, and call the function of its path and method."""
+        request, access = self.request, self.server.access
+        self.who = access.address_of(self.client.address, request.fields.get("x-forwarded-for", ""))
+        self.cors = access.cors_fields(request.fields)
+        methods = _ROUTES.get(_MODEL_PATH.sub("/v1/models", request.path))
+        if not methods:
+            raise RequestError("There is nothing at this path.", 404)
+        if request.method not in methods:
+            known = request.method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT")
+            allowed = ", ".join(methods)
+            raise RequestError(f"This path takes {allowed} only.", 405 if known else 501, fields={"Allow": allowed})
+        if request.method != "POST" and not request.body.complete:
+            raise RequestError("Only POST takes a body.")
+        if request.path not in _OPEN_PATHS:
+            if self.client.surplus:
+                raise RequestError("Too many connections.", 503)
+            access.check_host(request.fields.get("host", "localhost"), self._own_address)
+        methods[request.method](self)
+
+    def _own_address(self) -> str:
+        return "" if self.server.path else plain_address(self.client.sock.getsockname()[0])
+
+    def _admit(self, then: Callable[[], None]) -> None:
+        """Let in a request that costs money, count it as long as it lasts, and go on once its body is there."""
+        self.server.access.check_origin(self.request.fields)
+        self._then = then
+        self.server.access.look(self._on_looked)
+
+    def _on_looked(self) -> None:
+        if self.client.exchange is self:  # or it has left meanwhile
+            self._step(self._enter)
+
+    def _enter(self) -> None:
+        fields, settings = self.request.fields, self.server.settings
+        key = network_of(self.who) if self.who != "unix" else "unix"
+        name = self.server.access.identify(fields)
+        self.who = name or self.who
+        self.server.limits.enter(name or key)
+        self.place = name or key
+        if self.request.method != "POST":
+            self._then()
+            return
+        if "transfer-encoding" not in fields and "content-length" not in fields:
+            raise RequestError("A body needs a Content-Length.", 411)
+        if int(fields.get("content-length", "0")) > settings.max_body:
+            raise RequestError(f"The body is larger than {settings.max_body} bytes.", 413)
+        expected = fields.get("expect", "").lower() == "100-continue" and self.request.http11
+        if expected and not (self.client.data or self.request.body.complete):
+            self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.client.expect_body()
+
+    def on_body(self, part: bytes) -> None:
+        """Take a part of the body; go on once it is whole."""
+        self.received += part
+        limit = self.server.settings.max_body
+        if self.request.body.broken:
+            self.refuse(RequestError("The chunked coding of the body is broken."))
+        elif len(self.received) > limit:
+            self.refuse(RequestError(f"The body is larger than {limit} bytes.", 413))
+        elif self.request.body.complete:
+            self._step(self._then)
+
+    # What is answered.
+
+    def answer_preflight(self) -> None:
+        """Tell a page of an allowed origin what it may send (WHATWG Fetch section 3.2.2)."""
+        fields, methods = self.request.fields, ", ".join(_ROUTES[_MODEL_PATH.sub("/v1/models", self.request.path)])
+        answer = {"Allow": methods}
+        if "origin" in fields:
+            self.server.access.check_origin(fields)
+            asked = [name.strip().lower() for name in fields.get("access-control-request-headers", "").split(",")]
+            allowed = [name for name in asked if name in _CORS_FIELDS or name.startswith("x-stainless-")]
+            answer = {"Access-Control-Allow-Methods": methods, "Access-Control-Allow-Headers": ", ".join(allowed),
+                      "Access-Control-Max-Age": "600"}  # fmt: skip
+        self._answer(204, b"", answer)
+
+    def get_health(self) -> None:
+        """Say that the process is alive."""
+        self._answer(200, b"ok\n", {"Content-Type": "text/plain; charset=utf-8"})
+
+    def get_ready(self) -> None:
+        """Say whether new requests are welcome."""
+        status, words = (503, b"draining\n") if self.server.draining else (200, b"ok\n")
+        self._answer(status, words, {"Content-Type": "text/plain; charset=utf-8"})
+
+    def get_root(self) -> None:
+        """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
+        if not self._wants_events():
+            self._answer(200, PAGE, PAGE_FIELDS)
+        elif "last-event-id" in self.request.fields:  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
+            self._answer(204, b"", {})
+        else:
+            self._admit(self._ask_query)
+
+    def _ask_query(self) -> None:
+        try:
+            query = re.sub("[\x80-\xff]", lambda byte: f"%{ord(byte[0]):02X}", self.request.query)  # curl sends them raw
+            prompts = urllib.parse.parse_qs(query, errors="strict").get("prompt", [])
+        except ValueError:
+            raise RequestError("The query is not UTF-8.") from None
+        answer = EventAnswer(self.id, self.server.hub.redact, reconnects=True)
+        self._ask(answer, prompt_call({"prompt": prompts[0] if len(prompts) == 1 else None}, self.server.settings))
+
+    def post_prompt(self) -> None:
+        """Answer a JSON body with a stream."""
+        self._admit(self._ask_prompt)
+
+    def _ask_prompt(self) -> None:
+        redact = self.server.hub.redact
+        asked = parse_request(self._take_body())
+        if not self._wants_events():
+            self._ask(TextAnswer(redact), prompt_call(asked, self.server.settings))
+        elif "last-event-id" in self.request.fields:  # see get_root
+            self._answer(204, b"", {})
+        else:
+            self._ask(EventAnswer(self.id, redact), prompt_call(asked, self.server.settings))
+
+    def post_api(self) -> None:
+        """Pass a request of the API on, and its answer back."""
+        self._admit(self._pass_body)
+
+    def _pass_body(self) -> None:
+        body = self._take_body()
+        asked = check_model(body, self.server.settings)
+        self._pass(PassedAnswer(self.server.hub.redact, count_choices(asked)), body)
+
+    def get_models(self) -> None:
+        """Answer with the models that may be used, or with one of them."""
+        name = urllib.parse.unquote(self.request.path[len("/v1/models/") :])
+        if any(not part.strip(".") for part in name.split("/")) and name:
+            raise RequestError("There is nothing at this path.", 404)  # nor at one that it leads to
+        self._admit(functools.partial(self._pass_models, name))
+
+    def _pass_models(self, name: str) -> None:
+        settings, redact = self.server.settings, self.server.hub.redact
+        models = (settings.model, *settings.allow_model)
+        if name and not {name, "*"}.intersection(models):
+            raise unknown_model(name)
+        self._pass(PassedAnswer(redact) if name or "*" in models else ModelList(models, redact))
+
+    def _take_body(self) -> bytes:
+        body, self.received = bytes(self.received), bytearray()
+        return body
+
+    def _wants_events(self) -> bool:
+        accept = self.request.fields.get("accept", "")
+        ranges = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
+        return "text/event-stream" in ranges and self.request.method != "HEAD"
+
+    def _pass(self, answer: Answer, body: bytes = b"") -> None:
+        """Answer a request of the API.  User-Agent says who connects, and behind it for whom."""
+        request = self.request
+        fields = {name.title(): request.fields[name] for name in PASSED_FIELDS if name in request.fields}
+        if "*" not in self.server.settings.allow_model and body:
+            fields["Content-Type"] = "application/json"  # as check_model has read it
+        fields["User-Agent"] = f"{USER_AGENT} {request.fields.get('user-agent', '')}".strip()
+        self._ask(answer, Call(request.method, request.path[len("/v1") :], request.query, fields, body))
+
+    def _ask(self, answer: Answer, call: Call) -> None:
+        self.stream = self.server.hub.stream(call, answer, self)
+        self.stream.ask()
+
+    # How it is answered.
+
+    def refuse(self, failure: ProxyError) -> None:
+        """Tell the client that its request failed."""
+        client, body, self.failure = self.client, self.request.body, failure
+        over = failure.status == 408 or isinstance(failure, Aborted)
+        small = body.left is not None and body.left <= MAX_DISCARDED and "expect" not in self.request.fields
+        client.keeps_alive = client.keeps_alive and not over and (body.complete or small)
+        fields = {"Content-Type": "application/json", **failure.fields}
+        if failure.status in (429, 503):
+            fields.setdefault("Retry-After", "1")
+        elif failure.status >= 500 and self.stream and self.stream.asked:
+            fields["X-Should-Retry"] = "false"  # SDKs heed it: what was asked may have been paid for
+        self._answer(failure.status, encode_error(failure, self.request.path), fields)
+
+    def drop(self, failure: ProxyError) -> None:
+        """End at once: nobody is there, or able, to take what is left of the answer."""
+        if self.stream and not self.stream.over:
+            self.stream.drop(failure)
+        else:
+            self.failure, self.client.keeps_alive = self.failure or failure, False
+            self.status = self.status or failure.status
+            self._end()
+
+    def abort(self, failure: ProxyError) -> None:
+        """End so that the client can tell that the answer is not complete."""
+        if self.stream and not self.stream.over:
+            self.stream.fail(failure)
+        elif not self.status:
+            self.refuse(failure)
+
+    def on_fault(self, error: Exception) -> None:
+        self.client.on_fault(error)
+
+    def on_drained(self) -> None:
+        """Go on: the client has taken all that was sent."""
+        if self.stream and not self.stream.over:
+            self.stream.on_drained()
+        elif self.status:
+            self._end()
+
+    def on_stream_over(self) -> None:
+        """Take the end of the stream: tell why there is no answer, or end with it."""
+        stream, client = self.stream, self.client
+        assert stream
+        self.failure = stream.failure
+        self._leave_place()  # before the next request is begun: a client that saw the end may ask again
+        if self.failure and not (self.status or client.lost):
+            self.refuse(self.failure)
+            return
+        if self.failure:
+            self.status = self.status or self.failure.status
+        if not stream.viewer.intact:
+            client.keeps_alive = False
+            if not self.request.http11:
+                client.reset()  # its body ends where the connection does
+        self._end()
+
+    def encode_head(self, status: int, fields: Mapping[str, str]) -> bytes:
+        """Return a head with the fields that every answer has, and Connection where it is the last."""
+        self.status = status
+        self.client.keeps_alive = self.client.keeps_alive and not (self.server.draining or self.client.surplus)
+        common = {
+            "Date": http_date(int(time.time())),
+            "X-Request-Id": self.id,
+            "X-Content-Type-Options": "nosniff",
+        }
+        if not self.client.keeps_alive:
+            common["Connection"] = "close"
+        line = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
+        return encode_head(line, {**common, **self.cors, **fields})
+
+    def encode_stream_head(self) -> tuple[bytes, bool]:
+        """Return the head of the stream's answer, and whether its body is chunked."""
+        assert self.stream
+        answer = self.stream.answer
+        fields = {**STREAM_FIELDS, **answer.fields}
+        if answer.content_type:
+            fields["Content-Type"] = answer.content_type
+        chunked = self.request.http11 and "Content-Length" not in fields
+        if chunked:
+            fields["Transfer-Encoding"] = "chunked"
+        return self.encode_head(answer.status, fields), chunked
+
+    def _answer(self, status: int, body: bytes, fields: Mapping[str, str]) -> None:
+        length = {"Content-Length": str(len(body))} if body else {}
+        head = self.encode_head(status, {"Cache-Control": "no-store", **length, **fields})
+        self.client.state = self.client.ANSWERING
+        self.client.send(head if self.request.method == "HEAD" else head + body)
+        if not self.client.pending:
+            self._end()
+
+    def _leave_place(self) -> None:
+        if self.place:
+            self.server.limits.leave(self.place)
+            self.place = ""
 
     def _end(self) -> None:
-        self.ended = True
-        self._leave()
+        if self.client.exchange is self:
+            self._leave_place()
+            self._log()
+            self.stream = None  # each has the other
+            self.client.on_answered()
 
-    def _leave(self, cut: bool = True) -> None:
-        """Leave the relay: it is a thread's turn."""
-        self._relay.cancel(self._alarm)
-        self._close_upstream(cut=cut)
-        self._relay.unwatch(self._client)
-        self._relay.streams.discard(self)
-        self._on_news()
-
-    def _set_alarm(self, within: float = FOREVER) -> None:
-        """Look at the clocks again when the next is due, in within seconds at most.
-
-        A clock that starts later runs for one of limits at least: looking that often misses none.
-        """
-        if not self.ended:
-            limits = self._settings
-            timeouts = (limits.connect_timeout, limits.first_byte_timeout, limits.idle_timeout, limits.client_timeout,
-                        limits.heartbeat if self.answer.pings else 0)
-            soon = self._relay.now + min([within, *filter(None, timeouts)])
-            self._relay.cancel(self._alarm)
-            self._alarm = self._relay.set_alarm(min([soon, *(due for due, _ in self._clocks())]), self.on_alarm)
-
-    def _clocks(self) -> Iterator[tuple[float, Callable[[], None]]]:
-        """What is due when, as things stand."""
-        limits, connected_at = self._settings, self.call.connected_at
-        if limits.total_timeout and not self._closing:
-            yield self._began_at + limits.total_timeout, self._late("to end its answer")
-        if self._blocked:
-            if limits.client_timeout:
-                yield self._write_at + limits.client_timeout, lambda: self.drop(Aborted("The client stopped reading."))
-            return
-        if self._ending_at is not None:
-            yield self._ending_at + END_GRACE, self._complete
-        elif self.answer.events:
-            if limits.idle_timeout:
-                yield self._event_at + limits.idle_timeout, self._late("to go on with its answer")
-        elif connected_at is not None:
-            if limits.first_byte_timeout:
-                yield connected_at + limits.first_byte_timeout, self._late("to start its answer")
-        elif limits.connect_timeout:
-            yield self._opened_at + limits.connect_timeout, self._late("to connect")
-        if limits.heartbeat and self.answer.pings:
-            yield self._write_at + limits.heartbeat, lambda: self._write(self.answer.ping())
-
-    def _late(self, what: str) -> Callable[[], None]:
-        return lambda: self.fail(UpstreamError(f"Upstream took too long {what}.", 504, "aborted"))
+    def _log(self) -> None:
+        now, failure, stream = time.time(), self.failure, self.stream
+        entry = LogEntry(
+            time=log_time(now),
+            id=self.id,
+            client=self.who,
+            method=self.request.method,
+            path=self.request.path[:200],  # the query may hold a prompt
+            status=self.status,
+            ending=failure.ending if failure else "complete",
+            error=failure.logged if failure else None,
+            seconds=round(self.client.loop.clock() - self.began_at, 3),
+        )
+        if stream:
+            answer, first = stream.answer, stream.first_text_at
+            entry.update(
+                ttft=None if first is None else round(first - self.began_at, 3),
+                pieces=answer.pieces, bytes=answer.size, usage=answer.usage, upstream_id=answer.request_id,
+            )  # fmt: skip
+        self.server.hub.log.info(entry)
 
 
-# 12 ------------------------------------------------------------------ Server
-
-_LINE_START = re.compile(f"{_TOKEN[:-1]}|\r?\\Z".encode())  # or what can become one
-_REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])")  # RFC 9112 section 3
-_BAD_LINE = "The request line is not in HTTP's grammar."
-_MODEL_PATH = re.compile("^/v1/models/.+")
-_REQUEST_ID = re.compile("[0-9A-Za-z._-]{1,64}")
-_HOST = re.compile(r"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
+def _get(function: Callable[[Exchange], None]) -> dict[str, Callable[[Exchange], None]]:
+    return {"GET": function, "HEAD": function, "OPTIONS": Exchange.answer_preflight}  # HEAD: the same without the body
 
 
-def has_head(data: bytearray, seen: int = 0) -> bool:
-    """Tell whether a request's head is there, or cannot come any more: HTTP/0.9 and TLS are told at once.
+# Path, then method.
+_ROUTES: dict[str, dict[str, Callable[[Exchange], None]]] = {
+    "/": {**_get(Exchange.get_root), "POST": Exchange.post_prompt},
+    "/healthz": _get(Exchange.get_health),
+    "/readyz": _get(Exchange.get_ready),
+    "/v1/models": {"GET": Exchange.get_models, "OPTIONS": Exchange.answer_preflight},
+    **{
+        f"/v1/{name}": {"POST": Exchange.post_api, "OPTIONS": Exchange.answer_preflight}
+        for name in ("chat/completions", "completions", "responses", "embeddings", "messages")
+    },
+}
 
-    seen: of so many bytes it was False.
-    """
-    begin = 2 if data.startswith(b"\r\n") else 0  # RFC 9112 section 2.2
-    if len(data) - begin > MAX_HEAD_SIZE or not _LINE_START.match(data, begin):
-        return True
-    line_end = data.find(b"\n", begin)
-    if line_end >= seen:
-        line = _REQUEST_LINE.fullmatch(data[begin : line_end + 1].decode("latin-1").removesuffix("\r\n"))
-        if not line or line[3] != "1":
-            return True
-    return line_end >= 0 and data.find(b"\r\n\r\n", max(begin, seen - 3)) >= 0
+_OPEN_PATHS = ("/healthz", "/readyz")  # those that answer under any name
+
+# What a page of another origin may send.
+_CORS_FIELDS = ("accept", "api-key", "authorization", "last-event-id", "x-api-key", "x-request-id", *PASSED_FIELDS)
+
+# What keeps nginx, proxies that compress, and whoever knows RFC 10036 from holding text back.
+STREAM_FIELDS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform", "Incremental": "?1"}
 
 
 @functools.lru_cache(maxsize=1)
 def http_date(seconds: int) -> str:
     """A time of the system's clock as RFC 9110 section 5.6.7 has it."""
     return email.utils.formatdate(seconds, usegmt=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _log_second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
+def log_time(seconds: float) -> str:
+    """A time of the system's clock as the log has it (RFC 3339), to the millisecond."""
+    return f"{_log_second(int(seconds))}.{int(seconds % 1 * 1000):03}Z"
 
 
 class LogEntry(dict[str, object]):
@@ -2433,423 +2635,696 @@ _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: reads requests, answers them, and leaves streams to the relay.
+# 12 ------------------------------------------------------------------ Upstream
 
-    http.server's own reading of requests is not used: it lets one hide in another.
+
+class Lifeline:
+    def __init__(self) -> None:
+        self._lock = threading.Lock(); self._copy = None; self._cut = False
+    def hold(self, sock):
+        with self._lock:
+            if self._copy: self._copy.close()
+            self._copy = socket.fromfd(sock.fileno(), sock.family, sock.type) if sock else None
+            if self._cut and sock: raise ConnectionAbortedError(errno.ECONNABORTED, "cut")
+    def cut(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self._cut = True
+            if self._copy: self._copy.shutdown(socket.SHUT_RDWR)
+
+
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Connection:
+    def __init__(self, sock, key):
+        self.sock, self.key, self.reused, self.broken, self._pending = sock, key, False, False, b""
+        self.opened_at = 0.0
+    def read(self):
+        try: return self.sock.recv(READ_SIZE)
+        except WOULD_BLOCK: return None
+        except OSError:
+            self.broken = True
+            return b""
+    def write(self, data):
+        self._pending += data
+        return self.flush()
+    def flush(self):
+        if self._pending:
+            try: self._pending = self._pending[self.sock.send(self._pending):]
+            except WOULD_BLOCK: pass
+        return not self._pending
+    def close(self): self.sock.close()
+
+
+class Target:
+    def __init__(self, settings):
+        self._base = urllib.parse.urlsplit(settings.upstream)
+        self._fields = {"Host": self._base.netloc, "Accept-Encoding": "identity"}
+        if settings.api_key:
+            name, _, template = settings.auth_header.partition(":")
+            self._fields[name] = template.strip().replace("{key}", settings.api_key)
+        self.key = settings.upstream
+    def encode(self, call):
+        fields = {**self._fields, **call.fields}
+        if call.method == "POST": fields["Content-Length"] = str(len(call.body))
+        query = "&".join(filter(None, (self._base.query, call.query)))
+        return encode_head(f"{call.method} {self._base.path.rstrip('/')}{call.path}{'?' if query else ''}{query} HTTP/1.1", fields) + call.body
+
+
+class Upstream:
+    def __init__(self, settings):
+        self.target = Target(settings)
+        self._base = urllib.parse.urlsplit(settings.upstream)
+    def dial(self, lifeline):
+        try:
+            sock = socket.create_connection((self._base.hostname, self._base.port or 80), 10)
+        except OSError as error:
+            raise UpstreamError(f"Upstream cannot be reached: {reason_of(error)}.", 502) from None
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return Connection(sock, self.target.key)
+
+
+class Spare:
+    """A connection to upstream between two requests: the rest of an answer comes, then nothing should."""
+
+    def __init__(self, pool: Pool, connection: Connection, body: BodyDecoder) -> None:
+        self.pool, self.connection, self.body = pool, connection, body
+        self.since = pool.loop.now
+
+    def on_ready(self, events: int = 0) -> None:
+        """Read on; close what upstream closed, or says what nobody asked for on."""
+        data = self.connection.read()
+        if data and not self.body.complete:
+            self.body.feed(data)
+            self.pool.sort(self)
+        elif data is not None:
+            self.pool.drop(self)
+
+    def on_fault(self, error: Exception) -> None:
+        self.pool.drop(self)
+
+
+class Pool:
+    """Connections to upstream that are warm: the next request on them pays no handshake."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self._settling: dict[Spare, None] = {}  # both in order: the oldest is the first to go
+        self._idle: dict[object, list[Spare]] = {}  # by what they lead to
+        self._alarm = Alarm(loop, self._on_alarm)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._idle.values()))
+
+    def take(self, key: object) -> Connection | None:
+        """Return the connection that was used last, if one is alive."""
+        idle = self._idle.get(key)
+        while idle:
+            spare = idle.pop()
+            if spare.connection.read() is None:
+                spare.connection.reused = True
+                return spare.connection  # which is watched still: whoever takes it does so at once
+            self._close(spare)
+        return None
+
+    def settle(self, connection: Connection, body: BodyDecoder) -> None:
+        """Keep a connection whose answer nobody waits for any more, once body, the rest of it, has ended."""
+        spare = Spare(self, connection, body)
+        self._settling[spare] = None
+        self.loop.watch(connection.sock, READ, spare.on_ready)
+        self.sort(spare)
+
+    def sort(self, spare: Spare) -> None:
+        """Put a connection where it belongs by what has come of its body."""
+        body, connection = spare.body, spare.connection
+        old = self.loop.now - connection.opened_at > MAX_CONNECTION_AGE
+        if body.broken or (body.complete and (body.rest or old)):
+            self.drop(spare)
+        elif body.complete:
+            del self._settling[spare]
+            idle = self._idle.setdefault(connection.key, [])
+            idle.append(spare)
+            spare.since = self.loop.now
+            self._alarm.by(spare.since + KEEP_ALIVE_TIMEOUT)
+            if len(idle) > MAX_IDLE_CONNECTIONS:
+                self._close(idle.pop(0))
+        else:
+            self._alarm.by(spare.since + END_GRACE)
+
+    def drop(self, spare: Spare) -> None:
+        if spare in self._settling:
+            del self._settling[spare]
+        else:
+            self._idle[spare.connection.key].remove(spare)
+        self._close(spare)
+
+    def close(self) -> None:
+        self._alarm.close()
+        for spare in itertools.chain(list(self._settling), *map(list, self._idle.values())):
+            self.drop(spare)
+
+    def _close(self, spare: Spare) -> None:
+        self.loop.unwatch(spare.connection.sock)
+        spare.connection.close()
+
+    def _on_alarm(self) -> None:
+        """Close what is too old."""
+        for spares, limit in [(list(self._settling), END_GRACE), *((idle[:], KEEP_ALIVE_TIMEOUT) for idle in self._idle.values())]:
+            for spare in spares:
+                if spare.since + limit > self.loop.now:
+                    self._alarm.by(spare.since + limit)
+                    break
+                self.drop(spare)
+
+
+# 13 ------------------------------------------------------------------ Sources
+
+
+class Dial:
+    """What a thread is given to do: to open a connection to upstream."""
+
+    def __init__(self, hub: Hub, on_done: Callable[[], object]) -> None:
+        self.lifeline = Lifeline()  # by which the loop can end it
+        self.connection: Connection | None = None
+        self.failure: ProxyError | None = None
+        self._hub, self._on_done = hub, on_done
+
+    def run(self) -> None:
+        """In a thread that may wait."""
+        try:
+            self.connection = self._hub.upstream.dial(self.lifeline)
+        except ProxyError as error:
+            self.failure = error
+        except Exception as error:  # noqa: BLE001
+            self.failure = internal_error(error)
+        self._hub.loop.post(self._on_done)
+
+
+class Source:
+    """One try of a call: the request out, the answer in.
+
+    DIALING -> SENDING -> AWAITING -> FLOWING -> ENDING, and from any of them OVER.  SENDING: upstream is listened to
+    meanwhile, for it may refuse what it has not read.  AWAITING: the first event.  ENDING: all but a word or two has come.
     """
 
-    server: Server
+    DIALING, SENDING, AWAITING, FLOWING, ENDING, OVER = range(6)
 
-    def setup(self) -> None:
-        self.inbox: Inbox = self.request
-        self.inbox.handler = self
-        self.connection = self.inbox.client
-        self.peer = "unix" if self.server.path else plain_address(self.client_address[0])
-        self.close_connection = False
-        self.stream: Stream | None = None
+    # How long a state may last, by which setting, and what is said then.
+    _CLOCKS = (
+        ("connect_timeout", "to connect"),
+        ("first_byte_timeout", "to start its answer"),
+        ("first_byte_timeout", "to start its answer"),
+        ("idle_timeout", "to go on with its answer"),
+    )
 
-    def finish(self) -> None:
-        pass
+    connection: Connection  # from SENDING on
 
-    def handle(self) -> None:
-        """Do what there is to do until it is the relay's turn.  Called again when it is a thread's."""
-        if self.stream and self.stream.ended:
-            self._attempt(self._take_end)
-        while not (self.stream or self.close_connection) and self.inbox.take(has_head):
-            self.handle_one_request()
-        if self.stream:
-            self.stream.open(self.server.upstream)  # from here on, another thread may have this connection
-        elif self.close_connection:
-            self.server.shutdown_request(self.inbox)
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.hub = stream, stream.hub
+        self.answer = stream.answer
+        self.state = self.DIALING
+        self.since = self.hub.loop.now  # in this state, or since it was last seen that upstream is alive
+        self._sent_at = 0.0
+        self._dial: Dial | None = None
+        self._head = b""  # what came of the answer's head, until it is whole
+        self._body: BodyDecoder | None = None  # once it is
+        self._keeps_alive = False
+
+    def __repr__(self) -> str:
+        return f"<Source {('DIALING', 'SENDING', 'AWAITING', 'FLOWING', 'ENDING', 'OVER')[self.state]}>"
+
+    def open(self, fresh: bool) -> None:
+        """Ask, on a connection that is warm or, where it has to be a fresh one, on that."""
+        warm = None if fresh else self.hub.pool.take(self.hub.upstream.target.key)
+        if warm:
+            self._ask(warm)
         else:
-            self.server.relay.post(functools.partial(self.inbox.wait, has_head, self.server.on_request))
+            self._dial = Dial(self.hub, self._on_dialed)
+            self.hub.workers.run(self._dial.run)
 
-    def handle_one_request(self) -> None:
-        """Read a request, and answer it or prepare the stream that will."""
-        self.close_connection = True
-        if self.inbox.late_at is None:  # nothing was asked, and nothing will be
+    def close(self, keep: bool = False) -> None:
+        """End: nobody pays for what would come from now on.  keep: what comes is a few bytes that were paid for."""
+        state, self.state = self.state, self.OVER
+        body = self._body
+        if state == self.DIALING and self._dial:
+            self._dial.lifeline.cut()
+        elif state in (self.SENDING, self.OVER) or not (body and self._keeps_alive and (keep or body.complete)):
+            self._hang_up(state)
+        else:
+            self.hub.pool.settle(self.connection, body)
+
+    def due(self) -> float:
+        """When this state has lasted too long."""
+        if self.state == self.ENDING:
+            return self.since + END_GRACE
+        limit: float = getattr(self.hub.settings, self._CLOCKS[self.state][0])
+        return self.since + limit if limit else math.inf
+
+    def late(self) -> UpstreamError:
+        """Return the failure for a state that has lasted too long."""
+        return UpstreamError(f"Upstream took too long {self._CLOCKS[self.state][1]}.", 504, "aborted")
+
+    def watch(self) -> None:
+        """Listen to upstream unless the client has to read first (back-pressure), and send while there is more to."""
+        if self.state in (self.DIALING, self.OVER):
             return
-        self.method = self.path = "-"
-        self.query = ""
-        self.http11 = True
-        self.fields: dict[str, str] = {}
-        self.cors: dict[str, str] = {}
-        self.client = self.peer
-        self.body: BodyDecoder = BodyDecoder()  # which is not complete: who knows what comes
-        self.request_id, self.status, self.began_at = f"{random.getrandbits(64):016x}", 0, time.monotonic()
-        self.place = contextlib.ExitStack()  # among the streams of the limits
-        self.failure: ProxyError | None = None
-        self._attempt(self._take_request)
+        events = WRITE if self.state == self.SENDING else 0
+        events |= 0 if self.stream.viewer.blocked else READ
+        if events:
+            self.hub.loop.watch(self.connection.sock, events, self.on_ready)
+        else:
+            self.hub.loop.unwatch(self.connection.sock)
 
-    def _attempt(self, step: Callable[[], None]) -> None:
-        """Take a step of a request; if it is the last, see to its end, whatever happens, with one line in the log."""
-        failure: ProxyError | None = None
+    def on_ready(self, events: int) -> None:
+        if self.state == self.SENDING:
+            self._send()
+        data = self.connection.read()
+        if data is None:
+            return
+        body = self._body
+        if body is None:
+            self._take_head(data)
+        elif data:
+            self._take(body, data)
+        else:
+            if not self.connection.broken:
+                body.close()
+            self._take(body, b"", closed=True)
+
+    def on_fault(self, error: Exception) -> None:
+        self.stream.on_fault(error)
+
+    def _hang_up(self, state: int) -> None:
+        if state not in (self.DIALING, self.OVER):
+            self.hub.loop.unwatch(self.connection.sock)
+            self.connection.close()
+
+    def _on_dialed(self) -> None:
+        dial, self._dial = self._dial, None
+        assert dial
+        if self.state == self.OVER:
+            if dial.connection:
+                dial.connection.close()
+        elif dial.connection:
+            dial.connection.opened_at = self.hub.loop.now
+            self._ask(dial.connection)
+        elif dial.failure:
+            self.stream.fail(dial.failure)
+
+    def _ask(self, connection: Connection) -> None:
+        self.connection, self.stream.asked = connection, True
+        self.state, self.since = self.SENDING, self.hub.loop.now
+        self._sent_at = self.since
+        self._send(self.hub.upstream.target.encode(self.stream.call))
+        self.watch()
+        self.stream.set_alarm()
+
+    def _send(self, request: bytes = b"") -> None:
         try:
-            step()
-            if self.stream and not self.stream.ended:
+            done = self.connection.write(request) if request else self.connection.flush()
+        except OSError:  # it may have answered without reading all
+            done = True
+        if done:
+            self.state = self.AWAITING
+            if not request:
+                self.watch()
+
+    def _take_head(self, data: bytes) -> None:
+        """Read on in the head of the answer; b"" is the end of the connection."""
+        if not data:
+            stale = self.connection.reused and not self._head and self.hub.loop.now < self._sent_at + STALE_WINDOW
+            self.stream.fail(UpstreamError("Upstream closed the connection without an answer."), stale)
+            return
+        self._head += data
+        try:
+            parsed = parse_answer_head(self._head)
+            if not parsed:
                 return
-        except ProxyError as error:
-            failure = error
-        except OSError:
-            failure = Disconnected("The client left.")
-        except Exception as error:  # noqa: BLE001
-            log.error("fault in request %s: %s", self.request_id, place_of(error))
-            failure = ProxyError("Internal error.")
-        self.place.close()
-        if failure:
-            self._refuse(failure)
-        self._log()
-        self.stream = None
-        self.inbox.expect()
-
-    def _take_request(self) -> None:
-        self._read_head()
-        self._dispatch()
-
-    # What is asked.
-
-    def _read_head(self) -> None:
-        """Take the next request's head.  Raises ProxyError."""
-        inbox = self.inbox
-        try:
-            if inbox.failure and not has_head(inbox.data):
-                raise inbox.failure
-        finally:  # also of a head that does not come, the first line says how to answer and what to log
-            line, line_ends, _ = inbox.data.removeprefix(b"\r\n").partition(b"\r\n")
-            if line_ends:
-                self._take_request_line(line.decode("latin-1"))
-        head, head_ends, inbox.data = inbox.data.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-        if len(head) > MAX_HEAD_SIZE:
-            raise RequestError("The head of the request is too large.", 431 if len(line) < MAX_HEAD_SIZE else 414)
-        if not head_ends:
-            raise RequestError(_BAD_LINE)
-        self._take_fields(bytes(head))
-
-    def _take_request_line(self, line: str) -> None:
-        match = _REQUEST_LINE.fullmatch(line)
-        if not match:
-            raise RequestError(_BAD_LINE)
-        if match[3] != "1":
-            raise RequestError("This server speaks HTTP/1.1 and HTTP/1.0.", 505)
-        self.method, self.http11 = match[1], match[4] != "0"
-        self.path, _, self.query = match[2].partition("?")
-
-    def _take_fields(self, head: bytes) -> None:
-        """Take the fields, and from them the framing of the body.  Raises RequestError."""
-        self.began_at = time.monotonic()
-        if head.count(b"\r\n") > MAX_FIELDS:
-            raise RequestError("The request has too many header fields.", 431)
-        try:
-            self.fields = parse_head(head)[1]
-            if "transfer-encoding" in self.fields and not self.http11:
-                raise ValueError("a transfer coding in HTTP/1.0")
-            body = body_decoder(self.fields, BodyDecoder(0))
+            status, fields, rest = parsed
+            body = BodyDecoder(0) if status in (204, 304) else body_decoder(fields, BodyDecoder())
         except ValueError as error:
-            raise RequestError(f"The request cannot be read: {error}.") from None
-        host = self.fields.get("host", "" if self.http11 else "localhost")
-        if not _HOST.fullmatch(host):
-            raise RequestError("The request needs one Host field.")
-        scheme, _, rest = self.path.partition("://")
-        if scheme.lower() in ("http", "https") and rest.partition("/")[0].lower() == host.lower():
-            self.path = "/" + rest.partition("/")[2]  # absolute form, RFC 9112 section 3.2.2
-        self.body = body
-        if _REQUEST_ID.fullmatch(self.fields.get("x-request-id", "")):
-            self.request_id = self.fields["x-request-id"]
-        tokens = [token.strip() for token in self.fields.get("connection", "").lower().split(",")]
-        self.close_connection = not self.http11 or "close" in tokens
+            self.stream.fail(Garbled(f"Upstream's answer cannot be read: {error}."))
+            return
+        self._head, self._body = b"", body
+        self._keeps_alive = body.left is not None and "close" not in fields.get("connection", "").lower()
+        self.answer = self.stream.answer = self.answer.start(status, fields)
+        self._take(body, rest)
+        if self.answer.eager and self.state != self.OVER:
+            self.stream.viewer.open()
 
-    def _dispatch(self) -> None:
-        """Check what every request must have, and call the function of its path and method."""
-        access = self.server.access
-        self.client = access.address_of(self.peer, self.fields.get("x-forwarded-for", ""))
-        self.cors = access.cors_fields(self.fields)
-        methods = _ROUTES.get(_MODEL_PATH.sub("/v1/models", self.path))
-        if not methods:
-            raise RequestError("There is nothing at this path.", 404)
-        self.allowed = allowed = ", ".join(methods)
-        if self.method not in methods:
-            known = self.method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT")
-            raise RequestError(f"This path takes {allowed} only.", 405 if known else 501, fields={"Allow": allowed})
-        if self.method != "POST" and not self.body.complete:
-            raise RequestError("Only POST takes a body.")
-        if self.path not in _OPEN_PATHS:
-            access.check_host(self.fields.get("host", "localhost"), self._own_address)
-        methods[self.method](self)
+    def _take(self, body: BodyDecoder, data: bytes, closed: bool = False) -> None:
+        """Pass on what data adds to the answer; closed: it is the last of the connection."""
+        answer, stream = self.answer, self.stream
+        life = answer.life
+        out = answer.feed(body.feed(data))
+        if body.complete:
+            out += answer.close(None)
+        elif body.broken:
+            out += answer.close(Garbled("Upstream broke the chunked coding of its answer."))
+        elif closed:
+            out += answer.close(UpstreamError("Upstream closed the connection within its answer.", ending="truncated"))
+        if out:
+            stream.record.append(out)
+            if stream.first_text_at is None and answer.pieces:
+                stream.first_text_at = self.hub.loop.now
+        if answer.state == answer.DONE:
+            stream.complete()
+            return
+        if out:
+            stream.viewer.more()
+            if stream.viewer.blocked:
+                self.watch()
+        if answer.failure:
+            stream.fail(answer.failure)
+        elif answer.life != life:
+            self.since = self.hub.loop.now
+            if self.state != self.ENDING and (self.state != self.FLOWING or answer.state == answer.ENDING):
+                self._flow(answer)
 
-    def _own_address(self) -> str:
-        return "" if self.server.path else plain_address(self.connection.getsockname()[0])
-
-    def answer_preflight(self) -> None:
-        """Tell a page of an allowed origin what it may send (WHATWG Fetch section 3.2.2)."""
-        fields = {"Allow": self.allowed}
-        if "origin" in self.fields:
-            self.server.access.check_origin(self.fields)
-            asked = [name.strip().lower() for name in self.fields.get("access-control-request-headers", "").split(",")]
-            allowed = [name for name in asked if name in _CORS_FIELDS or name.startswith("x-stainless-")]
-            fields = {"Access-Control-Allow-Methods": self.allowed, "Access-Control-Allow-Headers": ", ".join(allowed),
-                      "Access-Control-Max-Age": "600"}  # fmt: skip
-        self._answer(204, b"", fields)
-
-    def _admit(self) -> None:
-        """Let in a request that costs money, and count it as long as it lasts.  Raises RequestError."""
-        self.server.access.check_origin(self.fields)
-        key = network_of(self.client) if self.client != "unix" else "unix"
-        name = self.server.access.identify(self.fields)
-        self.client = name or self.client
-        self.place.enter_context(self.server.limits.place(name or key))
-
-    def post_prompt(self) -> None:
-        """Answer a JSON body with a stream."""
-        redact = self.server.upstream.redact
-        answer = EventAnswer(self.request_id, redact) if self._wants_events() else TextAnswer(redact)
-        self._admit()
-        asked = parse_request(self._read_body())
-        if "last-event-id" in self.fields and answer.pings:  # see get_root
-            self._answer(204, b"", {})
-        else:
-            self._ask(answer, asked)
-
-    def get_root(self) -> None:
-        """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
-        if not self._wants_events():
-            self._answer(200, PAGE, PAGE_FIELDS)
-        elif "last-event-id" in self.fields:  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
-            self._answer(204, b"", {})
-        else:
-            try:
-                query = re.sub("[\x80-\xff]", lambda byte: f"%{ord(byte[0]):02X}", self.query)  # curl sends them raw
-                prompts = urllib.parse.parse_qs(query, errors="strict").get("prompt", [])
-            except ValueError:
-                raise RequestError("The query is not UTF-8.") from None
-            answer = EventAnswer(self.request_id, self.server.upstream.redact, reconnects=True)
-            self._admit()
-            self._ask(answer, {"prompt": prompts[0] if len(prompts) == 1 else None})
-
-    def get_health(self) -> None:
-        """Say that the process is alive."""
-        self._answer(200, b"ok\n", {"Content-Type": "text/plain; charset=utf-8"})
-
-    def get_ready(self) -> None:
-        """Say whether new requests are welcome."""
-        status, words = (503, b"draining\n") if self.server.draining else (200, b"ok\n")
-        self._answer(status, words, {"Content-Type": "text/plain; charset=utf-8"})
-
-    def post_api(self) -> None:
-        """Pass a request of the API on, and its answer back."""
-        self._admit()
-        body = self._read_body()
-        asked = check_model(body, self.server.settings)
-        self._pass(PassedAnswer(self.server.upstream.redact, count_choices(asked)), body)
-
-    def get_models(self) -> None:
-        """Answer with the models that may be used, or with one of them."""
-        settings, redact = self.server.settings, self.server.upstream.redact
-        name = urllib.parse.unquote(self.path[len("/v1/models/") :])
-        models = (settings.model, *settings.allow_model)
-        if any(not part.strip(".") for part in name.split("/")) and name:
-            raise RequestError("There is nothing at this path.", 404)  # nor at one that it leads to
-        self._admit()
-        if name and not {name, "*"}.intersection(models):
-            raise unknown_model(name)
-        self._pass(PassedAnswer(redact) if name or "*" in models else ModelList(models, redact))
-
-    def _wants_events(self) -> bool:
-        ranges = [part.partition(";")[0].strip().lower() for part in self.fields.get("accept", "").split(",")]
-        return "text/event-stream" in ranges and self.method != "HEAD"
-
-    def _read_body(self) -> bytes:
-        limit, length = self.server.settings.max_body, self.fields.get("content-length", "0")
-        if "transfer-encoding" not in self.fields and "content-length" not in self.fields:
-            raise RequestError("A body needs a Content-Length.", 411)
-        if int(length) > limit:
-            raise RequestError(f"The body is larger than {limit} bytes.", 413)
-        if self.fields.get("expect", "").lower() == "100-continue" and self.http11 and not self.inbox.data:
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return self._read_on(limit)
-
-    def _read_on(self, limit: int) -> bytes:
-        """Return the rest of the request's body.  Raises RequestError, and Disconnected."""
-        inbox, body = self.inbox, bytearray()
-
-        def is_enough(data: bytearray, seen: int) -> bool:
-            chunked = "transfer-encoding" in self.fields  # of which each line, and so the last, may be the end
-            return len(data) >= min(self.body.left or 1, READ_SIZE) or (chunked and b"\n" in data)
-
-        while not self.body.complete:
-            if not inbox.data:
-                inbox.read(is_enough, self.server.gate)
-            body += self.body.feed(bytes(inbox.data))
-            inbox.data = bytearray(self.body.rest)
-            if self.body.broken:
-                raise RequestError("The chunked coding of the body is broken.")
-            if len(body) > limit:
-                raise RequestError(f"The body is larger than {limit} bytes.", 413)
-        return bytes(body)
-
-    # How it is answered.
-
-    def _ask(self, answer: Answer, asked: dict[str, Any]) -> None:
-        self._stream(answer, prompt_call(asked, self.server.settings))
-
-    def _pass(self, answer: Answer, body: bytes = b"") -> None:
-        """Answer a request of the API.  User-Agent says who connects, and behind it for whom."""
-        fields = {name.title(): self.fields[name] for name in PASSED_FIELDS if name in self.fields}
-        if "*" not in self.server.settings.allow_model and body:
-            fields["Content-Type"] = "application/json"  # as check_model has read it
-        fields["User-Agent"] = f"{USER_AGENT} {self.fields.get('user-agent', '')}".strip()
-        self._stream(answer, Call(self.path[len("/v1") :], body, fields, self.method, self.query))
-
-    def _stream(self, answer: Answer, call: Call) -> None:
-        """Prepare the stream of upstream's answer."""
-        server = self.server
-
-        def encode_head() -> tuple[bytes, bool]:
-            fields = {**STREAM_FIELDS, **answer.fields}
-            if answer.content_type:
-                fields["Content-Type"] = answer.content_type
-            chunked = self.http11 and "Content-Length" not in fields
-            if chunked:
-                fields["Transfer-Encoding"] = "chunked"
-            return self._encode_head(answer.status, fields), chunked
-
-        def on_news() -> None:
-            if self.stream and self.stream.ended:
-                self.place.close()  # before the relay takes another request: a client that saw the end may ask again
-            server.process_request(self.inbox, self.client_address)
-
-        self.stream = Stream(server.relay, self.connection, answer, call, server.settings, encode_head, on_news)
-
-    def _take_end(self) -> None:
-        """Take what a stream that has ended leaves.  Raises ProxyError."""
-        stream = self.stream
-        assert stream
-        self.inbox.data += stream.early
-        self.status = stream.answer.status if stream.started else 0
-        if stream.failure:
-            raise stream.failure
-
-    def _refuse(self, failure: ProxyError) -> None:
-        """Tell the client that its request failed, as far as that can still be told."""
-        self.failure, self.status = failure, self.status or failure.status
-        if isinstance(failure, Disconnected):
-            self.close_connection = True
-        elif self.stream and self.stream.started:
-            self.close_connection |= not self.stream.intact
-            if not self.stream.intact and not self.http11:
-                self._reset()  # its body ends where the connection does
-        else:
-            unread, over = not self.body.complete, failure.status == 408 or isinstance(failure, Aborted)
-            left = MAX_DISCARDED + 1 if over or self.body.left is None else self.body.left
-            small = left <= MAX_DISCARDED and "expect" not in self.fields
-            self.close_connection |= over or (unread and not small)
-            fields = {"Content-Type": "application/json", **failure.fields}
-            if failure.status in (429, 503):
-                fields.setdefault("Retry-After", "1")
-            if self.stream and self.stream.call.connected_at is not None and failure.status >= 500:
-                fields["X-Should-Retry"] = "false"  # SDKs heed it: what was asked may have been paid for
-            try:
-                self._answer(failure.status, encode_error(failure, self.path), fields)
-                if unread and small:
-                    self._read_on(MAX_DISCARDED)
-                elif unread:
-                    self._linger()
-            except (OSError, ProxyError):  # the answer was given, or nobody is there
-                self.close_connection = True
-
-    def _answer(self, status: int, body: bytes, fields: Mapping[str, str]) -> None:
-        self.status = status
-        length = {"Content-Length": str(len(body))} if body else {}
-        head = self._encode_head(status, {"Cache-Control": "no-store", **length, **fields})
-        self._send(head if self.method == "HEAD" else head + body)
-
-    def _encode_head(self, status: int, fields: Mapping[str, str]) -> bytes:
-        """Return a head with the fields that every answer has, and Connection where it is the last."""
-        self.close_connection |= self.server.draining
-        common = {
-            "Date": http_date(int(time.time())),
-            "X-Request-Id": self.request_id,
-            "X-Content-Type-Options": "nosniff",
-        }
-        if self.close_connection:
-            common["Connection"] = "close"
-        line = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
-        return encode_head(line, {**common, **self.cors, **fields})
-
-    def _send(self, data: bytes) -> None:
-        with self.server.gate.outside():
-            while data:
-                try:
-                    data = data[self.connection.send(data) :]
-                except BlockingIOError:
-                    if not wait_for(self.connection, WRITE, self.server.settings.client_timeout or FOREVER):
-                        raise
-
-    def _linger(self) -> None:
-        """Read what the client still sends: closing now would reset the connection under our answer."""
-        deadline, room = time.monotonic() + LINGER_TIMEOUT, MAX_LINGER_SIZE
-        with self.server.gate.outside():
-            self.connection.shutdown(socket.SHUT_WR)
-            while room > 0 and wait_for(self.connection, READ, deadline - time.monotonic()):
-                room -= len(self.connection.recv(READ_SIZE)) or room
-
-    def _reset(self) -> None:
-        """Close so that the client sees an error (SO_LINGER of 0 s), not the end of a body."""
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.connection.close()
-
-    def _log(self) -> None:
-        now, stream = time.time(), self.stream
-        entry = LogEntry(
-            time=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03}Z",
-            id=self.request_id,
-            client=self.client,
-            method=self.method,
-            path=self.path[:200],  # the query may hold a prompt
-            status=self.status,
-            ending=self.failure.ending if self.failure else "complete",
-            error=self.failure.logged if self.failure else None,
-            seconds=round(time.monotonic() - self.began_at, 3),
-        )
-        if stream:
-            ttft = None if stream.first_text_at is None else round(stream.first_text_at - self.began_at, 3)
-            answer = stream.answer
-            entry.update(
-                ttft=ttft, pieces=answer.pieces, bytes=answer.size, usage=answer.usage, upstream_id=answer.request_id
-            )
-        log.info(entry)
+    def _flow(self, answer: Answer) -> None:
+        if answer.state == answer.ENDING:
+            self.state = self.ENDING
+        elif answer.events and self.state != self.SENDING:
+            self.state = self.FLOWING
+        self.stream.set_alarm()
 
 
-def _get(function: Callable[[Handler], None]) -> dict[str, Callable[[Handler], None]]:
-    return {"GET": function, "HEAD": function, "OPTIONS": Handler.answer_preflight}  # HEAD: the same without the body
+# 14 ------------------------------------------------------------------ Viewers
 
 
-# Path, then method.
-_ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
-    "/": {**_get(Handler.get_root), "POST": Handler.post_prompt},
-    "/healthz": _get(Handler.get_health),
-    "/readyz": _get(Handler.get_ready),
-    "/v1/models": {"GET": Handler.get_models, "OPTIONS": Handler.answer_preflight},
-    **{
-        f"/v1/{name}": {"POST": Handler.post_api, "OPTIONS": Handler.answer_preflight}
-        for name in ("chat/completions", "completions", "responses", "embeddings", "messages")
-    },
-}
+class Record:
+    """The bytes made of an answer that somebody may still want: those that its viewer has not taken."""
 
-_OPEN_PATHS = ("/healthz", "/readyz")  # those that answer under any name
+    def __init__(self) -> None:
+        self._data = b""
 
-# What a page of another origin may send.
-_CORS_FIELDS = ("accept", "api-key", "authorization", "last-event-id", "x-api-key", "x-request-id", *PASSED_FIELDS)
+    def append(self, data: bytes) -> None:
+        self._data = self._data + data if self._data else data
 
-# What keeps nginx, proxies that compress, and whoever knows RFC 10036 from holding text back.
-STREAM_FIELDS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform", "Incremental": "?1"}
+    def take(self) -> bytes:
+        """Return what was not taken before."""
+        data, self._data = self._data, b""
+        return data
+
+
+class Viewer:
+    """Sends a record to one client: SILENT -> OPEN (the head has left) -> LAST (the end is queued) -> OVER."""
+
+    SILENT, OPEN, LAST, OVER = range(4)
+
+    def __init__(self, record: Record, client: Peer, encode_head: Callable[[], tuple[bytes, bool]]) -> None:
+        """encode_head is asked, when the first bytes leave, what goes before them, and whether the body is chunked."""
+        self.record, self.client = record, client
+        self.state = self.SILENT
+        self.since = client.loop.now  # when something was last sent
+        self.intact = False  # the body ends as it should
+        self._encode_head = encode_head
+        self._head = self._tail = b""  # what goes before what leaves next, and behind it
+        self._chunked = False
+
+    def __repr__(self) -> str:
+        return f"<Viewer {('SILENT', 'OPEN', 'LAST', 'OVER')[self.state]}>"
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the client has to read first."""
+        return bool(self.client.pending)
+
+    def open(self) -> None:
+        """Have the head leave, if it has not."""
+        if self.state == self.SILENT:
+            self._open()
+            self.more()
+
+    def ping(self, heartbeat: bytes) -> None:
+        """Send a heartbeat, or, where none can stand now, wait as long again."""
+        self.since = self.client.loop.now
+        self.record.append(heartbeat)
+        self.more()
+
+    def more(self) -> None:
+        """Send what the record has, as one chunk, unless the client has not taken what was sent before."""
+        client = self.client
+        if client.pending or client.lost:
+            return
+        data = self.record.take()
+        if self.state == self.SILENT:
+            if not data:
+                return
+            self._open()
+        if self._chunked and data:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._head or self._tail:
+            data, self._head, self._tail = self._head + data + self._tail, b"", b""
+        if data:
+            self.since = client.loop.now
+            client.send(data)
+        if self.state == self.LAST and not (client.pending or client.lost):
+            self.state = self.OVER
+
+    def last(self, intact: bool) -> None:
+        """Send what the record has left, and the end: that of a whole body, or none, by which a client sees a cut."""
+        if self.state == self.SILENT:
+            self._open()
+        self.state, self.intact = self.LAST, intact
+        self._tail = LAST_CHUNK if intact and self._chunked else b""
+        self.more()
+
+    def cut(self) -> None:
+        """End at once."""
+        self.state, self.intact = self.OVER, False
+
+    def _open(self) -> None:
+        self.state = self.OPEN
+        self._head, self._chunked = self._encode_head()
+
+
+# 15 ------------------------------------------------------------------ Streams
+
+
+class Stream:
+    """One answer on its way: its source, its record, its viewer; and whether a failure is tried again."""
+
+    def __init__(self, hub: Hub, call: Call, answer: Answer, exchange: Asker) -> None:
+        """exchange is told, by on_stream_over, when all has been sent, or nothing more can be."""
+        self.hub, self.call, self.answer = hub, call, answer
+        self.record = Record()
+        self.viewer = Viewer(self.record, exchange.client, exchange.encode_stream_head)
+        self.failure: ProxyError | None = None  # why the answer is not complete
+        self.asked = False  # upstream has begun to get the request, and may have been paid
+        self.first_text_at: float | None = None
+        self.over = False
+        self._source: Source | None = None
+        self._began_at = hub.loop.now
+        self._exchange = exchange
+        self._alarm = Alarm(hub.loop, self._on_alarm)
+
+    def ask(self, fresh: bool = False) -> None:
+        """Ask upstream; fresh: not on a warm connection."""
+        self.asked = False
+        self._source = Source(self)
+        self._source.open(fresh)
+        self.set_alarm()
+
+    def fail(self, failure: ProxyError, stale: bool = False) -> None:
+        """Try again, or end so that the client can tell that the answer is not complete.
+
+        stale: the request went to a warm connection that had been closed already.  Only then, and while the
+        client was sent nothing, is it tried again: nobody was paid for it.
+        """
+        if self.over or self.viewer.state >= Viewer.LAST:
+            return
+        if self.answer.state >= Answer.SETTLED and not self.answer.failure:
+            self.complete()  # the answer was, and only usage and [DONE] were waited for
+            return
+        self._close_source()
+        if stale and self.viewer.state == Viewer.SILENT:
+            self.ask(fresh=True)
+            return
+        self.failure = failure
+        if self.viewer.state == Viewer.SILENT:
+            self._end()  # the exchange says why
+            return
+        told = self.answer.encode("error", error=failure.message)
+        self.record.append(told)
+        self._finish(intact=bool(told))
+
+    def complete(self) -> None:
+        """End with what follows the last text."""
+        self._close_source(keep=True)
+        self.record.append(self.answer.end())
+        self._finish(intact=True)
+
+    def drop(self, failure: ProxyError) -> None:
+        """End at once: nobody is there, or able, to take what is left."""
+        if not self.over:
+            self.failure = failure
+            self._close_source()
+            self.viewer.cut()
+            self._end()
+
+    def on_fault(self, error: Exception) -> None:
+        self._exchange.on_fault(error)
+
+    def on_drained(self) -> None:
+        """The client has taken all that was sent: go on."""
+        self.viewer.more()
+        if self.viewer.state == Viewer.OVER:
+            self._end()
+        elif self._source and not self.viewer.blocked:
+            self._source.since = self.viewer.since = self.hub.loop.now  # upstream was not silent: we did not listen
+            self._source.watch()
+            self.set_alarm()
+
+    def set_alarm(self) -> None:
+        """Look at the clocks when the next is due, at the latest.  Called where one may have come nearer.
+
+        While the client has to read, upstream's clocks stand still; and none counts once upstream is done with.
+        """
+        if not self._source:
+            return
+        due = self._total_due()
+        if not self.viewer.blocked:
+            due = min(due, self._source.due(), self._ping_due())
+        self._alarm.by(due)
+
+    def _total_due(self) -> float:
+        return self._began_at + (self.hub.settings.total_timeout or math.inf)
+
+    def _ping_due(self) -> float:
+        return self.viewer.since + (self.answer.pings and self.hub.settings.heartbeat or math.inf)
+
+    def _on_alarm(self) -> None:
+        """Do what is due, then wait for what comes next."""
+        now, source = self.hub.loop.now, self._source
+        if source and self._total_due() <= now:
+            self.fail(UpstreamError("Upstream took too long to end its answer.", 504, "aborted"))
+        elif source and not self.viewer.blocked:
+            if source.due() <= now and source.state == Source.ENDING:
+                self.complete()
+            elif source.due() <= now:
+                self.fail(source.late())
+            elif self._ping_due() <= now:
+                self.viewer.ping(self.answer.ping())
+        self.set_alarm()
+
+    def _finish(self, intact: bool) -> None:
+        self.viewer.last(intact)
+        if self.viewer.state == Viewer.OVER:
+            self._end()
+
+    def _close_source(self, keep: bool = False) -> None:
+        source, self._source = self._source, None
+        if source:
+            source.close(keep)
+
+    def _end(self) -> None:
+        self.over = True
+        self._alarm.close()
+        self._exchange.on_stream_over()
+
+
+class Hub:
+    """What all streams share: the loop, threads, warm connections and settings."""
+
+    def __init__(self, settings: Settings, start: Callable[[Callable[[], None]], None] = start_thread) -> None:
+        """start has a new thread make a call.  Raises SettingsError for certificates that cannot be read."""
+        self.settings = settings
+        self.redact = redactor(settings.api_key)
+        self.upstream = Upstream(settings)
+        self.log = LogWriter()
+        self.loop = Loop(report=self.log.error)
+        self.workers = Workers(self.loop, self.log.error, start)
+        self.pool = Pool(self.loop)
+
+    def stream(self, call: Call, answer: Answer, exchange: Asker) -> Stream:
+        return Stream(self, call, answer, exchange)
+
+    def close(self) -> None:
+        """End the loop's thread, after all that was posted, and all others."""
+        self.loop.post(self.pool.close)
+        self.loop.stop()
+        self.workers.close(CLOSE_TIMEOUT)
+        self.log.close(CLOSE_TIMEOUT)
+
+
+# 16 ------------------------------------------------------------------ Server
+
+
+class Lookout:
+    """Has a thread look at the token file before a token is judged, so that a change counts at once.
+
+    Where the look hangs, as on a network's file system, the last version counts, and nobody waits.
+    """
+
+    def __init__(self, tokens: Tokens, hub: Hub) -> None:
+        self._tokens, self._hub = tokens, hub
+        self._waiting: list[Callable[[], object]] = []  # for a look that begins after they asked
+        self._looking: list[Callable[[], object]] = []  # for the one that is under way
+        self._busy = self._hangs = False
+        self._since = 0.0  # when the look under way began
+        self._alarm = Alarm(hub.loop, self._on_alarm)
+
+    def look(self, then: Callable[[], object]) -> None:
+        """Call then once the file was looked at."""
+        if self._hangs:
+            then()
+            return
+        self._waiting.append(then)
+        if not self._busy:
+            self._begin()
+
+    def close(self) -> None:
+        self._alarm.close()
+
+    def _begin(self) -> None:
+        self._looking, self._waiting = self._waiting, []
+        self._busy, self._since = True, self._hub.loop.now
+        self._alarm.by(self._since + LOOK_TIMEOUT)
+        self._hub.workers.run(self._look)
+
+    def _look(self) -> None:
+        """In a thread that may wait."""
+        try:
+            for complaint in self._tokens.look():
+                self._hub.log.error(complaint)
+        finally:
+            self._hub.loop.post(self._on_looked)
+
+    def _on_looked(self) -> None:
+        self._busy = self._hangs = False
+        self._release(self._looking)
+        if self._waiting:
+            self._begin()
+
+    def _release(self, asked: list[Callable[[], object]]) -> None:
+        for then in asked:
+            self._hub.loop.post(then)  # each on its own: a fault in one is none in another
+        asked.clear()
+
+    def _on_alarm(self) -> None:
+        if not self._busy:
+            return
+        if self._since + LOOK_TIMEOUT > self._hub.loop.now:
+            self._alarm.by(self._since + LOOK_TIMEOUT)
+            return
+        self._hangs = True
+        self._hub.log.error("the token file cannot be looked at, its last version counts: it took too long")
+        self._release(self._looking)
+        self._release(self._waiting)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The proxy: bound once made, serving from start() to stop(), or within a with block."""
+    """The proxy: bound once made, serving from start() to stop(), or within a with block.
+
+    Its requests are taken by the loop; its threads are the workers.
+    """
 
     daemon_threads = True
     request_queue_size = BACKLOG
+
+    SERVING, DRAINING, ABORTING, STOPPED = range(4)
 
     def __init__(self, settings: Settings) -> None:
         """Raises SettingsError, and OSError where the address cannot be bound."""
@@ -2858,25 +3333,20 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_UNIX
         if not self.path:
             self.address_family, *_, address = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)[0]
-        super().__init__(address, Handler, bind_and_activate=False)
-        self.gate = Gate()
-        self.relay = Relay()
-        self.draining = False
+        super().__init__(address, Client, bind_and_activate=False)  # type: ignore[arg-type]
+        self.state = self.SERVING
+        self.clients: set[Client] = set()
+        self.max_clients = 2 * settings.max_streams + SPARE_CONNECTIONS if settings.max_streams else sys.maxsize
         self.limits = Limits(settings)
-        self._max_connections = 2 * settings.max_streams + SPARE_CONNECTIONS if settings.max_streams else sys.maxsize
-        self._connections: set[socket.socket] = set()
-        # Where each waits for a task, or () to end.  What is done to the list, append, pop and remove, needs no lock.
-        self._idle_threads: list[queue.SimpleQueue[tuple[Any, ...]]] = []
-        self._short_until = 0.0  # a lack of threads is known, by the relay's clock
-        self._changed = threading.Condition()  # guards _connections, _listening and _hurried
+        self._changed = threading.Condition()  # of what stop() waits for
         self._hurried = self._listening = self._started = False
         self._resources = contextlib.ExitStack()
-        self._resources.callback(self.relay.close)
         try:
             self.settings = self._resources.enter_context(demo_upstream(settings))
             self.access = Access(settings)
-            self.upstream = Upstream(self.settings, self.gate, self.relay)
-            self._resources.callback(self.upstream.pool.close_all)
+            self.hub = Hub(self.settings, self._start_thread)
+            self._resources.callback(self.hub.close)
+            self._pause = Alarm(self.hub.loop, self._listen)
             self.server_bind()
             self.server_activate()
         except BaseException:
@@ -2897,10 +3367,23 @@ class Server(http.server.ThreadingHTTPServer):
         host = f"[{host}]" if ":" in host else host
         return f"unix:{self.path}" if self.path else f"http://{host}:{self.server_address[1]}"
 
+    @property
+    def draining(self) -> bool:
+        return self.state != self.SERVING
+
+    def snapshot(self) -> dict[str, int]:
+        """Return how much there is of what a server should not have too much of.  For any thread."""
+        return {
+            "connections": len(self.clients),
+            "streams": self.limits.total,
+            "threads": len(self.hub.workers),
+            "warm connections": len(self.hub.pool),
+        }
+
     def start(self) -> None:
         """Serve, in threads of its own."""
         self._listen()
-        self.relay.start()
+        self.hub.loop.start()
         self._started = True
 
     def stop(self) -> None:
@@ -2910,19 +3393,14 @@ class Server(http.server.ThreadingHTTPServer):
         """
         if self.draining:
             return
-        self.draining = True
+        self.state = self.DRAINING
         if self._started:
-            self.relay.post(self._drain)
-            if not self._wait_for_connections(self.settings.drain_timeout):
-                self.relay.post(self._abort_streams)
+            self.hub.loop.post(self._drain)
+            if not self._wait_until_empty(self.settings.drain_timeout):
                 self._hurried = False
-                if not self._wait_for_connections(ABORT_GRACE):
-                    self.relay.post(self._drop_streams)
-                    self._wait_for_connections(LINGER_TIMEOUT)
-                for connection in list(self._connections):
-                    with contextlib.suppress(OSError):
-                        connection.shutdown(socket.SHUT_RDWR)
-            self.relay.stop()
+                self.hub.loop.post(self._abort)
+                self._wait_until_empty(ABORT_GRACE)
+            self.hub.loop.post(self._close_clients)
         self.server_close()
 
     def abort(self) -> None:
@@ -2931,37 +3409,87 @@ class Server(http.server.ThreadingHTTPServer):
             self._hurried = True
             self._changed.notify_all()
 
-    def _wait_for_connections(self, timeout: float) -> bool:
+    def _wait_until_empty(self, timeout: float) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._hurried or not (self._connections or self._listening), timeout)
-            return not (self._connections or self._listening)
+            self._changed.wait_for(lambda: self._hurried or not (self.clients or self._listening), timeout)
+            return not (self.clients or self._listening)
+
+    # The rest is called by the loop, or of socketserver.
+
+    def on_closed(self, client: Client) -> None:
+        """Take the end of a connection."""
+        self.clients.discard(client)
+        if self.draining:
+            with self._changed:
+                self._changed.notify_all()
 
     def _drain(self) -> None:
-        self.relay.unwatch(self.socket)
+        self.hub.loop.unwatch(self.socket)
         for _ in range(BACKLOG):  # those who connected before
-            if not self._on_connection():
+            if not self._accept():
                 break
-        self.relay.draining = True
         self._stop_listening()
-        for inbox in list(self.relay.inboxes):
-            inbox.drain()
+        for client in list(self.clients):
+            client.drain()
 
-    def _abort_streams(self) -> None:
-        self.relay.aborted = Aborted("The server is shutting down.", fields={"Retry-After": "1"})
-        for stream in list(self.relay.streams):
-            stream.fail(self.relay.aborted)
-        for inbox in list(self.relay.inboxes):
-            inbox.wake(self.relay.aborted)
+    def _abort(self) -> None:
+        self.state = self.ABORTING
+        for client in list(self.clients):
+            client.abort(Aborted("The server is shutting down.", fields={"Retry-After": "1"}))
 
-    def _drop_streams(self) -> None:
-        for stream in list(self.relay.streams):
-            stream.drop(Aborted("The server is shutting down."))
+    def _close_clients(self) -> None:
+        for client in list(self.clients):
+            client.drop(Aborted("The server is shutting down."))
 
-    # What socketserver calls, or is called of it.
+    def _listen(self) -> None:
+        if self._listening and not self.draining:
+            self.hub.loop.watch(self.socket, READ, self._on_connections)
+
+    def _on_connections(self, events: int) -> None:
+        for _ in range(MAX_BEGINNINGS):
+            if not self._accept():
+                break
+
+    def _accept(self) -> bool:
+        """Accept a connection, if one is there."""
+        try:
+            sock, address = self.get_request()
+        except BlockingIOError:
+            return False
+        except OSError as error:  # no descriptor is left
+            self.hub.log.error(f"a connection was not accepted: {reason_of(error)}")
+            self.hub.loop.unwatch(self.socket)
+            self._pause.by(self.hub.loop.now + SHORTAGE_PAUSE)
+            return False
+        if len(self.clients) < self.max_clients + MAX_SURPLUS:
+            self.finish_request(sock, address)
+        else:
+            self.hub.log.error("a connection was closed: there are too many")
+            sock.close()
+        return True
+
+    def get_request(self) -> tuple[Any, Any]:
+        sock, address = self.socket.accept()
+        sock.setblocking(False)
+        return sock, address
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        client = Client(request, client_address, self)
+        self.clients.add(client)
+        client.on_ready(READ)  # mostly, its request is there
+
+    def _start_thread(self, work: Callable[[], None]) -> None:
+        self.process_request(work, None)  # type: ignore[arg-type]
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        request()  # see _start_thread
 
     def server_bind(self) -> None:
         if self.path:
             _remove_stale_socket(self.path)
+        else:  # which what it accepts inherits
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         socketserver.TCPServer.server_bind(self)  # http.server's looks its own name up, which may take long
         self.socket.setblocking(False)
         self._listening = True
@@ -2971,10 +3499,8 @@ class Server(http.server.ThreadingHTTPServer):
     def server_close(self) -> None:
         self._stop_listening()
         super().server_close()
+        self.state = self.STOPPED
         self._resources.close()
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle_threads.pop().put(())
 
     def _stop_listening(self) -> None:
         if self._listening:
@@ -2986,112 +3512,6 @@ class Server(http.server.ThreadingHTTPServer):
                 self._listening = False
                 self._changed.notify_all()
 
-    def _on_connection(self, events: int = 0) -> bool:
-        """Accept a connection, if one is there, and have the relay wait for its first request."""
-        try:
-            inbox, _ = self.get_request()
-        except BlockingIOError:
-            return False
-        except OSError as error:  # no descriptor is left
-            log.error("a connection was not accepted: %s", place_of(error))
-            self.relay.unwatch(self.socket)
-            self.relay.set_alarm(self.relay.now + SHORTAGE_PAUSE, self._listen)
-            return False
-        with self._changed:
-            self._connections.add(inbox.client)
-        if len(self._connections) > self._max_connections:
-            self._turn_away(inbox)
-        else:
-            inbox.wait(has_head, self.on_request)
-        return True
-
-    def _listen(self) -> None:
-        if self._listening and not self.draining:
-            self.relay.watch(self.socket, READ, self._on_connection)
-
-    def on_request(self, inbox: Inbox) -> None:
-        """Have a thread handle the request that is there, or close a connection that ended without one."""
-        if inbox.late_at is None:
-            self.shutdown_request(inbox)
-        else:
-            self.process_request(inbox, inbox.address)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Have a thread do what there is to do for a connection, as soon as there is room for its work."""
-        self.gate.enter(functools.partial(self._give, request, client_address))
-
-    def _give(self, *task: Any) -> None:
-        """Give a task to the thread that was idle last, or to a new one."""
-        with contextlib.suppress(IndexError):
-            self._idle_threads.pop().put(task)
-            return
-        try:
-            super().process_request(*task)
-        except RuntimeError as error:
-            now, again = self.relay.clock(), functools.partial(self.process_request, *task)
-            if now >= self._short_until:
-                log.error("no thread was started: %s", place_of(error))
-                self._short_until = now + SHORTAGE_PAUSE
-            self.relay.post(functools.partial(self.relay.set_alarm, now + SHORTAGE_PAUSE, again))
-            self.relay.post(self.gate.leave)  # for those that have a thread; not from here, for many may fail
-
-    def process_request_thread(self, *task: Any) -> None:
-        """Do one task after the other."""
-        tasks: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()  # its own: one for all wakes others in vain
-        while task:
-            try:
-                self.finish_request(*task)
-            except Exception:  # noqa: BLE001
-                self.handle_error(*task)
-                self.shutdown_request(task[0])
-            self._idle_threads.append(tasks)
-            self.gate.leave()  # which may give it the next at once
-            try:
-                task = tasks.get(timeout=IDLE_THREAD_TIMEOUT)
-            except queue.Empty:
-                try:
-                    self._idle_threads.remove(tasks)
-                    return
-                except ValueError:  # a task is on its way
-                    task = tasks.get()
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        if request.handler:
-            request.handler.handle()
-        else:
-            super().finish_request(request, client_address)
-
-    def get_request(self) -> tuple[Any, Any]:
-        client, address = self.socket.accept()
-        client.setblocking(False)
-        if not self.path:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return Inbox(self.relay, client, address, self.settings.client_timeout), address
-
-    def _turn_away(self, inbox: Inbox) -> None:
-        with contextlib.suppress(OSError):
-            inbox.client.send(_TOO_MANY)
-            inbox.client.recv(READ_SIZE)  # what is unread would reset the connection, and the answer with it
-        self.shutdown_request(inbox)
-
-    def shutdown_request(self, request: Any) -> None:
-        request.handler = None  # each has the other
-        request.client.close()
-        with self._changed:
-            self._connections.discard(request.client)
-            self._changed.notify_all()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exc_info()[1]
-        if error and not isinstance(error, OSError):  # a client that vanishes is a normal ending
-            log.error("fault in a connection: %s", place_of(error))
-
-
-_TOO_MANY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    b'Content-Length: 35\r\n\r\n{"error": "Too many connections."}\n'
-)
-
 
 def _remove_stale_socket(path: str) -> None:
     """Remove the socket of a process that is gone: nobody answers there."""
@@ -3100,36 +3520,56 @@ def _remove_stale_socket(path: str) -> None:
             os.unlink(path)
 
 
+class _Listener(Peer):
+    """The loop of a for statement, as a client like any other, but for HTTP."""
+
+    def __init__(self, sock: socket.socket, hub: Hub, call: Call) -> None:
+        super().__init__(sock, hub.loop)
+        self.client = self
+        self.stream = hub.stream(call, TextAnswer(hub.redact), self)
+
+    def encode_stream_head(self) -> tuple[bytes, bool]:
+        return b"", False
+
+    def on_stream_over(self) -> None:
+        self.close()
+
+    def on_drained(self) -> None:
+        self.stream.on_drained()
+
+    def on_lost(self) -> None:
+        self.stream.drop(Disconnected("The loop was left."))
+
+    def on_fault(self, error: Exception) -> None:
+        self.stream.drop(internal_error(error))
+
+
 def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
     """Yield the text of the answer to prompt as it arrives, with no server.
 
     Leaving the loop closes the connection to upstream.  Raises ProxyError, after the text that
     came, where the answer is not complete.
     """
-    gate = Gate()
     decoder = codecs.getincrementaldecoder("utf-8")()
     with contextlib.ExitStack() as stack:
         settings = stack.enter_context(demo_upstream(settings))
         call = prompt_call({"prompt": prompt}, settings)
-        relay = Relay()
-        stack.callback(relay.close)
-        upstream = Upstream(settings, gate, relay)
-        stack.callback(upstream.pool.close_all)
-        reader, client = map(stack.enter_context, socket.socketpair())
-        client.setblocking(False)  # the loop is a client like any other, but for HTTP
-        answer = TextAnswer(upstream.redact)
-        stream = Stream(relay, client, answer, call, settings, lambda: (b"", False), client.close)
-        relay.start()
-        stack.callback(relay.stop)
-        stack.callback(relay.post, functools.partial(stream.drop, Disconnected("The loop was left.")))
-        gate.enter(functools.partial(stream.open, upstream))
+        hub = Hub(settings)
+        stack.callback(hub.close)
+        reader, sock = socket.socketpair()
+        sock.setblocking(False)
+        stack.enter_context(reader)
+        listener = _Listener(sock, hub, call)
+        stack.callback(hub.loop.post, listener.on_lost)
+        hub.loop.post(listener.stream.ask)
+        hub.loop.start()
         for data in iter(functools.partial(reader.recv, READ_SIZE), b""):
             yield decoder.decode(data)
-        if stream.failure:
-            raise stream.failure
+        if listener.stream.failure:
+            raise listener.stream.failure
 
 
-# 13 ------------------------------------------------------------------ Demo upstream
+# 17 ------------------------------------------------------------------ Demo upstream
 
 DEMO_PAUSE = 0.05  # seconds between two words: a human pace
 DEMO_ANSWER = (
@@ -3209,7 +3649,7 @@ def demo_upstream(settings: Settings) -> Iterator[Settings]:
             server.shutdown()
 
 
-# 14 ------------------------------------------------------------------ Chat page
+# 18 ------------------------------------------------------------------ Chat page
 
 _PAGE = r"""<!doctype html>
 <html lang="en">
@@ -3361,7 +3801,7 @@ PAGE = _PAGE.encode()
 PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
 
 
-# 15 ------------------------------------------------------------------ Command line
+# 19 ------------------------------------------------------------------ Command line
 
 
 class _ArgumentParser(argparse.ArgumentParser):
@@ -3387,6 +3827,20 @@ def build_parser() -> argparse.ArgumentParser:
             text = f"{setting.help} (default: {setting.shown}) [{setting.variable}]"
             parser.add_argument(setting.flag, dest=setting.name, help=text.replace("%", "%%"), **options)
     return parser
+
+
+class _Output(logging.Handler):
+    """Writes lines to a stream's descriptor; what fails is for the log's writer to count."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._fd = stream.fileno()
+
+    def createLock(self) -> None:
+        self.lock = None  # one thread writes; and at exit, logging would wait for a lock that it holds
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _write_all(self._fd, (self.format(record) + "\n").encode("utf-8", "backslashreplace"))
 
 
 class _LogFormatter(logging.Formatter):
@@ -3415,7 +3869,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"streamproxy: cannot listen at {settings.bind}: {reason_of(error)}", file=sys.stderr)
         return 1
-    output = logging.StreamHandler()
+    output = _Output(sys.stderr)
     output.setFormatter(_LogFormatter(settings.log_format))
     log.addHandler(output)
     log.setLevel(logging.INFO)
@@ -3427,22 +3881,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
 
-    def hurry(events: int) -> None:
-        news.recv(1)
-        server.abort()
+    def hurry() -> None:
+        while news.recv(1):
+            server.abort()
 
     server.start()
-    print(f"streamproxy {__version__} on {server.url}", flush=True)
-    if settings.demo:
-        to = f"--unix-socket {server.url[5:]} http://localhost" if server.path else server.url
-        print(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""", flush=True)
+    threading.Thread(target=_announce, args=(server,), name="announce", daemon=True).start()
     news.recv(1)  # the first begins the drain, and any further one ends it
-    server.relay.post(functools.partial(server.relay.watch, news, READ, hurry))
+    threading.Thread(target=hurry, name="signals", daemon=True).start()
     server.stop()
     signal.set_wakeup_fd(-1)
-    news.close()
     teller.close()
     return 0
+
+
+def _announce(server: Server) -> None:
+    """Say where the server is.  In a thread of its own, for whoever should read it may not."""
+    lines = [f"streamproxy {__version__} on {server.url}"]
+    if server.settings.demo:
+        to = f"--unix-socket {server.url[5:]} http://localhost" if server.path else server.url
+        lines.append(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""")
+    with contextlib.suppress(OSError):
+        _write_all(sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode())
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    """Write without a buffer, whose lock would keep the process from ending while a reader is stuck."""
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:  # somebody else that has this pipe wants it so
+            time.sleep(LOG_PAUSE)
 
 
 def _raise_descriptor_limit() -> None:
