@@ -105,6 +105,7 @@ MAX_HEAD_SIZE = 64 * 1024  # of a head, of a request or an answer
 MAX_EVENT_SIZE = 4 * 1024 * 1024  # of an event or a JSON answer, held until it is whole; images make 1 MB
 MAX_CHUNK_LINE = 4 * 1024  # of a chunk's size line; RFC 9112 section 7.1.1 asks for a limit
 MAX_TRAILER_SIZE = 16 * 1024
+MAX_RECORD_SIZE = 5 + 16 * 1024 + 2048  # of TLS, as sent; RFC 5246 section 6.2.3, RFC 8446 section 5.2
 MAX_DISCARDED = 64 * 1024  # of a refused request's body, read for the sake of the connection
 # Of the next request while an answer is on its way: unless they are read, the end behind them is not seen.
 MAX_PIPELINED = 64 * 1024
@@ -118,14 +119,18 @@ STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before
 MAX_CONNECTION_AGE = 300.0  # of a connection to upstream: later ones may lead to servers that are new there
 LOOK_TIMEOUT = 1.0  # for the token file to be looked at, before its last version counts
 RELIEF_PAUSE = 0.005  # for busy threads to take another job, before more are started
-LOG_PAUSE = 0.02  # for lines of log that come together to be written together
+LOG_PAUSE = 0.05  # for lines of log that come together to be written together
 CLOSE_TIMEOUT = 1.0  # for threads to end with the server
 SHORTAGE_PAUSE = 0.1  # before what failed for want of a descriptor or a thread is tried again
+ATTEMPT_DELAY = 0.25  # before the next address of a name is tried, too; RFC 8305 section 5
+DIAL_GRACE = 0.2  # over connect_timeout: the loop's clock cuts first, and has its own words for it
+PROBES = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # the second: macOS's first
 FOREVER = 86400.0  # where a wait needs a number and there is no limit
 
 # Counts.
 MAX_FIELDS = 100  # of a head; 40 are seen in practice
 MAX_INTERIM = 10  # answers (100, 103) before the one that counts
+MAX_SESSIONS = 8  # of TLS, to resume on new connections
 MAX_IDLE_CONNECTIONS = 128  # to upstream, between two requests
 MAX_QUIET_CLIENTS = 10_000  # remembered for their limits although they have no stream
 SPARE_CONNECTIONS = 256  # beyond two a stream: those between two requests, and those slow to send one
@@ -1367,13 +1372,22 @@ def encode_request(asked: dict[str, Any], settings: Settings) -> bytes:
 
 
 class Call:
-    """A request to upstream."""
+    """A request to upstream.  It does not change."""
 
-    __slots__ = ("body", "fields", "method", "path", "query")
+    path: str
+    body: bytes
+    fields: Mapping[str, str]
+    method: str
+    query: str
 
-    def __init__(self, method: str, path: str, query: str, fields: Mapping[str, str], body: bytes) -> None:
+    def __init__(
+        self, path: str, body: bytes, fields: Mapping[str, str] | None = None, method: str = "POST", query: str = ""
+    ) -> None:
         """path: below the base URL."""
-        self.method, self.path, self.query, self.fields, self.body = method, path, query, fields, body
+        vars(self).update(path=path, body=body, fields=fields or {}, method=method, query=query)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("calls do not change")
 
 
 USER_AGENT = f"streamproxy/{__version__}"
@@ -1382,7 +1396,7 @@ USER_AGENT = f"streamproxy/{__version__}"
 def prompt_call(asked: dict[str, Any], settings: Settings) -> Call:
     """Return the request to upstream for what a client of ours asked.  Raises RequestError."""
     fields = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json", "User-Agent": USER_AGENT}
-    return Call("POST", "/chat/completions", "", fields, encode_request(asked, settings))
+    return Call("/chat/completions", encode_request(asked, settings), fields)
 
 
 def check_model(body: bytes, settings: Settings) -> dict[str, Any]:
@@ -1949,20 +1963,27 @@ class LogWriter:
     def _run(self) -> None:
         while not (self._closing.is_set() and not self._lines):
             self._wake.acquire()
-            self._closing.wait(LOG_PAUSE)  # for lines that come together to be written together
+            self._closing.wait(LOG_PAUSE)  # each time this thread runs, it takes the interpreter from the loop
             self._asleep = True  # from here on, a line wakes this thread; those before are seen here
-            while self._lines:
-                self._write(*self._lines.popleft())
+            self._write(len(self._lines))
 
-    def _write(self, level: int, line: object) -> None:
+    def _write(self, count: int) -> None:
+        for _ in range(count):
+            self._guard(1, log.log, *self._lines.popleft())
+        lost = self._lost
+        if lost and self._guard(0, log.error, "%d lines of log were lost", lost):
+            self._lost -= lost
+        for handler in log.handlers:
+            self._guard(count, handler.flush)
+
+    def _guard(self, lines: int, call: Callable[..., object], *args: object) -> bool:
+        """Make a call of somebody's handlers and filters; so many lines are lost if it raises."""
         try:
-            log.log(level, line)
-            lost = self._lost
-            if lost:
-                log.error("%d lines of log were lost", lost)
-                self._lost -= lost
-        except Exception:  # noqa: BLE001  (a handler or a filter of somebody's)
-            self._lost += 1
+            call(*args)
+        except Exception:  # noqa: BLE001
+            self._lost += lines
+            return False
+        return True
 
 
 def start_thread(work: Callable[[], None]) -> None:
@@ -2446,7 +2467,7 @@ class Exchange:
         if "*" not in self.server.settings.allow_model and body:
             fields["Content-Type"] = "application/json"  # as check_model has read it
         fields["User-Agent"] = f"{USER_AGENT} {request.fields.get('user-agent', '')}".strip()
-        self._ask(answer, Call(request.method, request.path[len("/v1") :], request.query, fields, body))
+        self._ask(answer, Call(request.path[len("/v1") :], body, fields, request.method, request.query))
 
     def _ask(self, answer: Answer, call: Call) -> None:
         self.stream = self.server.hub.stream(call, answer, self)
@@ -2637,72 +2658,624 @@ _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 # 12 ------------------------------------------------------------------ Upstream
 
-
-class Lifeline:
-    def __init__(self) -> None:
-        self._lock = threading.Lock(); self._copy = None; self._cut = False
-    def hold(self, sock):
-        with self._lock:
-            if self._copy: self._copy.close()
-            self._copy = socket.fromfd(sock.fileno(), sock.family, sock.type) if sock else None
-            if self._cut and sock: raise ConnectionAbortedError(errno.ECONNABORTED, "cut")
-    def cut(self) -> None:
-        with self._lock, contextlib.suppress(OSError):
-            self._cut = True
-            if self._copy: self._copy.shutdown(socket.SHUT_RDWR)
+_PORTS = {"http": 80, "https": 443}
 
 
-WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+class Proxy:
+    """A proxy of the environment."""
+
+    def __init__(self, text: str) -> None:
+        """text: [SCHEME://][USER[:PASSWORD]@]HOST[:PORT][/], http without a scheme, as curl reads it.
+
+        Raises ValueError, which may quote text.
+        """
+        url = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
+        self.scheme = url.scheme
+        if self.scheme not in _PORTS or not url.hostname:
+            raise ValueError("not a proxy")
+        self.host = urllib.parse.unquote(url.hostname)
+        self.address = _join_address(self.host, url.port or _PORTS[self.scheme])
+        self.authorization = ""  # Source: RFC 7617
+        if url.username is not None:
+            user = urllib.parse.unquote(f"{url.username}:{url.password or ''}").encode()
+            self.authorization = f"Basic {base64.b64encode(user).decode()}"
 
 
-class Connection:
-    def __init__(self, sock, key):
-        self.sock, self.key, self.reused, self.broken, self._pending = sock, key, False, False, b""
-        self.opened_at = 0.0
-    def read(self):
-        try: return self.sock.recv(READ_SIZE)
-        except WOULD_BLOCK: return None
-        except OSError:
-            self.broken = True
-            return b""
-    def write(self, data):
-        self._pending += data
-        return self.flush()
-    def flush(self):
-        if self._pending:
-            try: self._pending = self._pending[self.sock.send(self._pending):]
-            except WOULD_BLOCK: pass
-        return not self._pending
-    def close(self): self.sock.close()
+def _join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def find_proxy(url: str, proxies: Mapping[str, str]) -> Proxy | None:
+    """Return the proxy to reach url through, if any.
+
+    proxies: what urllib found, by scheme; all: for schemes without one; no: where none is used.
+    Loopback needs none, as in Go, whatever the environment says.
+
+    Raises SettingsError for one that cannot be used.
+    """
+    base = urllib.parse.urlsplit(url)
+    host, name = base.hostname or "", base.scheme if proxies.get(base.scheme) else "all"
+    text = proxies.get(name, "").strip()
+    if not text or is_loopback(host) or _needs_no_proxy(host, base.port or _PORTS[base.scheme], proxies.get("no", "")):
+        return None
+    try:
+        return Proxy(text)
+    except ValueError:  # its text may hold a password
+        scheme = re.match(r"[A-Za-z0-9+.-]+(?=://)", text)
+        shown = f"a proxy of {scheme[0].lower()}://" if scheme else "this value"
+    raise SettingsError(
+        f"{name.upper()}_PROXY: {shown} is not allowed; allowed: http:// or https://, and NO_PROXY for what needs none"
+    )
+
+
+def _needs_no_proxy(host: str, port: int, rules: str) -> bool:
+    """Tell if host is named by NO_PROXY: names with all below them, addresses, networks, each with a port or not; *."""
+    host = host.rstrip(".").lower()
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        address = None
+    for rule in re.split(r"[\s,]+", rules.lower()):
+        match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::([0-9]+))?", rule)
+        name = (match[1] if match else rule).strip("[]").rstrip(".")  # ::1 has colons of its own
+        if not name or (match and match[2] and int(match[2]) != port):
+            continue
+        if name == "*" or (not address and f".{host}".endswith("." + re.sub(r"^\*?\.", "", name))):
+            return True
+        with contextlib.suppress(ValueError):
+            if address and address in ipaddress.ip_network(name, strict=False):
+                return True
+    return False
 
 
 class Target:
-    def __init__(self, settings):
-        self._base = urllib.parse.urlsplit(settings.upstream)
-        self._fields = {"Host": self._base.netloc, "Accept-Encoding": "identity"}
+    """One upstream and key, and the proxy on the way to it."""
+
+    def __init__(self, settings: Settings, proxy: Proxy | None = None) -> None:
+        base = urllib.parse.urlsplit(settings.upstream)
+        self.url, self.scheme, self.host = settings.upstream, base.scheme, base.hostname or ""
+        self.address = _join_address(self.host, base.port or _PORTS[base.scheme])
+        self.proxy = proxy
+        self.key = (base.scheme, self.address, proxy and (proxy.scheme, proxy.address))  # of a connection to it
+        fields = {"Host": base.netloc, "Accept-Encoding": "identity"}
         if settings.api_key:
             name, _, template = settings.auth_header.partition(":")
-            self._fields[name] = template.strip().replace("{key}", settings.api_key)
-        self.key = settings.upstream
-    def encode(self, call):
-        fields = {**self._fields, **call.fields}
-        if call.method == "POST": fields["Content-Length"] = str(len(call.body))
-        query = "&".join(filter(None, (self._base.query, call.query)))
-        return encode_head(f"{call.method} {self._base.path.rstrip('/')}{call.path}{'?' if query else ''}{query} HTTP/1.1", fields) + call.body
+            fields[name] = template.strip().replace("{key}", settings.api_key)
+        self._path, self._query = base.path.rstrip("/"), base.query
+        if proxy and base.scheme == "http":  # absolute form, RFC 9112 section 3.2.2
+            self._path = f"http://{base.netloc}{self._path}"
+            if proxy.authorization:
+                fields["Proxy-Authorization"] = proxy.authorization
+        self._fields = encode_head(" HTTP/1.1", fields)[:-2].decode("latin-1")
+
+    def encode(self, call: Call) -> bytes:
+        """Return the request.  Raises ValueError for a value that would forge a line."""
+        fields, body, query = call.fields, call.body, call.query or self._query
+        if call.query and self._query:
+            query = f"{self._query}&{query}"
+        path = f"{self._path}{call.path}?{query}" if query else self._path + call.path
+        if not (_PATH.fullmatch(path) and _VALUES.fullmatch("".join(fields.values()))):
+            raise ValueError("a bad value in a path or a header field")
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+        if body or call.method == "POST":  # RFC 9110 section 8.6
+            lines += f"Content-Length: {len(body)}\r\n"
+        return f"{call.method} {path}{self._fields}{lines}\r\n".encode("latin-1") + body
+
+
+_PATH = re.compile("[!-~\x80-\xff]+")
+
+
+class Lifeline:
+    """Lets the loop's thread cut what another thread waits for while it opens a connection."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[object, Callable[[], object]] = {}
+        self._cut = False
+
+    def hold(self, waited: object, wake: Callable[[], object]) -> None:
+        """Have cut() call wake, until waited is dropped.  Raises OSError after cut()."""
+        with self._lock:
+            self._check()
+            self._held[waited] = wake
+
+    def drop(self, waited: object) -> None:
+        """Hold waited no more: before it is closed, since its descriptor may soon be another's."""
+        with self._lock:
+            self._held.pop(waited, None)
+
+    def release(self) -> None:
+        """Hold nothing more.  Raises OSError after cut()."""
+        with self._lock:
+            self._held.clear()
+            self._check()
+
+    def cut(self) -> None:
+        """End what is waited for; nothing can be opened any more.  For any thread."""
+        with self._lock:
+            self._cut = True
+            for wake in self._held.values():
+                with contextlib.suppress(OSError):
+                    wake()
+
+    def _check(self) -> None:
+        if self._cut:
+            raise ConnectionAbortedError(errno.ECONNABORTED, "cut")
+
+
+class Deadline:
+    """When the opening of a connection has to be over: after a time, or once its lifeline is cut."""
+
+    def __init__(self, lifeline: Lifeline, timeout: float) -> None:
+        self.lifeline = lifeline
+        self._ends_at = time.monotonic() + timeout
+
+    def left(self) -> float:
+        """Seconds.  Raises socket.timeout where none are left."""
+        left = self._ends_at - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        return left
+
+    def wait(self, socks: Iterable[socket.socket], events: int, timeout: float = FOREVER) -> list[socket.socket]:
+        """Return which of socks are ready for events, of selectors; none after timeout seconds.
+
+        Raises socket.timeout.
+        """
+        # poll(2) has no descriptor of its own, and no largest one.
+        with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+            for sock in socks:
+                selector.register(sock, events, sock)
+            return [key.data for key, _ in selector.select(min(self.left(), timeout))]
+
+
+class Resolver:
+    """Looks names up.  Nothing ends a look-up that hangs: each has a thread of its own, and there is one a name.
+
+    Who asks for a name that is being looked up waits for that.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[tuple[str, int], set[queue.SimpleQueue[Any]]] = {}  # for each look-up under way
+
+    def find(self, host: str, port: int, deadline: Deadline) -> list[Any]:
+        """Return what socket.getaddrinfo does, and raise what it raises; OSError at the deadline."""
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return self._wait((host, port), deadline)
+        return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+
+    def _wait(self, address: tuple[str, int], deadline: Deadline) -> list[Any]:
+        news: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        deadline.lifeline.hold(news, functools.partial(news.put, (ConnectionAbortedError, (errno.ECONNABORTED, "cut"))))
+        try:
+            with self._lock:
+                is_first = address not in self._waiting
+                self._waiting.setdefault(address, set()).add(news)
+            if is_first:
+                self._start(address)
+            found = news.get(timeout=deadline.left())
+        except queue.Empty:
+            raise socket.timeout("timed out") from None
+        finally:
+            deadline.lifeline.drop(news)
+            with self._lock:
+                self._waiting.get(address, set()).discard(news)
+        if isinstance(found, tuple):
+            raise found[0](*found[1])
+        return found  # type: ignore[no-any-return]
+
+    def _start(self, address: tuple[str, int]) -> None:
+        try:
+            threading.Thread(target=self._look_up, args=(address,), name="look-up", daemon=True).start()
+        except RuntimeError:  # no thread is left
+            self._look_up(address)
+
+    def _look_up(self, address: tuple[str, int]) -> None:
+        found: Any
+        try:
+            found = socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
+        except Exception as error:  # noqa: BLE001
+            found = type(error), error.args  # for each to raise its own: an exception holds on to frames
+        with self._lock:
+            waiting = self._waiting.pop(address)
+        for news in waiting:
+            news.put(found)
+
+
+def interleave(addresses: Iterable[Any]) -> list[Any]:
+    """Return what getaddrinfo found with the families in turn, beginning with the first's.  RFC 8305 section 4."""
+    families: dict[int, list[Any]] = {}
+    for address in addresses:
+        families.setdefault(address[0], []).append(address)
+    return [address for row in itertools.zip_longest(*families.values()) for address in row if address]
+
+
+class Race:
+    """Attempts to connect to addresses of one name: the first that gets there wins.  Source: RFC 8305 section 5."""
+
+    def __init__(self, addresses: Iterable[Any], deadline: Deadline) -> None:
+        self._waiting = collections.deque(interleave(addresses))
+        self._deadline = deadline
+        self._trying: list[socket.socket] = []
+        self._failures: list[int] = []
+
+    def run(self) -> socket.socket:
+        """Return the socket that is connected; the lifeline holds it.  Raises OSError, of the most telling attempt."""
+        next_at = 0.0
+        try:
+            while self._waiting or self._trying:
+                now = time.monotonic()
+                if self._waiting and (now >= next_at or not self._trying):
+                    next_at = now + ATTEMPT_DELAY if self._try(*self._waiting.popleft()) else now
+                pause = next_at - now if self._waiting and self._trying else FOREVER
+                for sock in self._deadline.wait(self._trying, selectors.EVENT_WRITE, pause) if self._trying else ():
+                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not code:
+                        self._trying.remove(sock)
+                        return sock
+                    self._fail(sock, code)
+                    next_at = now
+        except socket.timeout:
+            self._failures.append(errno.ETIMEDOUT)
+        finally:
+            for sock in self._trying[:]:
+                self._fail(sock, errno.ETIMEDOUT)
+        code = min(self._failures, key=lambda code: _TELLING.get(code, 3), default=errno.EADDRNOTAVAIL)
+        raise socket.timeout("timed out") if code == errno.ETIMEDOUT else OSError(code, os.strerror(code))
+
+    def _try(self, family: int, kind: int, protocol: int, _name: str, address: Any) -> bool:
+        """Begin an attempt; False where it has failed."""
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:
+            self._failures.append(error.errno or 0)
+            return False
+        self._trying.append(sock)
+        self._deadline.lifeline.hold(sock, functools.partial(sock.shutdown, socket.SHUT_RDWR))
+        sock.setblocking(False)
+        tune(sock)
+        code = sock.connect_ex(address)
+        if code in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            return True
+        self._fail(sock, code)
+        return False
+
+    def _fail(self, sock: socket.socket, code: int) -> None:
+        self._failures.append(code)
+        self._trying.remove(sock)
+        self._deadline.lifeline.drop(sock)
+        sock.close()
+
+
+# How much the failure of an attempt tells of why there is no connection: what we lack; that somebody answered; that
+# nobody did; (the rest); that there is no way; that the system has no such addresses.
+_TELLING = {
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM), 0),
+    **dict.fromkeys((errno.ECONNREFUSED, errno.ECONNRESET), 1),
+    errno.ETIMEDOUT: 2,
+    **dict.fromkeys((errno.EHOSTUNREACH, errno.ENETUNREACH), 4),
+    **dict.fromkeys((errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT), 5),
+}
+
+
+def tune(sock: socket.socket) -> None:
+    """Have small pieces sent at once, and a silent connection kept known to what lies between.
+
+    A balancer or NAT forgets one after 60 to 350 s, and then neither end hears of the other again.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in PROBES.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class Connection:
+    """A connection to upstream, whose socket does not block.  One thread uses it at a time."""
+
+    def __init__(self, sock: socket.socket, key: object) -> None:
+        self.sock = sock
+        self.key = key  # what it leads to
+        self.reused = False
+        self.broken = False  # its end came without a word: no close, no TLS closure (RFC 9112 section 9.8)
+        self.opened_at = 0.0
+        self._unsent: bytes | memoryview = b""
+
+    def read(self, size: int = READ_SIZE) -> bytes | None:
+        """Return what has come, at most size bytes; b"" at the end of the connection, None where nothing came."""
+        try:
+            return self.sock.recv(size)
+        except BlockingIOError:
+            return None
+        except OSError:
+            self.broken = True
+            return b""
+
+    def write(self, data: bytes) -> bool:
+        """Send data, behind what was not sent yet, as far as the socket takes it; tell if that was all.
+
+        Raises OSError where nothing can be sent any more; what came before can still be read.
+        """
+        self._unsent = b"".join((self._unsent, data)) if self._unsent else data
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Go on with write."""
+        while self._unsent:
+            try:
+                sent = self.sock.send(self._unsent)
+            except BlockingIOError:
+                return False
+            # A view: what is left of a large body is not copied again and again.
+            self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
+        return True
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class TlsConnection(Connection):
+    """TLS over another connection, which may be one of TLS, to a proxy.
+
+    One read of the socket brings all that came, where ssl.SSLSocket makes two for each record; and the loop
+    learns nothing from a socket of what was taken from it, so that all of it is decrypted at once.
+    """
+
+    def __init__(
+        self, inner: Connection, context: ssl.SSLContext, host: str, sessions: collections.deque[ssl.SSLSession]
+    ) -> None:
+        """sessions: those to resume, the newest last; this connection's is added.  Raises ValueError for a bad name."""
+        super().__init__(inner.sock, inner.key)
+        self._inner = inner
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        session = None
+        with contextlib.suppress(IndexError):
+            session = sessions.pop()
+            if not sessions:  # one is for one connection (RFC 8446 appendix C.4), but better that than none
+                sessions.append(session)
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host, session=session)
+        self._sessions: collections.deque[ssl.SSLSession] | None = sessions  # until it is there
+
+    def handshake(self, deadline: Deadline, data: bytes = b"") -> None:
+        """Blocks until it is done.  data: what has come.  Raises OSError."""
+        self._incoming.write(data)
+        while True:
+            is_done = False
+            try:
+                self._tls.do_handshake()
+                is_done = True
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError:
+                with contextlib.suppress(OSError):
+                    self._push()  # an alert, which says why
+                raise
+            while not self._push():
+                deadline.wait([self.sock], selectors.EVENT_WRITE)
+            if is_done:
+                return
+            self._take(receive(self._inner, deadline))
+
+    def read(self, size: int = READ_SIZE) -> bytes | None:
+        data = self._inner.read(size - MAX_RECORD_SIZE)  # as much may have come before, of a record
+        if data is not None:
+            self._take(data)
+        elif not self._incoming.pending:  # what came with the end of the handshake
+            return None
+        plain = self._decrypt()
+        if plain:
+            if self._incoming.pending:
+                plain = self._read_on(plain)
+            if self._sessions is not None:  # a session of TLS 1.3 comes after the handshake
+                self._keep_session()
+        if self._outgoing.pending:  # the answer to an update of keys, or to a bad record
+            with contextlib.suppress(OSError):
+                self._push()
+        return plain
+
+    def flush(self) -> bool:
+        while self._push():
+            if not self._unsent:
+                return True
+            sent = self._tls.write(self._unsent[:READ_SIZE])
+            self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
+        return False
+
+    def close(self) -> None:
+        """Say so first (RFC 8446 section 6.1); what was sent of a request tells what that is worth."""
+        with contextlib.suppress(OSError):
+            self._tls.unwrap()  # raises: the other's closure is not waited for
+        with contextlib.suppress(OSError):
+            self._push()
+        self._inner.close()
+
+    def _take(self, data: bytes) -> None:
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def _push(self) -> bool:
+        return self._inner.write(self._outgoing.read())
+
+    def _decrypt(self) -> bytes | None:
+        try:
+            return self._tls.read(READ_SIZE)
+        except ssl.SSLWantReadError:
+            return None
+        except OSError:
+            self.broken = True
+            return b""
+
+    def _read_on(self, plain: bytes) -> bytes:
+        """Decrypt the records behind the first."""
+        pieces = [plain]
+        while self._incoming.pending:
+            more = self._decrypt()
+            if not more:
+                if more is not None:  # TLS has ended, maybe not the connection: a selector has to see it
+                    with contextlib.suppress(OSError):
+                        self.sock.shutdown(socket.SHUT_RD)
+                break
+            pieces.append(more)
+        return b"".join(pieces)
+
+    def _keep_session(self) -> None:
+        sessions, self._sessions = self._sessions, None
+        if sessions is not None and self._tls.session:
+            sessions.append(self._tls.session)
+
+
+def receive(connection: Connection, deadline: Deadline) -> bytes:
+    """Return what comes next on a connection; b"" at its end.  Blocks.  Raises socket.timeout."""
+    data = connection.read()
+    while data is None:
+        deadline.wait([connection.sock], selectors.EVENT_READ)
+        data = connection.read()
+    return data
+
+
+class Refused(OSError):
+    """A proxy opened no tunnel; the text says why."""
+
+
+def open_tunnel(connection: Connection, target: Target, deadline: Deadline) -> bytes:
+    """Have the proxy that connection leads to connect it with target (RFC 9110 section 9.3.6).
+
+    Returns what came behind its answer.  Raises OSError.
+    """
+    fields = {"Host": target.address}
+    if target.proxy and target.proxy.authorization:
+        fields["Proxy-Authorization"] = target.proxy.authorization
+    is_sent = connection.write(encode_head(f"CONNECT {target.address} HTTP/1.1", fields))
+    while not is_sent:
+        deadline.wait([connection.sock], selectors.EVENT_WRITE)
+        is_sent = connection.flush()
+    data, parsed = b"", None
+    while not parsed:
+        more = receive(connection, deadline)
+        if not more:
+            raise Refused("the proxy closed the connection without an answer")
+        data += more
+        try:
+            parsed = parse_answer_head(data)
+        except ValueError:
+            raise Refused("the proxy's answer cannot be read") from None
+    status, _, rest = parsed
+    if not 200 <= status < 300:
+        raise Refused(f"the proxy refused with status {status}")
+    return rest
+
+
+class ProxyHandler(urllib.request.ProxyHandler):
+    """urllib's, for a proxy that is known to be needed: its own rules know no networks."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+
+    def add_parent(self, parent: object) -> None:
+        """The parent holds this: no cycle."""
+
+    def http_open(self, request: urllib.request.Request) -> None:
+        request.set_proxy(self._proxy.address, request.type)
+
+    https_open = http_open
+
+
+class DialHandler(urllib.request.BaseHandler):
+    """Connects where urllib has found that a request goes: over TLS, and through a proxy, where they are needed."""
+
+    def __init__(self, target: Target, ca_file: str) -> None:
+        """Raises SettingsError for certificates that cannot be read."""
+        self._target = target
+        self._resolver = Resolver()
+        self._sessions: dict[str, collections.deque[ssl.SSLSession]] = collections.defaultdict(
+            functools.partial(collections.deque, maxlen=MAX_SESSIONS)
+        )
+        # Made only where it is needed: reading the system's certificates takes time and memory.
+        self._context: ssl.SSLContext | None = None
+        if "https" in (target.scheme, target.proxy and target.proxy.scheme):
+            try:
+                self._context = _make_context(ca_file)
+            except OSError:
+                raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {ca_file!r}") from None
+
+    def add_parent(self, parent: object) -> None:
+        """The parent holds this: no cycle."""
+
+    def http_open(self, request: Any) -> Connection:
+        """What urllib calls, once it has set the proxy.  Raises OSError."""
+        target, deadline = self._target, request.deadline
+        peer = urllib.parse.urlsplit(f"//{request.host}")
+        addresses = self._resolver.find(peer.hostname or "", peer.port or _PORTS[request.type], deadline)
+        connection = Connection(Race(addresses, deadline).run(), target.key)
+        rest = b""
+        try:
+            if target.proxy and target.proxy.scheme == "https":
+                connection = self._secure(connection, target.proxy.host, deadline)
+            if request._tunnel_host:
+                rest = open_tunnel(connection, target, deadline)
+            if request.type == "https":
+                connection = self._secure(connection, target.host, deadline, rest)
+            deadline.lifeline.release()
+        except BaseException:
+            deadline.lifeline.drop(connection.sock)
+            connection.close()
+            raise
+        return connection
+
+    https_open = http_open
+
+    def _secure(self, inner: Connection, host: str, deadline: Deadline, data: bytes = b"") -> TlsConnection:
+        assert self._context
+        connection = TlsConnection(inner, self._context, host, self._sessions[host])
+        connection.handshake(deadline, data)
+        return connection
+
+
+def _make_context(ca_file: str) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=ca_file or None)
+    context.set_alpn_protocols(["http/1.1"])
+    # Set by Python 3.11.2, for one: it takes a connection that is cut for one that is closed (CPython gh-95494).
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    # As in Go: while keys are negotiated anew, to write would have to wait for what is to be read.
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    return context
 
 
 class Upstream:
-    def __init__(self, settings):
-        self.target = Target(settings)
-        self._base = urllib.parse.urlsplit(settings.upstream)
-    def dial(self, lifeline):
+    """The API, whose connections are opened by urllib, so that the proxies of the environment count."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises SettingsError for certificates that cannot be read, and a proxy that cannot be used."""
+        proxies, proxy = urllib.request.getproxies(), None
+        # Other systems than those of variables have rules of their own.
+        if proxies and not urllib.request.proxy_bypass(urllib.parse.urlsplit(settings.upstream).netloc):
+            proxy = find_proxy(settings.upstream, proxies)
+        self.target = Target(settings, proxy)
+        self._timeout = settings.connect_timeout + DIAL_GRACE if settings.connect_timeout else FOREVER
+        # Neither redirects nor file: addresses: handlers that are not there.
+        self._opener = urllib.request.OpenerDirector()
+        if proxy:
+            self._opener.add_handler(ProxyHandler(proxy))
+        self._opener.add_handler(DialHandler(self.target, settings.ca_file))
+
+    def dial(self, lifeline: Lifeline) -> Connection:
+        """Return a new connection to the target, on which nothing was sent.
+
+        Blocks until it is there, its time is over, or lifeline is cut.  Raises UpstreamError.
+        """
+        request = urllib.request.Request(self.target.url)
+        request.deadline = Deadline(lifeline, self._timeout)  # type: ignore[attr-defined]
         try:
-            sock = socket.create_connection((self._base.hostname, self._base.port or 80), 10)
-        except OSError as error:
-            raise UpstreamError(f"Upstream cannot be reached: {reason_of(error)}.", 502) from None
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return Connection(sock, self.target.key)
+            return self._opener.open(request)  # type: ignore[no-any-return]
+        except (OSError, ValueError) as error:  # the last for a name like a..b
+            reason = str(error) if isinstance(error, Refused) else reason_of(error)
+            status = 504 if isinstance(error, socket.timeout) else 502
+        raise UpstreamError(f"Upstream cannot be reached: {reason}.", status)  # here: it keeps no frames of error's
 
 
 class Spare:
@@ -3830,17 +4403,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Output(logging.Handler):
-    """Writes lines to a stream's descriptor; what fails is for the log's writer to count."""
+    """Writes lines to a stream's descriptor, those that come together at once; a failure is the log writer's."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._fd = stream.fileno()
+        self._lines: list[str] = []
 
     def createLock(self) -> None:
         self.lock = None  # one thread writes; and at exit, logging would wait for a lock that it holds
 
     def emit(self, record: logging.LogRecord) -> None:
-        _write_all(self._fd, (self.format(record) + "\n").encode("utf-8", "backslashreplace"))
+        self._lines.append(self.format(record) + "\n")
+
+    def flush(self) -> None:
+        lines, self._lines = self._lines, []
+        _write_all(self._fd, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
 class _LogFormatter(logging.Formatter):
