@@ -117,6 +117,7 @@ ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is ove
 KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
 STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
 MAX_CONNECTION_AGE = 300.0  # of a connection to upstream: later ones may lead to servers that are new there
+SWITCH_INTERVAL = 0.001  # for the loop to get the interpreter from another thread (Python's own: 0.005)
 LOOK_TIMEOUT = 1.0  # for the token file to be looked at, before its last version counts
 RELIEF_PAUSE = 0.005  # for busy threads to take another job, before more are started
 LOG_PAUSE = 0.05  # for lines of log that come together to be written together
@@ -137,7 +138,7 @@ SPARE_CONNECTIONS = 256  # beyond two a stream: those between two requests, and 
 BACKLOG = 1024  # of connections that wait to be accepted (socketserver: 5)
 MAX_SURPLUS = 256  # connections beyond those, which are answered that there are too many
 MAX_WORKERS = 4  # threads that are parked; more of them starve the loop of the interpreter
-MAX_BEGINNINGS = 16  # new connections, and requests, of a turn of the loop
+MAX_BEGINNINGS = 8  # new connections, and requests, of a turn of the loop
 MAX_READY = 1024  # sockets seen to in a turn
 MAX_LOG_LINES = 1000  # that wait to be written
 
@@ -490,11 +491,6 @@ class Answer:
     can no longer become complete; what feed returned before, and returns with it, still counts.
     """
 
-    OPEN, SETTLED, ENDING, DONE = range(4)
-    @property
-    def state(self): return 3 if self.done else 2 if self.ending else 1 if self.settled else 0
-    @property
-    def life(self): return self.events
     content_type = ""
     eager = False  # the head leaves as soon as upstream's has come, not with the first text
     pings = False
@@ -522,8 +518,6 @@ class Answer:
             self._document = bytearray()
         else:
             self._start(status, fields, fields.get("content-type", "").partition(";")[0].strip().lower())
-        if self.failure or self.refused: self.eager = False
-        return self
 
     def feed(self, body: bytes) -> bytes:
         """Return what body adds to the answer, for the client."""
@@ -721,7 +715,7 @@ class PassedAnswer(Answer):
 
     def start(self, status: int, fields: Mapping[str, str]) -> None:
         self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
-        return super().start(status, fields)
+        super().start(status, fields)
 
     def close(self, cut: UpstreamError | None) -> bytes:
         if not (cut or self._is_stream or self._document is not None):  # its framing alone says that it is whole
@@ -4452,6 +4446,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.addHandler(output)
     log.setLevel(logging.INFO)
     _raise_descriptor_limit()
+    sys.setswitchinterval(SWITCH_INTERVAL)
     # A byte comes for each signal, whichever thread the system gives it to.
     news, teller = socket.socketpair()
     teller.setblocking(False)
