@@ -116,6 +116,7 @@ MAX_PIPELINED = 64 * 1024
 # Seconds.
 LINGER_TIMEOUT = 30.0  # for what a client still sends that was refused: nginx's lingering_time
 END_GRACE = 1.0  # for usage and [DONE] to follow a finish_reason
+EARLY_GRACE = 5.0  # for text to follow one that came before any
 ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is over
 KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
 STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
@@ -778,6 +779,7 @@ class Answer:
         self.model: str | None = None
         self.usage: dict[str, Any] | None = None
         self.finish_reason: str | None = None
+        self.grace = END_GRACE  # seconds that what follows is waited for where the state is ENDING
         self.life = 0  # grows with all that says that upstream is alive and not about to end
         self.events = self.pieces = self.size = 0  # pieces and size: of what was passed on, in bytes
         self._redact = redact
@@ -1026,8 +1028,9 @@ class TextAnswer(Answer):
         reason = choice.get("finish_reason") and parse_reason(choice)
         if reason:
             self.finish_reason = self._redact(reason)
-            # One that comes before any text came early: then nothing is hurried.
-            self.state = self.ENDING if self.pieces else self.SETTLED
+            self.state, self.grace = self.ENDING, END_GRACE if self.pieces else EARLY_GRACE
+        elif text:
+            self.state = min(self.state, self.SETTLED)  # a finish_reason before it came early
 
 
 class EventAnswer(TextAnswer):
@@ -3951,7 +3954,7 @@ class Source:
     def due(self) -> float:
         """When this state has lasted too long."""
         if self.state == self.ENDING:
-            return self.since + END_GRACE
+            return self.since + self.answer.grace
         limit: float = getattr(self.hub.settings, self._CLOCKS[self.state][0])
         return self.since + limit if limit else math.inf
 
@@ -4081,7 +4084,7 @@ class Source:
             stream.fail(answer.failure)
         elif alive:
             self.since = self.hub.loop.now
-            if self.state != self.ENDING and (self.state != self.FLOWING or answer.state == answer.ENDING):
+            if self.state < self.FLOWING or (self.state == self.ENDING) != (answer.state == answer.ENDING):
                 self._flow(answer)
 
     def _flow(self, answer: Answer) -> None:
