@@ -19,21 +19,35 @@ asks the API with "stream": true, and hands each piece of text on the moment it 
 
 It terminates no TLS, stores nothing and knows no users: nginx in front does the first.
 
-Life of a request, and the section of this file for each step:
+Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
-    the relay accepts; Inbox takes the request in                        9, 11
-      a thread is given the connection; Handler checks the request       12
-        Access and Limits let it pass                                    8
-        Upstream.open sends the request, on a new or a warm connection   10
-      the thread turns to other work; the relay moves what arrives:      9
-        BodyDecoder         upstream's framing to the bytes of the body  5
-        EventParser         bytes to events                              3
-        Answer              events to what the client asked for          4
-        Stream              one chunk, one send                          11
-      a thread answers with an error if nothing was sent, logs the request
+     9  Loop      tells that a client's socket can be read
+    11  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 5, 6, 7, 8)
+    12  Upstream  opens a connection, in a thread of 10, unless the Pool has one that is warm
+    13  Source    sends the request, and reads the answer
+                    BodyDecoder  upstream's framing to the bytes of the body                 (pure: 5)
+                    EventParser  bytes to events                                             (pure: 3)
+                    Answer       events to what the client asked for                         (pure: 4)
+    14  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
+    15  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
 
-There are a few threads for what is short or blocks; and one, the relay, for what is long: it owns
-every clock and waits for nothing but its selector.
+One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
+only what may block:
+
+    a Dial         from Source.open until it is posted back: a worker; the loop can cut its lifeline
+    a Connection   the worker that dials it; from then on the loop's, in Source and Pool
+    the token file the worker that looks at it; the loop reads the last version, which is replaced whole
+    a line of log  the log's thread, once it is queued
+
+A client that leaves costs upstream nothing more, whatever is under way:
+
+    Client IDLE                  it is closed
+    Client HEAD, BODY            a line of log says so (499), and it is closed
+    Source DIALING               the lifeline is cut, and the connection is closed when the worker hands it over
+    Source SENDING to FLOWING    the connection to upstream is closed at once
+    Source ENDING                likewise; all but a word or two had come
+    Viewer LAST                  upstream is done with; what the client did not take is dropped
+    Client LINGERING             it was answered; it is closed
 
 Sources: RFC 9110 and 9112 (HTTP), WHATWG HTML section 9.2 (server-sent events).
 """
