@@ -2071,7 +2071,7 @@ class Client(Peer):
         super().__init__(sock, server.hub.loop)
         self.server = server
         self.address = "unix" if server.path else plain_address(address[0])
-        self.surplus = len(server.clients) > server.max_clients  # it is told so
+        self.surplus = len(server.clients) >= server.max_clients  # it is told so
         self.data = b""  # came, and was not taken
         self.exchange: Exchange | None = None
         self.state = self.IDLE
