@@ -2105,6 +2105,8 @@ class Client(Peer):
             self._refuse(error)
             return
         if parsed:
+            if self.state == self.IDLE:
+                self.since = self.loop.now
             request, self.data = parsed
             self._exchange_for(request).begin()
         elif self.state == self.IDLE and self.data.strip(b"\r\n"):  # empty lines are none of a request
