@@ -2118,11 +2118,11 @@ class Client(Peer):
         self.state = self.BODY
         self._read_body()
 
-    def on_answered(self) -> None:
-        """The answer has left: read on, or close."""
+    def on_answered(self, cut: bool) -> None:
+        """The answer has left: read on, or close; at once where it was cut, or it would look complete."""
         exchange, self.exchange = self.exchange, None
         self.since = self.loop.now
-        if not exchange or self.lost:
+        if not exchange or self.lost or cut:
             self.close()
         elif not exchange.request.body.complete or (self.data and not self.keeps_alive):
             self.state, self._rest = self.LINGERING, exchange.request.body
@@ -2130,6 +2130,7 @@ class Client(Peer):
                 with contextlib.suppress(OSError):
                     self.sock.shutdown(socket.SHUT_WR)
             data, self.data = self.data, b""
+            self._set_alarm()
             self._linger(data)
         elif self.keeps_alive:
             self._expect_head()
@@ -2241,7 +2242,8 @@ class Client(Peer):
         elif self.state == self.ANSWERING and not self.pending:
             limit = 0.0
         elif self.state == self.LINGERING:
-            limit = min(LINGER_TIMEOUT, limit or LINGER_TIMEOUT)
+            most = END_GRACE if self.server.draining else LINGER_TIMEOUT
+            limit = min(most, limit or most)
         return self.since + limit if limit else math.inf
 
     def _set_alarm(self) -> None:
@@ -2476,7 +2478,7 @@ class Exchange:
         else:
             self.failure, self.client.keeps_alive = self.failure or failure, False
             self.status = self.status or failure.status
-            self._end()
+            self._end(cut=True)
 
     def abort(self, failure: ProxyError) -> None:
         """End so that the client can tell that the answer is not complete."""
@@ -2510,7 +2512,7 @@ class Exchange:
             client.keeps_alive = False
             if not self.request.http11:
                 client.reset()  # its body ends where the connection does
-        self._end()
+        self._end(cut=not stream.viewer.intact)
 
     def encode_head(self, status: int, fields: Mapping[str, str]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
@@ -2551,12 +2553,12 @@ class Exchange:
             self.server.limits.leave(self.place)
             self.place = ""
 
-    def _end(self) -> None:
+    def _end(self, cut: bool = False) -> None:
         if self.client.exchange is self:
             self._leave_place()
             self._log()
             self.stream = None  # each has the other
-            self.client.on_answered()
+            self.client.on_answered(cut)
 
     def _log(self) -> None:
         now, failure, stream = time.time(), self.failure, self.stream
