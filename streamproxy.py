@@ -1871,23 +1871,27 @@ class Workers:
         with self._lock:
             self._starting -= 1
             self._threads.add(thread)
-            self._parked += 1
-        while True:
+        while self._park():
             job = self._jobs.get()
             with self._lock:
                 self._parked -= 1
                 self._taken += 1
-            if job:
-                try:
-                    job()
-                except Exception as error:  # noqa: BLE001
-                    self._report(f"fault in a thread: {place_of(error)}")
-            with self._lock:
-                if not job or (self._parked >= MAX_WORKERS and not self._jobs.qsize()):
-                    self._threads.discard(thread)
-                    return
-                self._parked += 1
+            if not job:
+                break
+            try:
+                job()
+            except Exception as error:  # noqa: BLE001
+                self._report(f"fault in a thread: {place_of(error)}")
             job = None  # or it would live on, with all that it holds, while this thread is parked
+        with self._lock:
+            self._threads.discard(thread)
+
+    def _park(self) -> bool:
+        """Count a thread among those that wait for a job, unless there are enough."""
+        with self._lock:
+            few = self._parked < MAX_WORKERS or self._jobs.qsize() > 0
+            self._parked += few
+            return few
 
 
 class LogWriter:
