@@ -2400,23 +2400,27 @@ class Workers:
         with self._lock:
             self._starting -= 1
             self._threads.add(thread)
-            self._parked += 1
-        while True:
+        while self._park():
             job = self._jobs.get()
             with self._lock:
                 self._parked -= 1
                 self._taken += 1
-            if job:
-                try:
-                    job()
-                except Exception as error:  # noqa: BLE001
-                    self._report(f"fault in a thread: {place_of(error)}")
-            with self._lock:
-                if not job or (self._parked >= MAX_WORKERS and not self._jobs.qsize()):
-                    self._threads.discard(thread)
-                    return
-                self._parked += 1
+            if not job:
+                break
+            try:
+                job()
+            except Exception as error:  # noqa: BLE001
+                self._report(f"fault in a thread: {place_of(error)}")
             job = None  # or it would live on, with all that it holds, while this thread is parked
+        with self._lock:
+            self._threads.discard(thread)
+
+    def _park(self) -> bool:
+        """Count a thread among those that wait for a job, unless there are enough."""
+        with self._lock:
+            few = self._parked < MAX_WORKERS or self._jobs.qsize() > 0
+            self._parked += few
+            return few
 
 
 class LogWriter:
@@ -2607,7 +2611,7 @@ class Client(Peer):
         super().__init__(sock, server.hub.loop)
         self.server = server
         self.address = "unix" if server.path else plain_address(address[0])
-        self.surplus = len(server.clients) > server.max_clients  # it is told so
+        self.surplus = len(server.clients) >= server.max_clients  # it is told so
         self.data = b""  # came, and was not taken
         self.exchange: Exchange | None = None
         self.state = self.IDLE
@@ -2641,6 +2645,8 @@ class Client(Peer):
             self._refuse(error)
             return
         if parsed:
+            if self.state == self.IDLE:
+                self.since = self.loop.now
             request, self.data = parsed
             self._exchange_for(request).begin()
         elif self.state == self.IDLE and self.data.strip(b"\r\n"):  # empty lines are none of a request
@@ -2652,11 +2658,11 @@ class Client(Peer):
         self.state = self.BODY
         self._read_body()
 
-    def on_answered(self) -> None:
-        """The answer has left: read on, or close."""
+    def on_answered(self, cut: bool) -> None:
+        """The answer has left: read on, or close; at once where it was cut, or it would look complete."""
         exchange, self.exchange = self.exchange, None
         self.since = self.loop.now
-        if not exchange or self.lost:
+        if not exchange or self.lost or cut:
             self.close()
         elif not exchange.request.body.complete or (self.data and not self.keeps_alive):
             self.state, self._rest = self.LINGERING, exchange.request.body
@@ -2664,6 +2670,7 @@ class Client(Peer):
                 with contextlib.suppress(OSError):
                     self.sock.shutdown(socket.SHUT_WR)
             data, self.data = self.data, b""
+            self._set_alarm()
             self._linger(data)
         elif self.keeps_alive:
             self._expect_head()
@@ -2775,7 +2782,8 @@ class Client(Peer):
         elif self.state == self.ANSWERING and not self.pending:
             limit = 0.0
         elif self.state == self.LINGERING:
-            limit = min(LINGER_TIMEOUT, limit or LINGER_TIMEOUT)
+            most = END_GRACE if self.server.draining else LINGER_TIMEOUT
+            limit = min(most, limit or most)
         return self.since + limit if limit else math.inf
 
     def _set_alarm(self) -> None:
@@ -3012,7 +3020,7 @@ class Exchange:
         else:
             self.failure, self.client.keeps_alive = self.failure or failure, False
             self.status = self.status or failure.status
-            self._end()
+            self._end(cut=True)
 
     def abort(self, failure: ProxyError) -> None:
         """End so that the client can tell that the answer is not complete."""
@@ -3046,7 +3054,7 @@ class Exchange:
             client.keeps_alive = False
             if not self.request.http11:
                 client.reset()  # its body ends where the connection does
-        self._end()
+        self._end(cut=not stream.viewer.intact)
 
     def encode_head(self, status: int, fields: Mapping[str, str]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
@@ -3087,12 +3095,12 @@ class Exchange:
             self.server.limits.leave(self.place)
             self.place = ""
 
-    def _end(self) -> None:
+    def _end(self, cut: bool = False) -> None:
         if self.client.exchange is self:
             self._leave_place()
             self._log()
             self.stream = None  # each has the other
-            self.client.on_answered()
+            self.client.on_answered(cut)
 
     def _log(self) -> None:
         now, failure, stream = time.time(), self.failure, self.stream
