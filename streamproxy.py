@@ -3119,7 +3119,7 @@ class Exchange:
             answer, first = stream.answer, stream.first_text_at
             entry.update(
                 ttft=None if first is None else round(first - self.began_at, 3),
-                pieces=answer.pieces, bytes=answer.size, model=answer.model, finish_reason=answer.finish_reason,
+                model=answer.model, finish_reason=answer.finish_reason, pieces=answer.pieces, bytes=answer.size,
                 usage=answer.usage, upstream_id=answer.request_id,
             )  # fmt: skip
         self.server.hub.log.info(entry)

@@ -3497,11 +3497,12 @@ def test_proxy_that_is_itself_spoken_to_over_tls(provider: Provider, certificate
             assert client.head().status == 200 and client.chunk() == b"a"
 
 
-def test_proxy_connect_for_tls(provider: Provider, certificate: Path, proxy_variables: Any) -> None:
+def test_proxy_connect_for_tls(provider: Provider, tmp_path: Path, proxy_variables: Any) -> None:
+    certificate = make_certificate(tmp_path, "DNS:api.example")
     proxy_variables("HTTPS_PROXY", provider.url)
-    with running(None, upstream="https://localhost/v1", ca_file=str(certificate)) as server, Client(server).ask(PROMPT) as client:
+    with running(None, upstream="https://api.example/v1", ca_file=str(certificate)) as server, Client(server).ask(PROMPT) as client:
         proxy = provider.take()
-        assert proxy.head.startswith("CONNECT localhost:443 HTTP/1.") and "uthorization" not in proxy.head
+        assert proxy.head.startswith("CONNECT api.example:443 HTTP/1.") and "uthorization" not in proxy.head
         proxy.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(str(certificate))
@@ -3586,7 +3587,7 @@ def test_log_line_of_a_stream(server: Any, provider: Provider, caplog: Any) -> N
         client.head()
         client.body()
     entry = log_entries(caplog, 1)[0]
-    assert list(entry) == ["time", "id", "client", "method", "path", "status", "ending", "error", "seconds", "ttft", "pieces", "bytes", "model", "finish_reason", "usage", "upstream_id"]
+    assert list(entry) == ["time", "id", "client", "method", "path", "status", "ending", "error", "seconds", "ttft", "model", "finish_reason", "pieces", "bytes", "usage", "upstream_id"]
     fixed = {name: entry[name] for name in ("id", "client", "method", "path", "status", "ending", "error", "pieces", "bytes", "usage")}
     assert fixed == {"id": "id-7", "client": "127.0.0.1", "method": "POST", "path": "/", "status": 200, "ending": "complete",
                      "error": None, "pieces": 2, "bytes": 3, "usage": {"total_tokens": 3}}  # fmt: skip
