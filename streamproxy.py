@@ -3067,6 +3067,8 @@ class Exchange:
         }
         if not self.client.keeps_alive:
             common["Connection"] = "close"
+        elif self.server.settings.keep_alive_timeout:  # for whoever would send the next request just then
+            common["Keep-Alive"] = f"timeout={self.server.settings.keep_alive_timeout:.0f}"
         line = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
         return encode_head(line, {**common, **self.cors, **fields})
 
@@ -4069,12 +4071,16 @@ class Source:
         except ValueError as error:
             self.stream.fail(Garbled(f"Upstream's answer cannot be read: {error}."))
             return
+        if status == 408 and self.connection.reused:  # it was about to be closed, and crossed the request
+            self.stream.fail(UpstreamError("Upstream closed the connection without an answer."), stale=True)
+            return
         self._head, self._body = b"", body
         self._keeps_alive = body.left is not None and "close" not in fields.get("connection", "").lower()
         self.answer = self.stream.answer = self.answer.start(status, fields)
         self._take(body, rest)
         if self.answer.eager and self.state != self.OVER:
             self.stream.viewer.open()
+            self.stream.set_alarm()  # for heartbeats
 
     def _take(self, body: BodyDecoder, data: bytes, closed: bool = False) -> None:
         """Pass on what data adds to the answer; closed: it is the last of the connection."""
