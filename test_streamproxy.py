@@ -897,7 +897,7 @@ class Stage(Still):
         near.setblocking(False)
         self.client = Peer(far)
         self.reader = Reader(near, self.hub.loop)
-        call = streamproxy.prompt_call(PROMPT, self.hub.settings)
+        call = streamproxy.prompt_call(streamproxy.Adapted(PROMPT, self.hub.settings, streamproxy.Refusals()))
         self.stream = self.reader.stream = self.hub.stream(call, answer or streamproxy.TextAnswer(), self.reader)
         self.head = head
         self.stream.ask()
