@@ -2257,6 +2257,7 @@ def _named_models(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(value, list):
             rest += [(top, item, named) for item in value]
         elif isinstance(value, dict):
+            named = named and "model" not in value  # {"a model": ["its fallback"]}, not {"model": ..., "messages": ...}
             for member, inner in value.items():
                 folded = member.casefold()  # as servers in Go do
                 if named:
