@@ -595,6 +595,13 @@ def parse_event(event: Event) -> dict[str, Any]:
     Raises Garbled, and UpstreamError for an error that upstream sent this way.
     """
     type, data = event.type, event.data
+    if type == "message" and len(data) < _SHORT_JSON and '"error' not in data:  # mostly
+        try:
+            payload, end = _parse_short_json(data)
+            if end == len(data) and payload.get("choices"):
+                return payload  # type: ignore[no-any-return]
+        except (ValueError, AttributeError, RecursionError):
+            pass
     if type == "ping":
         return {}
     try:
@@ -605,8 +612,6 @@ def parse_event(event: Event) -> dict[str, Any]:
         if type != "message":
             return {}  # somebody's own event
         raise
-    if type == "message" and '"error' not in data and isinstance(payload, dict) and payload.get("choices"):
-        return payload  # mostly
     return check_payload(payload, type)
 
 
@@ -982,9 +987,8 @@ class TextAnswer(Answer):
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
         parser = self._parser
         for event in parser.feed(body):
-            if self.state == self.DONE:
+            if self._take_event(event, out):
                 break
-            self._take_event(event, out)
         if parser.idle and self.state < self.ENDING:
             self.life += parser.idle
             parser.idle = 0
@@ -1007,13 +1011,15 @@ class TextAnswer(Answer):
             if self._form == _DOCUMENT:
                 raise cut or garbled from None
 
-    def _take_event(self, event: Event, out: list[bytes]) -> None:
+    def _take_event(self, event: Event, out: list[bytes]) -> bool:
+        """Take event; tell whether it is the last."""
         self.events += 1
         self.life += 1
         if event.data.strip() == "[DONE]":
             self.state = self.DONE
-        else:
-            self._take_payload(parse_event(event), event.data, out)
+            return True
+        self._take_payload(parse_event(event), event.data, out)
+        return False
 
     def _take_payload(self, payload: dict[str, Any], data: str, out: list[bytes]) -> None:
         if '"usage"' in data and payload.get("usage", payload) or self.model is None and payload.get("model"):
@@ -1026,8 +1032,10 @@ class TextAnswer(Answer):
             raise Garbled("Upstream sent JSON that is not a chat completion's.") from None
 
     def _take_choice(self, choice: dict[str, Any], out: list[bytes]) -> None:
-        delta = choice.get("delta") or {}
-        text, reasoning = parse_part(delta or {"content": choice.get("text")})
+        part = choice.get("delta") or {"content": choice.get("text")}
+        text, reasoning = part.get("content"), ""
+        if len(part) > 1 or type(text) is not str:  # or else, mostly, it is all there is
+            text, reasoning = parse_part(part)
         if text:
             self._messages = None
         elif self._messages is not None and choice.get("message"):
@@ -1078,23 +1086,40 @@ _encode_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def goes_on(block: bytes) -> int:
-    """Return how many events block has, if all are such that a completion just goes on; 0: nothing is told.
+    """Return how many events block has, if each is one line in which a completion just goes on; 0: nothing is told.
 
-    Each is one line, a blank line behind it, and has a choice whose finish_reason is null.
+    Blank lines end block and each event.  Each has a choice, and what it has of finish_reasons is null.
     """
-    if block.find(b"\n") == len(block) - 2:  # mostly
+    find, count = block.find, block.count  # "in" takes longer
+    if find(b"\n") == len(block) - 2:  # mostly
         return (
-            block[:7] == b"data: {"
-            and b'"finish_reason":null' in block
-            and block.count(b'"finish_reason"') == 1
-            and b'"choices":[{' in block
-            and b'"error' not in block
+            block[0] == 100  # of data
+            and find(b'"choices":[{') > 0
+            and find(b'"finish_reason":null') > 0
+            and count(b'"finish_reason"') == 1
+            and find(b"error") < 0
         )
-    count = block.count(b'"finish_reason"')
-    return count if _GOING_ON.fullmatch(block) and block.count(b"\n") == 2 * count and b'"error' not in block else 0
+    going = count(b'"finish_reason"') == count(b'"finish_reason":null') and find(b"error") < 0 and find(b"\r") < 0
+    events = count(b'"choices":[{')
+    return events if going and count(b"\n\n") == events and _DATA_LINES.fullmatch(block) else 0
 
 
-_GOING_ON = re.compile(rb'(?:data: \{[^\n]*"choices":\[\{[^\n]*"finish_reason":null[^\n]*\n\n)*')
+_DATA_LINES = re.compile(rb"(?:data: ?\{[^\n]*\n\n)+")
+
+
+def is_dull(event: bytes) -> bool:
+    """Tell the same of one event, also where its JSON has blanks or its lines end otherwise, and of a typed delta."""
+    match = _DULL_EVENT.fullmatch(event)
+    if not match or match[1] is None or event.count(b"\r") != event.count(b"\r\n"):
+        return bool(match and match[1] is None)
+    return not (b'"error' in event or _REASON.search(event) or (b'"usage"' in event and b'"usage":null' not in event))
+
+
+_REASON = re.compile(rb'"finish_reason"\s*:\s*[^n\s]')
+_DULL_EVENT = re.compile(
+    rb'(?:(data: ?\{[^\n]*"choices": ?\[ ?\{)|(?:event: ?[a-z_.]*(?<!message)[._]delta\r?\ndata:'
+    rb'|data: ?\{ ?"type": ?"[a-z_.]*(?<!message)[._]delta"))[^\n]*\n\r?\n'
+)
 
 
 class PassedAnswer(Answer):
@@ -1109,7 +1134,7 @@ class PassedAnswer(Answer):
     _LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
     _TYPE = re.compile(r'\{\s*"type"\s*:\s*"([a-z_.]+)"')
     _DULL_TYPES = re.compile(r"(?<!message)[._]delta$|partial_image$")
-    _BLANK_LINE = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)|(?<=\r\r)")
+    _EVENT = re.compile(rb".*?(?:\n\r?\n|\r\r)", re.DOTALL)
     # What passes of an event that is not whole, since it can hold no secret yet.
     _QUIET = re.compile(rb"(?:(?:event|id|retry)?:[^\r\n]*(?:\r?\n|\Z))*[^\r\n]{0,8}")
     _WHOLE_AT_CLOSE = re.compile("(?:audio|image|video)/|application/octet-stream")
@@ -1127,6 +1152,7 @@ class PassedAnswer(Answer):
         self.pings = stream
         self.content_type = "text/event-stream" if stream else ""
         self._api = "/v1/messages" if messages else "/v1/"
+        self._parser = EventParser(sys.maxsize, strict=False)  # of the events that are looked at
         self._finished: set[str] = set()  # indexes of choices
         self._rest = bytearray(b"\n")  # what came behind the last blank line, and its own end
         self._passed = 0  # bytes of the event that is not whole that the client has
@@ -1169,22 +1195,33 @@ class PassedAnswer(Answer):
         self._pass(body, out)
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
-        if len(self._rest) == 1 and self.events and self.state < self.ENDING and goes_on(body):
-            self.events += 1
-            self.life += 1
-            self._pass(body, out)
-            return
-        passed, block = self._passed, self._whole_events(body)
-        data = self._look_through(block, passed) if block else b""
-        begin = 0 if block else passed
-        if self._QUIET.fullmatch(self._rest, 1) if len(self._rest) < 256 else len(self._rest) > MAX_EVENT_SIZE:
-            data += bytes(memoryview(self._rest)[begin + 1 :])
-            begin = len(self._rest) - 1
-        self._passed = begin
-        if len(self._rest) > MAX_EVENT_SIZE:
+        if body[-2:] == b"\n\n" and len(self._rest) == 1:  # mostly, whole events come, and nothing is held
+            data = body if self._just_goes_on(body) else self._look_through(body, 0)
+        else:
+            passed, block = self._passed, self._whole_events(body)
+            data = block[passed:] if self._just_goes_on(block) else self._look_through(block, passed)
+            data += self._unfinished(0 if block else passed)
+        if data:
+            self.pieces += 1
+            self.size += len(data)
+            out.append(data)
+
+    def _just_goes_on(self, block: bytes) -> int:
+        count = goes_on(block) if self.events and block and self.state < Answer.ENDING else 0
+        self.events += count
+        self.life += count
+        return count
+
+    def _unfinished(self, passed: int) -> bytes:
+        """Return what may pass of the event that is not whole, of which the client has passed bytes."""
+        size, data = len(self._rest), b""
+        if size > MAX_EVENT_SIZE or (size < 256 and self._QUIET.fullmatch(self._rest, 1)):
+            data, passed = bytes(memoryview(self._rest)[passed + 1 :]), size - 1
+        if size > MAX_EVENT_SIZE:
             del self._rest[1024:-4]  # its type, which comes first, is all that is looked at then
-            self._passed = len(self._rest) - 1
-        self._pass(data, out)
+            passed = len(self._rest) - 1
+        self._passed = passed
+        return data
 
     def _whole_events(self, body: bytes) -> bytes:
         """Return the events that body completes."""
@@ -1199,21 +1236,25 @@ class PassedAnswer(Answer):
 
     def _look_through(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""
-        count = goes_on(block) if self.events and self.state < self.ENDING else 0
-        if count:
-            self.events += count
-            self.life += count
-            return block[passed:]
+        events = self._EVENT.findall(block) if b"\r" in block else [x + b"\n\n" for x in block.split(b"\n\n")[:-1]]
         out = []
-        for piece in self._BLANK_LINE.split(block):
-            parser = EventParser(len(piece) + 1, strict=False)
-            events = parser.feed(piece)
-            if self.state < self.ENDING:
-                self.life += len(events) + parser.idle
-            secret = False in [self._is_harmless(event) for event in events]
-            out.append(conceal_bytes(piece[passed:], self._redact) if secret else piece[passed:])
+        for event in events:
+            out.append(self._take_piece(event, passed))
             passed = 0
         return b"".join(out)
+
+    def _take_piece(self, piece: bytes, passed: int) -> bytes:
+        """Take one event; return what the client is to have of it."""
+        counts = self.state < self.ENDING
+        if self.events and counts and is_dull(piece):
+            self.events += 1
+            self.life += 1
+            return piece[passed:]
+        events = self._parser.feed(piece)
+        self.life += counts and len(events) + self._parser.idle
+        self._parser.idle = 0
+        secret = False in [self._is_harmless(event) for event in events]
+        return conceal_bytes(piece[passed:], self._redact) if secret else piece[passed:]
 
     def _is_harmless(self, event: Event) -> bool:
         """Take event; False: it is an error, and may have secrets."""
@@ -1280,8 +1321,7 @@ class PassedAnswer(Answer):
     def _finish_events(self, out: list[bytes]) -> None:
         """Take the event that the body ended in: it counts if it is whole, though no blank line came."""
         rest = bytes(memoryview(self._rest)[1:])
-        parser = EventParser(len(rest) + 1, strict=False)
-        for event in parser.feed(rest) + parser.close():
+        for event in self._parser.feed(rest) + self._parser.close():
             with contextlib.suppress(Garbled):
                 if event.data.strip() != "[DONE]":
                     load_payload(event.data)
