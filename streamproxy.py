@@ -1691,9 +1691,11 @@ class Loop:
         self.post(self._stop)
         if self._thread.ident:
             self._thread.join()
-        self.close()
 
     def close(self) -> None:
+        """Do what was posted since, and be of no more use."""
+        while self._posts:
+            self._call(self._posts.popleft())
         for resource in (self._epoll, self._bell, self._rope):
             resource.close()
 
@@ -3254,6 +3256,7 @@ class Hub:
         self.loop.post(self.pool.close)
         self.loop.stop()
         self.workers.close(CLOSE_TIMEOUT)
+        self.loop.close()
         self.log.close(CLOSE_TIMEOUT)
 
 
