@@ -171,6 +171,11 @@ class ProxyError(Exception):
         self.code = code
         self.document = b""  # what upstream said, whole
 
+    def bare(self) -> Self:
+        """Return this, to be kept: without its origin, whose frames hold who keeps it, and the body of the request."""
+        self.__traceback__ = self.__context__ = None
+        return self
+
 
 class RequestError(ProxyError):
     status = 400
@@ -547,7 +552,7 @@ class Answer:
                 raise error
             self._finish(out)
         except Garbled as garbled:  # also an event that the end cut in two
-            cut = cut or (garbled if self._document else None)
+            cut = cut or (garbled.bare() if self._document else None)
         except UpstreamError as error:
             self._fail(error)
         if not self.failure:
@@ -577,7 +582,7 @@ class Answer:
         else:
             error.message = self._redact(error.message)
             error.document = self._redact(error.document.decode("utf-8", "replace")).encode()
-            self.failure = error
+            self.failure = error.bare()
 
     # What the kinds of answers differ in; what the client is to have of it goes to out.
 
@@ -2286,7 +2291,7 @@ class Exchange:
         self.failure: ProxyError | None = None
         self.stream: Stream | None = None
         self.received = bytearray()  # of the body
-        self._then: Callable[[], None]  # what is done once a place, and the body, are there
+        self._then: Callable[[], None] | None = None  # what is done once a place, and the body, are there
 
     # What is asked.
 
@@ -2340,7 +2345,7 @@ class Exchange:
         self.server.limits.enter(name or key)
         self.place = name or key
         if self.request.method != "POST":
-            self._then()
+            self._go_on()
             return
         if "transfer-encoding" not in fields and "content-length" not in fields:
             raise RequestError("A body needs a Content-Length.", 411)
@@ -2360,7 +2365,11 @@ class Exchange:
         elif len(self.received) > limit:
             self.refuse(RequestError(f"The body is larger than {limit} bytes.", 413))
         elif self.request.body.complete:
-            self._step(self._then)
+            self._step(self._go_on)
+
+    def _go_on(self) -> None:
+        assert self._then
+        self._then()
 
     # What is answered.
 
@@ -2466,7 +2475,7 @@ class Exchange:
 
     def refuse(self, failure: ProxyError) -> None:
         """Tell the client that its request failed."""
-        client, body, self.failure = self.client, self.request.body, failure
+        client, body, self.failure = self.client, self.request.body, failure.bare()
         over = failure.status == 408 or isinstance(failure, Aborted)
         small = body.left is not None and body.left <= MAX_DISCARDED and "expect" not in self.request.fields
         client.keeps_alive = client.keeps_alive and not over and (body.complete or small)
@@ -2563,7 +2572,7 @@ class Exchange:
         if self.client.exchange is self:
             self._leave_place()
             self._log()
-            self.stream = None  # each has the other
+            self.stream = self._then = None  # they have this, too
             self.client.on_answered(cut)
 
     def _log(self) -> None:
@@ -2825,7 +2834,7 @@ class Dial:
         try:
             self.connection = self._hub.upstream.dial(self.lifeline)
         except ProxyError as error:
-            self.failure = error
+            self.failure = error.bare()
         except Exception as error:  # noqa: BLE001
             self.failure = internal_error(error)
         self._hub.loop.post(self._on_done)
