@@ -19,21 +19,35 @@ asks the API with "stream": true, and hands each piece of text on the moment it 
 
 It terminates no TLS, stores nothing and knows no users: nginx in front does the first.
 
-Life of a request, and the section of this file for each step:
+Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
-    the relay accepts; Inbox takes the request in                        9, 11
-      a thread is given the connection; Handler checks the request       12
-        Access and Limits let it pass                                    8
-        Upstream.open sends the request, on a new or a warm connection   10
-      the thread turns to other work; the relay moves what arrives:      9
-        BodyDecoder         upstream's framing to the bytes of the body  5
-        EventParser         bytes to events                              3
-        Answer              events to what the client asked for          4
-        Stream              one chunk, one send                          11
-      a thread answers with an error if nothing was sent, logs the request
+     9  Loop      tells that a client's socket can be read
+    11  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 5, 6, 7, 8)
+    12  Upstream  opens a connection, in a thread of 10, unless the Pool has one that is warm
+    13  Source    sends the request, and reads the answer
+                    BodyDecoder  upstream's framing to the bytes of the body                 (pure: 5)
+                    EventParser  bytes to events                                             (pure: 3)
+                    Answer       events to what the client asked for                         (pure: 4)
+    14  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
+    15  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
 
-There are a few threads for what is short or blocks; and one, the relay, for what is long: it owns
-every clock and waits for nothing but its selector.
+One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
+only what may block:
+
+    a Dial         from Source.open until it is posted back: a worker; the loop can cut its lifeline
+    a Connection   the worker that dials it; from then on the loop's, in Source and Pool
+    the token file the worker that looks at it; the loop reads the last version, which is replaced whole
+    a line of log  the log's thread, once it is queued
+
+A client that leaves costs upstream nothing more, whatever is under way:
+
+    Client IDLE                  it is closed
+    Client HEAD, BODY            a line of log says so (499), and it is closed
+    Source DIALING               the lifeline is cut, and the connection is closed when the worker hands it over
+    Source SENDING to FLOWING    the connection to upstream is closed at once
+    Source ENDING                likewise; all but a word or two had come
+    Viewer LAST                  upstream is done with; what the client did not take is dropped
+    Client LINGERING             it was answered; it is closed
 
 Sources: RFC 9110 and 9112 (HTTP), WHATWG HTML section 9.2 (server-sent events).
 """
@@ -75,6 +89,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import zlib
 
 TYPE_CHECKING = False  # typing costs time and memory, and is not needed at run time
 if TYPE_CHECKING:
@@ -102,9 +117,12 @@ log = logging.getLogger("streamproxy")
 # Bytes.
 READ_SIZE = 64 * 1024  # asked of a socket at a time; it leaves at once, so this bounds what waits for a slow client
 MAX_HEAD_SIZE = 64 * 1024  # of a head, of a request or an answer
-MAX_EVENT_SIZE = 4 * 1024 * 1024  # of an event or a JSON answer, held until it is whole; images make 1 MB
+MAX_SKIMMED = 256 * 1024  # of a JSON document that is parsed only for the log's sake: it would hold up the rest
+MAX_EVENT_SIZE = 16 * 1024 * 1024  # of an event or a JSON document, held until it is whole: images make several MB
+MAX_ERROR_SIZE = 64 * 1024  # of a document that says why upstream refuses; longer ones are quoted, not passed on
 MAX_CHUNK_LINE = 4 * 1024  # of a chunk's size line; RFC 9112 section 7.1.1 asks for a limit
 MAX_TRAILER_SIZE = 16 * 1024
+MAX_RECORD_SIZE = 5 + 16 * 1024 + 2048  # of TLS, as sent; RFC 5246 section 6.2.3, RFC 8446 section 5.2
 MAX_DISCARDED = 64 * 1024  # of a refused request's body, read for the sake of the connection
 # Of the next request while an answer is on its way: unless they are read, the end behind them is not seen.
 MAX_PIPELINED = 64 * 1024
@@ -112,33 +130,39 @@ MAX_PIPELINED = 64 * 1024
 # Seconds.
 LINGER_TIMEOUT = 30.0  # for what a client still sends that was refused: nginx's lingering_time
 END_GRACE = 1.0  # for usage and [DONE] to follow a finish_reason
+EARLY_GRACE = 5.0  # for text to follow one that came before any
 ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is over
 KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
 STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
 MAX_CONNECTION_AGE = 300.0  # of a connection to upstream: later ones may lead to servers that are new there
+SWITCH_INTERVAL = 0.001  # for the loop to get the interpreter from another thread (Python's own: 0.005)
 LOOK_TIMEOUT = 1.0  # for the token file to be looked at, before its last version counts
 RELIEF_PAUSE = 0.005  # for busy threads to take another job, before more are started
-LOG_PAUSE = 0.02  # for lines of log that come together to be written together
+LOG_PAUSE = 0.05  # for lines of log that come together to be written together
 CLOSE_TIMEOUT = 1.0  # for threads to end with the server
 SHORTAGE_PAUSE = 0.1  # before what failed for want of a descriptor or a thread is tried again
+ATTEMPT_DELAY = 0.25  # before the next address of a name is tried, too; RFC 8305 section 5
+DIAL_GRACE = 0.2  # over connect_timeout: the loop's clock cuts first, and has its own words for it
+PROBES = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # the second: macOS's first
 FOREVER = 86400.0  # where a wait needs a number and there is no limit
 
 # Counts.
 MAX_FIELDS = 100  # of a head; 40 are seen in practice
 MAX_INTERIM = 10  # answers (100, 103) before the one that counts
+MAX_SESSIONS = 8  # of TLS, to resume on new connections
 MAX_IDLE_CONNECTIONS = 128  # to upstream, between two requests
 MAX_QUIET_CLIENTS = 10_000  # remembered for their limits although they have no stream
 SPARE_CONNECTIONS = 256  # beyond two a stream: those between two requests, and those slow to send one
 BACKLOG = 1024  # of connections that wait to be accepted (socketserver: 5)
 MAX_SURPLUS = 256  # connections beyond those, which are answered that there are too many
 MAX_WORKERS = 4  # threads that are parked; more of them starve the loop of the interpreter
-MAX_BEGINNINGS = 16  # new connections, and requests, of a turn of the loop
+MAX_BEGINNINGS = 8  # new connections, and requests, of a turn of the loop
 MAX_READY = 1024  # sockets seen to in a turn
 MAX_LOG_LINES = 1000  # that wait to be written
 
-# Upstream statuses that are about the request, so that the client may see them with their message.
-# Any other failure is between upstream and us: 502.
-PASSED_STATUSES = (400, 404, 413, 422, 429)
+# Upstream statuses that are about the request or about load, so that the client may see them with their
+# message.  Any other failure is between upstream and us: 502.
+PASSED_STATUSES = (400, 402, 404, 408, 409, 413, 415, 422, 425, 429, 503, 529)
 
 
 # 2 ------------------------------------------------------------------- Errors
@@ -249,11 +273,13 @@ _API_ERRORS: dict[int, tuple[str, str | None]] = {
     401: ("authentication_error", "invalid_api_key"),
     403: ("permission_error", "forbidden"),
     404: ("not_found_error", "not_found"),
+    408: ("timeout_error", "timeout"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
     502: ("api_error", "bad_gateway"),
     503: ("overloaded_error", "overloaded"),
     504: ("timeout_error", "timeout"),
+    529: ("overloaded_error", "overloaded"),
 }
 
 
@@ -278,12 +304,17 @@ class Event:
 class EventParser:
     """Server-sent events from bytes.  Source: WHATWG HTML sections 9.2.5 and 9.2.6."""
 
-    def __init__(self, max_event_size: int = MAX_EVENT_SIZE) -> None:
-        self.retry: int | None = None  # milliseconds, as last set by the stream
+    def __init__(self, max_event_size: int = MAX_EVENT_SIZE, strict: bool = True) -> None:
+        """strict: what is no field of the standard's is nothing.  Otherwise a field named error is an
+        event of that type, and lines that are no field at all, as of bare JSON, are one of type "".
+        """
+        self.idle = 0  # comments and blank lines since somebody looked: no event, but signs of life
         self._max_event_size = max_event_size
+        self._strict = strict
         self._line: list[bytes] = []  # the unfinished line, in the pieces it came in
         self._data: list[bytes] = []  # the data lines of the unfinished event
-        self._held = 0  # bytes in both, with a line end for each line
+        self._strays: list[bytes] = []  # its lines that are no field
+        self._held = 0  # bytes in all three, with a line end for each line
         self._type = ""
         self._last_event_id = ""
         self._after_cr = False  # a CR ends its line at once; an LF after it is skipped when it comes
@@ -334,7 +365,7 @@ class EventParser:
             self._at_start = False
             if lines[0].startswith(codecs.BOM_UTF8):
                 lines[0] = lines[0][3:]
-        held = self._data
+        held, strays = self._data, self._strays
         for line in lines:
             if line[:5] == b"data:" or line == b"data":
                 held.append(line[6:] if line[5:6] == b" " else line[5:])
@@ -342,11 +373,18 @@ class EventParser:
             elif line:
                 self._take_field(line)
             else:
+                if strays:  # before what follows: they may say that it counts no more
+                    events.append(Event("", b"\n".join(strays).decode("utf-8", "replace"), self._last_event_id))
+                    strays.clear()
                 if held:
                     data = (held[0] if len(held) == 1 else b"\n".join(held)).decode("utf-8", "replace")
                     events.append(Event(self._type or "message", data, self._last_event_id))
                     held.clear()
-                    self._held = 0
+                elif self._type == "error" and not self._strict:
+                    events.append(Event("error", "", self._last_event_id))
+                else:
+                    self.idle += 1
+                self._held = 0
                 self._type = ""
 
     def _take_field(self, line: bytes) -> None:
@@ -354,10 +392,18 @@ class EventParser:
         value = value[1:] if value.startswith(b" ") else value
         if name == b"event":
             self._type = value.decode("utf-8", "replace")
-        elif name == b"id" and b"\0" not in value:
-            self._last_event_id = value.decode("utf-8", "replace")
-        elif name == b"retry" and re.fullmatch(rb"[0-9]{1,15}", value):
-            self.retry = int(value)
+        elif name == b"id":
+            if b"\0" not in value:
+                self._last_event_id = value.decode("utf-8", "replace")
+        elif not name:
+            self.idle += 1
+        elif not self._strict and name == b"error":
+            self._type = "error"
+            self._data.append(value)
+            self._held += len(line)
+        elif not self._strict and name != b"retry":
+            self._strays.append(line)
+            self._held += len(line)
 
 
 def encode_event(data: str, type: str = "", last_event_id: str = "") -> bytes:
@@ -395,80 +441,303 @@ load_json = functools.partial(
     json.loads, parse_constant=_refuse_constant, parse_int=_parse_number, parse_float=_parse_number,
     object_pairs_hook=_unique_members,
 )
-# For what is as short as an event this is twice as fast.
-_parse_json = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+
+# What servers send beside JSON, such as NaN, is null.  For what is as short as an event, a decoder that leaves
+# integers to the interpreter is twice as fast.
+_SHORT_JSON = 4096
+_parse_short_json = json.JSONDecoder(parse_constant=lambda name: None).raw_decode
+_parse_long_json = json.JSONDecoder(
+    parse_constant=lambda name: None, parse_int=lambda text: int(text) if len(text) < 400 else None
+).raw_decode
 
 
-def parse_payload(data: str, type: str = "message") -> dict[str, Any]:
-    """Return the JSON object in an event or a document of upstream's; {} where data is blank.
-
-    Raises Garbled, and UpstreamError for an error that upstream sent this way.
-    """
-    data = data.strip(" \t\r\n")
+def load_payload(data: str) -> Any:
+    """Return the JSON in an event or a document of upstream's; {} where data is blank.  Raises Garbled."""
+    data = data.strip(" \t\r\n\ufeff")
+    if not data:
+        return {}
     try:
-        payload, end = _parse_json(data) if data else ({}, 0)
+        payload, end = (_parse_short_json if len(data) < _SHORT_JSON else _parse_long_json)(data)
         if end != len(data):
             raise ValueError("more than one value")
     except (ValueError, RecursionError):
         raise Garbled("Upstream sent what is not JSON.") from None
-    error = payload.get("error") if isinstance(payload, dict) else None
-    if error or type == "error":
-        code = error.get("code") if isinstance(error, dict) else None
-        status = code if isinstance(code, int) and code in PASSED_STATUSES else 502
-        raise quoting("Upstream reported an error.", status, payload)
-    if not isinstance(payload, dict):
-        raise Garbled("Upstream sent JSON that is not an object.")
     return payload
 
 
-def parse_choice(payload: dict[str, Any], part: str) -> tuple[str, str, str | None]:
-    """Return (text, reasoning, finish_reason) of a chat completion's first choice.
+def dicts_in(values: object) -> list[dict[str, Any]]:
+    """Return the JSON objects in an array or among the members of an object."""
+    values = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
+    return [value for value in values if isinstance(value, dict)]
 
-    part is "delta" or "message".  No choices, no delta or a null one, and no content are all sent
-    by servers in wide use, and add nothing.  Raises Garbled.
+
+# Errors: every server has clothes of its own for them.
+
+_WELL = frozenset(("", "0", "200", "null", "none", "nil", "undefined", "ok", "success", "succeeded", "true"))
+_ERROR_NAME = re.compile("(?:error|exception)s?$", re.IGNORECASE)  # of a type: error, overloaded_error, ThrottlingException
+_ERROR_WORDS = re.compile(r"\W*\w*(?:error|exception)\b", re.IGNORECASE)  # of a text that is not JSON
+_FAILED = re.compile(
+    "error|abort|fail|cancel|insufficient|time.?d?.?out|interrupt|exception|unavailable|overload|disconnect|malformed"
+    "|unexpected|network|crash|quota|rate.?limit", re.IGNORECASE,
+)  # fmt: skip
+
+
+def is_nothing(value: object, depth: int = 6) -> bool:
+    """Tell whether value, where an error could be told, says nothing or that all is well: null, "", {"code": 0}."""
+    if isinstance(value, (dict, list)):
+        inner = value.values() if isinstance(value, dict) else value
+        return not value or (depth > 0 and all(is_nothing(item, depth - 1) for item in inner))
+    return not value or (isinstance(value, str) and value.strip().lower() in _WELL) or value == 200
+
+
+def find_error(payload: object, type: str = "message") -> object:
+    """Return what payload, of an event of type, says of an error, in whichever clothes; None: it tells of none."""
+    if _ERROR_NAME.search(type):
+        return payload if payload is not None else {}
+    if isinstance(payload, list):
+        return next(filter(None, map(find_error, dicts_in(payload))), None)
+    if not isinstance(payload, dict):
+        return None
+    names = payload.get("type"), payload.get("object")
+    if not is_nothing(payload.get("error")) or any(isinstance(name, str) and _ERROR_NAME.search(name) for name in names):
+        return payload
+    choices = dicts_in(payload.get("choices"))
+    parts = [part for choice in choices for part in (choice.get("delta"), choice.get("message"))]
+    # A member of a vendor's, unless it is an event of a typed protocol: there items have errors that end nothing.
+    # Azure's filters have some, too.
+    others = [] if isinstance(names[0], str) else [payload[name] for name in payload if "filter" not in name]
+    for holder in [*choices, *dicts_in([*parts, *others])]:
+        error = holder.get("error")
+        if not is_nothing(error):
+            return error if isinstance(error, (str, dict, list)) else holder
+    return payload if not choices and is_bad_news(payload) else None
+
+
+def is_bad_news(payload: dict[str, Any]) -> bool:
+    """Tell of a payload without choices whether it is itself an error: error_code, detail, code and msg, ..."""
+    said = {fold(name): value for name, value in payload.items()}
+    for name in ("errorcode", "errcode"):
+        if name in said:
+            return not is_nothing(said[name])
+    if any(not is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "errors", "fault")):
+        return True
+    state = [said.get(name) for name in ("status", "statuscode", "httpstatus", "code", "success", "ok")]
+    if sentence_of(said.get("detail")) or said.get("success") is False or said.get("ok") is False:
+        return True
+    if any(re.fullmatch("[45][0-9][0-9]", str(value)) for value in state[:3]):
+        return True
+    if isinstance(state[0], str) and _FAILED.search(state[0]) and "object" not in said:
+        return True
+    if not (sentence_of(said.get("message")) or sentence_of(said.get("msg"))):
+        return False
+    alone = not said.keys() & {"status", "success", "ok", "usage", "model", "object", "role", "content", "delta"}
+    return alone if state[3] is None else not (is_nothing(state[3]) or re.fullmatch("2[0-9][0-9]", str(state[3])))
+
+
+def fold(name: str) -> str:
+    """Return the one spelling of errorMessage, error_message and ErrorMessage."""
+    return name.lower().replace("_", "").replace("-", "")
+
+
+# Where an error has its sentence, the most telling first.
+_SENTENCES = (
+    "message", "msg", "errormessage", "errormsg", "errmsg", "detail", "errordescription", "error", "errors",
+    "description", "reason", "title", "faultstring", "fault", "exception", "response", "text",
+)  # fmt: skip
+_KINDS = ("type", "code", "errortype", "errorcode", "errcode", "status", "statuscode")
+_KIND = re.compile(r"[A-Za-z0-9_.:#-]{1,80}")
+_HTML_WORDS = re.compile("<(?:title|message)>([^<]*)<", re.IGNORECASE)  # of a page, or of XML
+
+
+def sentence_of(error: object, depth: int = 6) -> str:
+    """Return what an error says, in one line of up to 1,000 characters; "" where there are no words."""
+    words = ""
+    if isinstance(error, str):
+        text: str = error if error.lstrip()[:1] != "<" else next(iter(_HTML_WORDS.findall(error)), "")
+        words = "" if text.strip().lower() in _WELL else " ".join(text[:4000].split())
+    elif isinstance(error, list) and depth:
+        words = "; ".join(filter(None, [sentence_of(item, depth - 1) for item in error[:10]]))
+    elif isinstance(error, dict) and depth:
+        said = {fold(name): value for name, value in error.items()}
+        words = next(filter(None, (sentence_of(said.get(name), depth - 1) for name in _SENTENCES)), "")
+        if words and isinstance(said.get("loc"), list):  # FastAPI's: which member is meant
+            words = f"{'.'.join(map(str, said['loc'][:10]))}: {words}"
+    return words[:1000]
+
+
+def kinds_of(error: object, depth: int = 3) -> list[str]:
+    """Return the type and the code of an error: words of the API's own, never of the prompt."""
+    if isinstance(error, str):
+        return ["a page of HTML"] if error.lstrip()[:1] == "<" else []
+    if isinstance(error, list):
+        return kinds_of(error[0], depth) if error else []
+    if not isinstance(error, dict):
+        return []
+    said = {fold(name): value for name, value in error.items()}
+    kinds = [str(said[name]) for name in _KINDS if isinstance(said.get(name), (str, int)) and _KIND.fullmatch(str(said[name]))]
+    if depth:
+        for name in ("error", "errors", "detail", "message", "fault"):
+            if isinstance(said.get(name), (dict, list)):
+                kinds += kinds_of(said[name], depth - 1)
+    return list(dict.fromkeys(kind for kind in kinds if kind.lower() not in ("error", "true", "false")))[:5]
+
+
+def quoting(words: str, status: int, error: object) -> UpstreamError:
+    """Return a failure that tells the client what upstream says in error, and the log only of what kind that is."""
+    failure = UpstreamError(words, status)
+    kinds = ", ".join(kinds_of(error))
+    failure.logged = f"{words[:-1]} ({kinds})." if kinds else words
+    failure.message = sentence_of(error) or failure.logged
+    return failure
+
+
+def parse_event(event: Event) -> dict[str, Any]:
+    """Return the JSON object in an event; {} where it says nothing.
+
+    Raises Garbled, and UpstreamError for an error that upstream sent this way.
     """
+    type, data = event.type, event.data
+    if type == "ping":
+        return {}
     try:
-        choices = payload.get("choices")
-        choice = choices[0] if choices else {}
-        if choice.get("index"):  # a further answer, where somebody set n
-            return "", "", None
-        message = choice.get(part) or {}
-        content = message.get("content") or ""
-        if not isinstance(content, str):  # typed parts: [{"type": "text", "text": "..."}, ...]
-            content = "".join([item["text"] for item in content if item["type"] == "text"])
-        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-        return content, reasoning if isinstance(reasoning, str) else "", choice.get("finish_reason")
-    except (AttributeError, LookupError, TypeError):
-        raise Garbled("Upstream sent JSON that is not a chat completion's.") from None
+        payload = load_payload(data)
+    except Garbled:
+        if _ERROR_NAME.search(type) or _ERROR_WORDS.match(data):
+            raise quoting("Upstream reported an error.", 502, data) from None
+        if type != "message":
+            return {}  # somebody's own event
+        raise
+    if type == "message" and '"error' not in data and isinstance(payload, dict) and payload.get("choices"):
+        return payload  # mostly
+    return check_payload(payload, type)
 
 
-def quoting(words: str, status: int, payload: object) -> UpstreamError:
-    """Return an error that tells the client what upstream says in payload, and the log only words."""
-    while isinstance(payload, dict):
-        payload = payload.get("error") or payload.get("message") or payload.get("detail")
-    error = UpstreamError(words, status)
-    error.message = (" ".join(payload.split())[:1000] if isinstance(payload, str) else "") or words
-    return error
+def check_payload(payload: object, type: str = "message") -> dict[str, Any]:
+    """Return payload, if it is a JSON object that tells of no error.  Raises Garbled, and UpstreamError."""
+    error = find_error(payload, type)
+    if error is not None:
+        status = next((int(kind) for kind in kinds_of(error) if kind.isdigit() and int(kind) in PASSED_STATUSES), 502)
+        raise quoting("Upstream reported an error.", status, error)
+    if isinstance(payload, dict):
+        return payload
+    if type != "message":
+        return {}
+    raise Garbled("Upstream sent JSON that is not an object.")
+
+
+def conceal(text: str, redact: Callable[[str], str]) -> str:
+    r"""Return text without secrets, also where JSON escapes them as \u0073k-...; unchanged where it has none."""
+    plain = _ESCAPED.sub(lambda match: (match[2] or chr(int(match[1], 16))) if match[1] or match[2] else match[0], text)
+    hidden = redact(plain)
+    return text if hidden == plain else hidden
+
+
+_ESCAPED = re.compile(r"\\(?:u00(2[013-9a-f]|[346][0-9a-f]|5[0-9abd-f]|7[0-9a-e])|(/)|.)", re.IGNORECASE | re.DOTALL)  # not " and \
+
+
+def conceal_bytes(data: bytes, redact: Callable[[str], str]) -> bytes:
+    return conceal(data.decode("utf-8", "surrogateescape"), redact).encode("utf-8", "surrogateescape")
+
+
+# Refusals: answers whose status is no success.
+
+_COMPRESSION = re.compile("(?:x-)?(?:gzip|compress|deflate|bzip2)|br|zstd|dcb|dcz|lz4|snappy|exi", re.IGNORECASE)
+_WAIT = re.compile("[0-9]{1,9}|[A-Z][a-z]{2}, [0-9A-Za-z :]{20,26}")  # RFC 9110 section 10.2.3
+
+
+def compression_of(fields: Mapping[str, str]) -> str:
+    """Return the Content-Encoding of an answer, if it is one: servers also send none, utf-8 and identity."""
+    codings = [coding.strip() for coding in fields.get("content-encoding", "").split(",")]
+    return ", ".join(filter(_COMPRESSION.fullmatch, codings)).lower()
+
+
+def inflate(data: bytes, coding: str) -> bytes:
+    """Return what coding has packed, little more than MAX_ERROR_SIZE at most; b"" where it cannot be read."""
+    if not coding:
+        return data
+    if "gzip" in coding or "deflate" in coding:
+        for wbits in (47, -15):  # the formats of gzip and zlib, and what RFC 9110 section 8.4.1.2 warns of
+            with contextlib.suppress(zlib.error):
+                return zlib.decompressobj(wbits).decompress(data, MAX_ERROR_SIZE + 1)
+    return b""
 
 
 def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
-    """Return the error for an upstream answer whose status is not 200."""
-    if status in PASSED_STATUSES:
-        try:
-            payload = json.loads(document)
-        except (ValueError, RecursionError):
-            payload = None
-        error = quoting(f"Upstream refused the request with status {status}.", status, payload)
-        if status == 429:
-            told = re.fullmatch(r"[0-9]{1,9}|[A-Z][a-z]{2}, [0-9A-Za-z :]{20,26}", retry_after)
-            error.fields["Retry-After"] = told.group() if told else "1"
-        error.document = document if isinstance(payload, dict) and "error" in payload else b""
-        return error
-    if status in (401, 403):
-        return UpstreamError(f"Upstream refused our API key with status {status}.")
-    if 300 <= status < 400:
-        return UpstreamError(f"Upstream redirects with status {status}, which is not followed.")
-    return UpstreamError(f"Upstream failed with status {status}.")
+    """Return the failure for an upstream answer whose status is no success."""
+    text = document.decode("utf-8", "replace")
+    try:
+        said = load_payload(text)
+    except Garbled:
+        said = text
+        if text.lstrip()[:1] in ("{", "["):  # cut off, perhaps for its length: the first sentence in it
+            match = _TOLD.search(text)
+            said = match[1] if match else ""
+    words = f"Upstream failed with status {status}."
+    if status == 401:
+        words = "Upstream refused our API key with status 401."
+    elif 300 <= status < 400:
+        words = f"Upstream redirects with status {status}, which is not followed."
+    elif 400 <= status < 500 or status in PASSED_STATUSES:
+        words = f"Upstream refused the request with status {status}."
+    passes = status in PASSED_STATUSES
+    failure = quoting(words, status if passes else 502, said)
+    if not passes:
+        failure.message = failure.logged if status == 403 else words
+    if status in (429, 503, 529):
+        failure.fields["Retry-After"] = retry_after if _WAIT.fullmatch(retry_after) else "1"
+    return failure
+
+
+_TOLD = re.compile(r'"(?:message|msg|detail|error)"\s*:\s*"((?:[^"\\]|\\.){1,1000})', re.DOTALL)
+
+
+# Text.
+
+_TEXT_PARTS = ("", "text", "output_text", "refusal")
+_REASONING = ("reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "thinking", "thinking_blocks")
+_BESIDE_CONTENT = frozenset((*_REASONING, "refusal"))
+
+
+def words_in(part: object, depth: int = 4) -> str:
+    """Return the text of a part of a message: a string, parts within it, or an object that has either."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, list) and depth:
+        return "".join([words_in(item, depth - 1) for item in part])
+    if isinstance(part, dict) and depth:
+        names = ("text", "value", "thinking", "reasoning", "summary", "refusal", "content")
+        return next(filter(None, (words_in(part.get(name), depth - 1) for name in names)), "")
+    return ""
+
+
+def parse_part(part: dict[str, Any]) -> tuple[str, str]:
+    """Return (text, reasoning) of a delta or a message.  Raises AttributeError and TypeError for what is none."""
+    text, reasoning = part.get("content") or "", ""
+    if not isinstance(text, str):  # typed parts: [{"type": "text", "text": "..."}, ...]
+        items = [item if isinstance(item, dict) else {"text": item} for item in ([text] if isinstance(text, dict) else text)]
+        kinds = [(str(item.get("type", "")), item) for item in items]
+        text = "".join([words_in(item) for kind, item in kinds if kind in _TEXT_PARTS])
+        reasoning = "".join([words_in(item) for kind, item in kinds if "thinking" in kind or "reasoning" in kind])
+    if not _BESIDE_CONTENT.isdisjoint(part):
+        text += words_in(part.get("refusal"))
+        reasoning = reasoning or next(filter(None, (words_in(part.get(name)) for name in _REASONING)), "")
+    return text, reasoning
+
+
+def parse_reason(choice: dict[str, Any]) -> str:
+    """Return the finish_reason of a choice; "" where it says nothing.
+
+    Raises UpstreamError for one that says that the answer failed: error, abort, ...
+    """
+    reason = choice.get("finish_reason")
+    reason = reason.get("type") if isinstance(reason, dict) else reason
+    if not reason or str(reason).lower() in ("null", "none", "nil", "undefined", "finish_reason_unspecified"):
+        return ""
+    reason = str(reason)[:80]
+    if _FAILED.search(reason):
+        told = reason if _KIND.fullmatch(reason) else "unknown"
+        raise UpstreamError(f"Upstream says that its answer failed (finish_reason {told}).")
+    return reason
 
 
 def join_halves(joiner: codecs.IncrementalDecoder, text: str) -> str:
@@ -482,84 +751,103 @@ def join_halves(joiner: codecs.IncrementalDecoder, text: str) -> str:
     return joiner.decode(text.encode("utf-16-le", "surrogatepass"))
 
 
+# What a body is.  Its first bytes tell: labels are wrong too often.
+_UNTOLD, _EVENTS, _DOCUMENT, _OTHER = range(4)
+_FIELD = re.compile(rb"(?:data|event|id|retry|error) ?:|:")
+_FIELD_STARTS = (b"data:", b"event:", b"id:", b"retry:", b"error:")
+_FIELD_IN_DOCUMENT = re.compile(rb"[\r\n](?:data|event|id|retry|error) ?:")  # no JSON has a line that begins so
+_AS_IT_COMES = re.compile("(?:audio|image|video|multipart)/|.*(?:ndjson|jsonl|json-seq)")
+
+
+def form_of(begin: bytes, label: int) -> int:
+    """Return what a body is, of which begin has come and which label says what; _UNTOLD: more has to come."""
+    text = begin.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
+    if not text or codecs.BOM_UTF8.startswith(text):
+        return _UNTOLD
+    if text[:1] in (b"{", b"["):
+        return _EVENTS if _FIELD_IN_DOCUMENT.search(text) else _DOCUMENT
+    if label == _EVENTS or _FIELD.match(text):
+        return _EVENTS
+    return _UNTOLD if any(start.startswith(text) for start in _FIELD_STARTS) else label
+
+
 class Answer:
     """What the client is sent, made from the body that upstream sends.
 
-    done: nothing more is waited for.  settled: complete however the body ends now.  ending: the
-    last event but for a word or two has come, and the body should end in a moment.  failure: it
-    can no longer become complete; what feed returned before, and returns with it, still counts.
+    failure: it can no longer become complete; what feed returned before, and returns with it, still
+    counts.  Where the state is ENDING then, what comes within the moment still passes, too.
     """
 
+    # SETTLED: complete however the body ends now.  ENDING: all but a word or two has come, and the body should
+    # end in a moment; when that is over, close(None).  DONE: nothing more is waited for.
     OPEN, SETTLED, ENDING, DONE = range(4)
-    @property
-    def state(self): return 3 if self.done else 2 if self.ending else 1 if self.settled else 0
-    @property
-    def life(self): return self.events
+
     content_type = ""
     eager = False  # the head leaves as soon as upstream's has come, not with the first text
-    pings = False
+    pings = False  # heartbeats make sense
+    passes = False  # upstream's own documents and fields are for the client
+    choices = 1  # that were asked for
 
     def __init__(self, redact: Callable[[str], str] = str) -> None:
-        """redact takes secrets out of what upstream says of its errors."""
+        """redact takes secrets out of what upstream says of its errors, and of its fields."""
+        self.state = self.OPEN
+        self.failure: UpstreamError | None = None
         self.status = 200
         self.fields: dict[str, str] = {}  # of upstream's head, those that the client is to see
         self.request_id: str | None = None  # upstream's
-        self.done = self.settled = self.ending = False
-        self.failure: UpstreamError | None = None
+        self.model: str | None = None
         self.usage: dict[str, Any] | None = None
+        self.finish_reason: str | None = None
+        self.grace = END_GRACE  # seconds that what follows is waited for where the state is ENDING
+        self.life = 0  # grows with all that says that upstream is alive and not about to end
         self.events = self.pieces = self.size = 0  # pieces and size: of what was passed on, in bytes
         self._redact = redact
-        self._document: bytearray | None = None  # what comes is one, and is taken when it is whole
-        self.refused: tuple[int, str] | None = None  # upstream's status, if it is none to pass on, and Retry-After
+        self._label = self._form = _UNTOLD
+        self._held = bytearray()  # what has come, until it is told what it is, or of a document, until it is whole
 
-    def start(self, status: int, fields: Mapping[str, str]) -> None:
-        """Take upstream's head, which says how the body is to be read."""
-        self.request_id = fields.get("x-request-id") or fields.get("request-id")
-        if fields.get("content-encoding", "identity").lower() != "identity":
+    def start(self, status: int, fields: Mapping[str, str]) -> Answer:
+        """Take upstream's head, which says how the body is to be read; return what takes the body."""
+        fields = dict(zip(fields, self._redact("\n".join(fields.values())).split("\n")))
+        self.request_id = (fields.get("x-request-id") or fields.get("request-id") or "")[:200] or None
+        if self.passes:
+            self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
+        if not (status in (200, 201, 202) or (self.passes and 200 <= status < 300)):
+            return Refusal(self, status, fields)
+        if compression_of(fields):
             self.failure = Garbled("Upstream compressed its answer, although asked not to.")
-        elif status not in (200, 201, 202):
-            self.refused = status, fields.get("retry-after", "")
-            self._document = bytearray()
-        else:
-            self._start(status, fields, fields.get("content-type", "").partition(";")[0].strip().lower())
-        if self.failure or self.refused: self.eager = False
+        label = fields.get("content-type", "").partition(",")[0].partition(";")[0].strip().lower()
+        self._label = _EVENTS if label == "text/event-stream" else _DOCUMENT if label.endswith("json") else _OTHER
+        self._form = _OTHER if _AS_IT_COMES.match(label) else _UNTOLD
+        self._start(status, fields, label)
         return self
 
     def feed(self, body: bytes) -> bytes:
         """Return what body adds to the answer, for the client."""
         out: list[bytes] = []
-        if self.failure:
-            return b""
-        if self._document is not None:
-            self.events += bool(body)
-            self._document += body
-            return self.close(None) if len(self._document) > MAX_EVENT_SIZE else b""
-        try:
-            self._feed(body, out)
-        except UpstreamError as error:
-            self._fail(error)
+        if self.failure is None or self.state == self.ENDING:
+            try:
+                if self._form == _EVENTS:
+                    self._take_events(body, out)
+                elif body:
+                    self._take_bytes(body, out)
+            except UpstreamError as error:
+                self._fail(error)
         return b"".join(out)
 
     def close(self, cut: UpstreamError | None) -> bytes:
-        """Take the end of the body, and what was wrong with its framing; sets done or failure."""
+        """Take the end of the body, and what was wrong with its framing; sets DONE or failure."""
         out: list[bytes] = []
-        if self.done or self.failure:
-            return b""
         try:
-            if self.refused:
-                error = refusal(self.refused[0], bytes(self._document or b""), self.refused[1])
-                error.fields = {**self.fields, **error.fields}
-                raise error
-            self._finish(out)
-        except Garbled as garbled:  # also an event that the end cut in two
-            cut = cut or (garbled.bare() if self._document else None)
+            if self.failure is None or self.state == self.ENDING:
+                self._finish(cut, out)
         except UpstreamError as error:
             self._fail(error)
-        if not self.failure:
-            self.done = self.settled
-            self.failure = None if self.done else cut or UpstreamError(
-                "Upstream ended before the end of its answer.", ending="truncated"
-            )
+        if self.failure:
+            self.state = self.OPEN
+        elif self.state >= self.SETTLED:
+            self.state = self.DONE
+        else:
+            self.failure = cut or UpstreamError("Upstream ended before the end of its answer.", ending="truncated")
         return b"".join(out)
 
     def end(self) -> bytes:
@@ -567,6 +855,7 @@ class Answer:
         return b""
 
     def ping(self) -> bytes:
+        """Return a heartbeat; b"" where none may stand now."""
         return b""
 
     def encode(self, type: str, **payload: Any) -> bytes:
@@ -576,24 +865,99 @@ class Answer:
         """
         return b""
 
+    def _take_bytes(self, body: bytes, out: list[bytes]) -> None:
+        """Take what is no event stream, or not yet known to be one."""
+        before = len(self._held)
+        self.life += 1
+        self.events += _DOCUMENT in (self._form, self._label) or self._form == _OTHER
+        if self._form == _OTHER:
+            self._take_other(body, out)
+            return
+        self._held += body
+        if self._form == _UNTOLD or _FIELD_IN_DOCUMENT.search(self._held, max(0, before - 8)):
+            self._form = form_of(bytes(self._held), self._label)
+            self._on_form()
+        if self._form == _EVENTS:
+            body, self._held = bytes(self._held), bytearray()
+            self._take_events(body, out)
+        elif self._form == _OTHER or len(self._held) > MAX_EVENT_SIZE:
+            self._form, body, self._held = _OTHER, bytes(self._held), bytearray()
+            self._take_other(body, out)
+
+    def _note(self, payload: dict[str, Any]) -> None:
+        """Keep what the log tells of an answer, wherever in payload it stands."""
+        for holder in [payload, *dicts_in(payload), *dicts_in(payload.get("choices"))]:
+            model, usage = holder.get("model"), holder.get("usage")
+            if self.model is None and model and isinstance(model, str):
+                self.model = self._redact(model[:100])
+            if usage and isinstance(usage, dict):
+                with contextlib.suppress(RecursionError):
+                    json.dumps(usage)  # which the log and the client are to have
+                    self.usage = {**(self.usage or {}), **usage}
+
     def _fail(self, error: UpstreamError) -> None:
-        if isinstance(error, Garbled) and self.settled:
-            self.done = True  # it was complete before
-        else:
-            error.message = self._redact(error.message)
-            error.document = self._redact(error.document.decode("utf-8", "replace")).encode()
-            self.failure = error.bare()
+        if isinstance(error, Garbled) and self.state >= self.SETTLED:
+            self.state = self.DONE  # it was complete before
+            return
+        error.message, error.logged = conceal(error.message, self._redact), conceal(error.logged, self._redact)
+        error.document = conceal_bytes(error.document, self._redact)
+        self.failure, self.state = error.bare(), self.OPEN
 
     # What the kinds of answers differ in; what the client is to have of it goes to out.
 
-    def _start(self, status: int, fields: Mapping[str, str], content_type: str) -> None:
-        raise NotImplementedError
-
-    def _feed(self, body: bytes, out: list[bytes]) -> None:
-        raise NotImplementedError
-
-    def _finish(self, out: list[bytes]) -> None:
+    def _start(self, status: int, fields: Mapping[str, str], label: str) -> None:
         pass
+
+    def _on_form(self) -> None:
+        """Take note of what the body is."""
+
+    def _take_events(self, body: bytes, out: list[bytes]) -> None:
+        raise NotImplementedError
+
+    def _take_other(self, body: bytes, out: list[bytes]) -> None:
+        raise NotImplementedError
+
+    def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
+        raise NotImplementedError
+
+
+class Refusal(Answer):
+    """An answer whose status is no success: a failure, told once its document is whole or too large."""
+
+    def __init__(self, asked: Answer, status: int, fields: Mapping[str, str]) -> None:
+        """asked: what the client waits for, and may have the start of already."""
+        super().__init__(asked._redact)
+        self.content_type, self.pings, self.fields = asked.content_type, asked.pings, asked.fields
+        self.request_id = asked.request_id
+        self._asked = asked
+        self._refused = status
+        self._coding = compression_of(fields)
+        self._retry_after = fields.get("retry-after", "")
+
+    def ping(self) -> bytes:
+        return self._asked.ping()
+
+    def encode(self, type: str, **payload: Any) -> bytes:
+        return self._asked.encode(type, **payload)
+
+    def _take_bytes(self, body: bytes, out: list[bytes]) -> None:
+        self.life += 1
+        self.events += 1
+        self._held += body
+        if len(self._held) > MAX_ERROR_SIZE:
+            self._finish(None, out)
+
+    def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
+        document = inflate(bytes(self._held), self._coding)
+        failure = refusal(self._refused, document, self._retry_after)
+        if not self._asked.passes:
+            failure.status = 503 if failure.status == 529 else failure.status
+        elif failure.status == self._refused and document.strip() and len(document) <= MAX_ERROR_SIZE:
+            failure.document = document
+            if document.lstrip()[:1] not in (b"{", b"[", b'"'):
+                failure.fields["Content-Type"] = "text/plain; charset=utf-8"
+        failure.fields = {**self.fields, **failure.fields}
+        raise failure
 
 
 class TextAnswer(Answer):
@@ -603,10 +967,10 @@ class TextAnswer(Answer):
 
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         super().__init__(redact)
-        self.finish_reason: str | None = None
-        self._parser = EventParser()
+        self._parser = EventParser(strict=False)
         joiner = codecs.getincrementaldecoder("utf-16-le")
         self._joiners = {"reasoning": joiner("replace"), "message": joiner("replace")}
+        self._messages: str | None = ""  # what messages have told; None: deltas tell, and a message would repeat it
 
     def encode(self, type: str, **payload: Any) -> bytes:
         return payload["text"].encode() if type == "message" else b""
@@ -616,50 +980,76 @@ class TextAnswer(Answer):
         rest = [self.encode(type, text=half) for type, half in halves if half]
         return b"".join(rest) + self.encode("done", finish_reason=self.finish_reason, usage=self.usage)
 
-    def _start(self, status: int, fields: Mapping[str, str], content_type: str) -> None:
-        if content_type == "application/json":
-            self._document = bytearray()
-        elif content_type != "text/event-stream":
-            self.failure = Garbled("Upstream sent neither an event stream nor JSON.")
-
-    def _feed(self, body: bytes, out: list[bytes]) -> None:
-        for event in self._parser.feed(body):
-            self._take_event(event, out)
-            if self.done:
+    def _take_events(self, body: bytes, out: list[bytes]) -> None:
+        parser = self._parser
+        for event in parser.feed(body):
+            if self.state == self.DONE:
                 break
-
-    def _finish(self, out: list[bytes]) -> None:
-        if self._document is not None:
-            payload = parse_payload(self._document.decode("utf-8", "replace"))
-            if not payload.get("choices"):
-                raise Garbled("Upstream sent JSON that is not a chat completion.")
-            self._take_payload(payload, "message", out)
-            self.settled = True
-        for event in self._parser.close():
             self._take_event(event, out)
+        if parser.idle and self.state < self.ENDING:
+            self.life += parser.idle
+            parser.idle = 0
+
+    def _take_other(self, body: bytes, out: list[bytes]) -> None:
+        raise Garbled("Upstream sent neither an event stream nor JSON.")
+
+    def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
+        try:
+            if self._form == _DOCUMENT:
+                data = self._held.decode("utf-8", "replace")
+                payload = check_payload(load_payload(data))
+                if not payload.get("choices"):
+                    raise Garbled("Upstream sent JSON that is not a chat completion.")
+                self._take_payload(payload, data, out)
+                self.state = max(self.state, self.SETTLED)
+            for event in self._parser.close():
+                self._take_event(event, out)
+        except Garbled as garbled:  # also an event that the end cut in two
+            if self._form == _DOCUMENT:
+                raise cut or garbled from None
 
     def _take_event(self, event: Event, out: list[bytes]) -> None:
         self.events += 1
+        self.life += 1
         if event.data.strip() == "[DONE]":
-            self.done = self.settled = True
+            self.state = self.DONE
         else:
-            self._take_payload(parse_payload(event.data, event.type), "delta", out)
+            self._take_payload(parse_event(event), event.data, out)
 
-    def _take_payload(self, payload: dict[str, Any], part: str, out: list[bytes]) -> None:
-        text, reasoning, finish_reason = parse_choice(payload, part)
-        reasoning = reasoning and join_halves(self._joiners["reasoning"], reasoning)
+    def _take_payload(self, payload: dict[str, Any], data: str, out: list[bytes]) -> None:
+        if '"usage"' in data and payload.get("usage", payload) or self.model is None and payload.get("model"):
+            self._note(payload)
+        try:
+            for choice in payload.get("choices") or ():
+                if self.choices == 1 or not choice.get("index"):
+                    self._take_choice(choice, out)
+        except (AttributeError, LookupError, TypeError):
+            raise Garbled("Upstream sent JSON that is not a chat completion's.") from None
+
+    def _take_choice(self, choice: dict[str, Any], out: list[bytes]) -> None:
+        delta = choice.get("delta") or {}
+        text, reasoning = parse_part(delta or {"content": choice.get("text")})
+        if text:
+            self._messages = None
+        elif self._messages is not None and choice.get("message"):
+            message, reasoning = parse_part(choice["message"])
+            text = message.removeprefix(self._messages)  # some are all the text so far
+            self._messages += text
         if reasoning:
-            out.append(self.encode("reasoning", text=reasoning))
+            reasoning = join_halves(self._joiners["reasoning"], reasoning)
+            if reasoning:
+                out.append(self.encode("reasoning", text=reasoning))
         text = text and join_halves(self._joiners["message"], text)
         if text:
             self.pieces += 1
             self.size += len(text.encode())
             out.append(self.encode("message", text=text))
-        if finish_reason:
-            self.finish_reason = finish_reason
-            self.settled = self.ending = True
-        if isinstance(payload.get("usage"), dict):
-            self.usage = payload["usage"]
+        reason = choice.get("finish_reason") and parse_reason(choice)
+        if reason:
+            self.finish_reason = self._redact(reason)
+            self.state, self.grace = self.ENDING, END_GRACE if self.pieces else EARLY_GRACE
+        elif text:
+            self.state = min(self.state, self.SETTLED)  # a finish_reason before it came early
 
 
 class EventAnswer(TextAnswer):
@@ -682,151 +1072,266 @@ class EventAnswer(TextAnswer):
 
     def encode(self, type: str, **payload: Any) -> bytes:
         last_event_id, self._id, self._tell_id = self._id, "", False
-        return encode_event(json.dumps(payload, ensure_ascii=False), "" if type == "message" else type, last_event_id)
+        return encode_event(_encode_json(payload), "" if type == "message" else type, last_event_id)
 
 
-def goes_on(body: bytes) -> bool:
-    """Tell of body, which a blank line ends, that it is one event of a completion that goes on; False: nothing."""
-    return (
-        body.find(b"\n") == len(body) - 2
-        and body[:7] == b"data: {"
-        and b'"finish_reason":null' in body
-        and body.count(b'"finish_reason"') == 1
-        and b'"error"' not in body
-    )
+_encode_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def goes_on(block: bytes) -> int:
+    """Return how many events block has, if all are such that a completion just goes on; 0: nothing is told.
+
+    Each is one line, a blank line behind it, and has a choice whose finish_reason is null.
+    """
+    if block.find(b"\n") == len(block) - 2:  # mostly
+        return (
+            block[:7] == b"data: {"
+            and b'"finish_reason":null' in block
+            and block.count(b'"finish_reason"') == 1
+            and b'"choices":[{' in block
+            and b'"error' not in block
+        )
+    count = block.count(b'"finish_reason"')
+    return count if _GOING_ON.fullmatch(block) and block.count(b"\n") == 2 * count and b'"error' not in block else 0
+
+
+_GOING_ON = re.compile(rb'(?:data: \{[^\n]*"choices":\[\{[^\n]*"finish_reason":null[^\n]*\n\n)*')
 
 
 class PassedAnswer(Answer):
-    """The answer to an OpenAI client, passed on byte for byte.
+    """The answer to an OpenAI client, passed on byte for byte: a stream event by event, a JSON document whole.
 
-    Event streams are only looked through for the events that end them, so that one that was cut
-    is not taken for whole.
+    Streams are only looked through for what ends them, so that one that was cut is not taken for whole.
     """
 
-    eager = True
+    passes = True
 
-    # What events are searched for: only those that have it are parsed.
-    _TYPE_OR_DONE = re.compile(rb"\n(?:event:|data: *\[)")
-    _FINISH_OR_ERROR = re.compile(rb'"finish_reason"\s*:\s*"[^"]|"error"\s*:\s*(?!null|false|""|\{\})')
     # What ends a stream, beside [DONE]: Anthropic's messages, OpenAI's responses.
-    _LAST_TYPES = ("message_stop", "response.completed", "response.incomplete", "response.failed")
+    _LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
+    _TYPE = re.compile(r'\{\s*"type"\s*:\s*"([a-z_.]+)"')
+    _DULL_TYPES = re.compile(r"(?<!message)[._]delta$|partial_image$")
+    _BLANK_LINE = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)|(?<=\r\r)")
+    # What passes of an event that is not whole, since it can hold no secret yet.
+    _QUIET = re.compile(rb"(?:(?:event|id|retry)?:[^\r\n]*(?:\r?\n|\Z))*[^\r\n]{0,8}")
+    _WHOLE_AT_CLOSE = re.compile("(?:audio|image|video)/|application/octet-stream")
+    _SKIMMED = re.compile(rb'"(model|usage)"\s*:\s*("[^"\\]*"|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 
-    def __init__(self, redact: Callable[[str], str] = str, choices: int = 1) -> None:
-        """choices: how many finish_reasons a whole answer has."""
+    def __init__(
+        self, redact: Callable[[str], str] = str, choices: int = 1, messages: bool = False, stream: bool = False
+    ) -> None:
+        """choices: how many finish_reasons a whole answer has.  messages: the API is Anthropic's.
+
+        stream: one was asked for, so that there may be heartbeats before upstream's head has come.
+        """
         super().__init__(redact)
-        self._choices = choices
-        self._finished: set[object] = set()  # indexes of choices
-        self._is_stream = False
+        self.choices = choices
+        self.pings = stream
+        self.content_type = "text/event-stream" if stream else ""
+        self._api = "/v1/messages" if messages else "/v1/"
+        self._finished: set[str] = set()  # indexes of choices
         self._rest = bytearray(b"\n")  # what came behind the last blank line, and its own end
+        self._passed = 0  # bytes of the event that is not whole that the client has
+        self._length: str | None = None  # as upstream's head says
+        self._framed = True  # the body ends where HTTP says, or where the connection does, as well
+        self._is_open = False  # the client has a head of ours for a stream, and nothing of upstream's
 
-    def start(self, status: int, fields: Mapping[str, str]) -> None:
-        self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
-        return super().start(status, fields)
+    def ping(self) -> bytes:
+        if self._passed:
+            return b""
+        self._is_open = self._is_open or self._label == self._form == _UNTOLD
+        return encode_event('{"type": "ping"}', "ping") if self._api == "/v1/messages" else PING
 
-    def close(self, cut: UpstreamError | None) -> bytes:
-        if not (cut or self._is_stream or self._document is not None):  # its framing alone says that it is whole
-            self.settled = True
-        return super().close(cut)
+    def encode(self, type: str, **payload: Any) -> bytes:
+        if type != "error" or not self._is_open or self._form == _EVENTS:
+            return b""
+        data = encode_error(UpstreamError(payload["error"]), self._api).decode().strip()
+        return encode_event(data, "error" if self._api == "/v1/messages" else "")
 
-    def _start(self, status: int, fields: Mapping[str, str], content_type: str) -> None:
+    def _start(self, status: int, fields: Mapping[str, str], label: str) -> None:
         self.status = status
         self.content_type = fields.get("content-type", "")
-        self._is_stream = content_type == "text/event-stream"
-        if not self._is_stream and "content-length" in fields:
-            self.fields["Content-Length"] = fields["content-length"]
+        self.eager = self._label == _EVENTS or self._form == _OTHER
+        self._length = fields.get("content-length")
+        self._framed = bool(self._length or "transfer-encoding" in fields or self._WHOLE_AT_CLOSE.match(label))
+        self._on_form()
 
-    def _feed(self, body: bytes, out: list[bytes]) -> None:
-        if body:
+    def _on_form(self) -> None:
+        self.pings = (self._form or self._label) == _EVENTS
+        if self._form == _OTHER and self._length is not None:
+            self.fields["Content-Length"] = self._length
+
+    def _pass(self, data: bytes, out: list[bytes]) -> None:
+        if data:
             self.pieces += 1
-            self.size += len(body)
-            out.append(body)
-            if self._is_stream:
-                self._look_through(body if self.pieces > 1 else body.removeprefix(codecs.BOM_UTF8))
-            else:
-                self.events += 1
+            self.size += len(data)
+            out.append(data)
 
-    def _finish(self, out: list[bytes]) -> None:
-        parser = EventParser()
-        for event in parser.feed(bytes(self._rest)) + parser.close():  # whole, though no blank line came
-            if event.data.strip() != "[DONE]":
-                parse_payload(event.data, event.type)
-            self._take_event(event)
+    def _take_other(self, body: bytes, out: list[bytes]) -> None:
+        self._pass(body, out)
 
-    def _look_through(self, body: bytes) -> None:
-        if body[-2:] == b"\n\n" and len(self._rest) == 1:  # whole events, and nothing is held
-            if goes_on(body):  # mostly, and told in less than the search below takes
-                self.events += 1
-                return
-            block = b"\n" + body
-        else:
-            block = self._whole_events(body)
-        cr = block[-1:] == b"\r"  # lines end so: rare enough to be parsed all
-        if b"\ndata" in block or cr:
+    def _take_events(self, body: bytes, out: list[bytes]) -> None:
+        if len(self._rest) == 1 and self.events and self.state < self.ENDING and goes_on(body):
             self.events += 1
-            if self._FINISH_OR_ERROR.search(block) or self._TYPE_OR_DONE.search(block) or cr:
-                for event in EventParser(len(block) + 1).feed(block):
-                    self._take_event(event)
+            self.life += 1
+            self._pass(body, out)
+            return
+        passed, block = self._passed, self._whole_events(body)
+        data = self._look_through(block, passed) if block else b""
+        begin = 0 if block else passed
+        if self._QUIET.fullmatch(self._rest, 1) if len(self._rest) < 256 else len(self._rest) > MAX_EVENT_SIZE:
+            data += bytes(memoryview(self._rest)[begin + 1 :])
+            begin = len(self._rest) - 1
+        self._passed = begin
+        if len(self._rest) > MAX_EVENT_SIZE:
+            del self._rest[1024:-4]  # its type, which comes first, is all that is looked at then
+            self._passed = len(self._rest) - 1
+        self._pass(data, out)
 
     def _whole_events(self, body: bytes) -> bytes:
-        """Return the events that body completes, behind the line end before them."""
+        """Return the events that body completes."""
         begin = max(0, len(self._rest) - 2)
         self._rest += body
         end = max(self._rest.rfind(blank, begin) + len(blank) for blank in (b"\n\n", b"\n\r\n", b"\r\r"))
-        end = end if end > 2 else 0  # 2: of one that was not found
-        block = bytes(memoryview(self._rest)[:end])
-        if end:
-            del self._rest[: end - 1]
-        elif len(self._rest) > MAX_EVENT_SIZE:
-            del self._rest[1024:-4]  # its type, which comes first, is all that is looked at then
+        if end <= 2:  # of one that was not found
+            return b""
+        block = bytes(memoryview(self._rest)[1:end])
+        del self._rest[: end - 1]
         return block
 
+    def _look_through(self, block: bytes, passed: int) -> bytes:
+        """Take whole events; return what the client is to have, which has the first bytes of them already."""
+        count = goes_on(block) if self.events and self.state < self.ENDING else 0
+        if count:
+            self.events += count
+            self.life += count
+            return block[passed:]
+        out = []
+        for piece in self._BLANK_LINE.split(block):
+            parser = EventParser(len(piece) + 1, strict=False)
+            events = parser.feed(piece)
+            if self.state < self.ENDING:
+                self.life += len(events) + parser.idle
+            secret = False in [self._is_harmless(event) for event in events]
+            out.append(conceal_bytes(piece[passed:], self._redact) if secret else piece[passed:])
+            passed = 0
+        return b"".join(out)
+
+    def _is_harmless(self, event: Event) -> bool:
+        """Take event; False: it is an error, and may have secrets."""
+        self.events += 1
+        try:
+            self._take_event(event)
+        except UpstreamError as error:
+            if self.state < self.ENDING:
+                self._fail(error)
+                self.state = self.ENDING
+            return False
+        return True
+
     def _take_event(self, event: Event) -> None:
-        if event.data.strip() == "[DONE]":
-            self.done = self.settled = True
-        elif event.type in self._LAST_TYPES:
-            self.ending = self.settled = True
-        elif event.type == "error" or '"error"' in event.data or '"finish_reason"' in event.data:
+        data = event.data.strip()
+        match = self._TYPE.match(data) if event.type in ("message", "") else None
+        type = match[1] if match else event.type
+        if data == "[DONE]" or type in self._LAST_TYPES:
+            if self.failure is None:
+                self.state = self.ENDING
+            payload = {}
+            with contextlib.suppress(Garbled):
+                payload = load_payload(data)
+        elif self._DULL_TYPES.search(type):
+            return
+        else:
             try:
-                choices = parse_payload(event.data, event.type).get("choices")
+                payload = parse_event(event)
             except Garbled:  # which is for the client to see
-                if event.type == "error":
-                    raise UpstreamError("Upstream reported an error.") from None
                 return
-            for choice in choices if isinstance(choices, list) else ():
-                if isinstance(choice, dict) and choice.get("finish_reason"):
-                    self._finished.add(str(choice.get("index")))
-            self.settled = self.settled or len(self._finished) >= self._choices
+        self._take_payload(payload)
+
+    def _take_payload(self, payload: object) -> None:
+        if not isinstance(payload, dict):
+            return
+        self._note(payload)
+        for holder in [payload, *dicts_in(payload), *dicts_in(payload.get("choices"))]:
+            reason = holder.get("stop_reason") or holder.get("finish_reason")
+            if holder.get("object") == "response":
+                details = holder.get("incomplete_details")
+                reason = details.get("reason") if isinstance(details, dict) else holder.get("status")
+            if isinstance(reason, str) and reason not in ("", "null"):
+                self.finish_reason = self._redact(reason[:80])
+        for choice in dicts_in(payload.get("choices")):
+            if parse_reason(choice):
+                self._finished.add(str(choice.get("index")))
+        if self.state == self.OPEN and len(self._finished) >= self.choices and self.failure is None:
+            self.state = self.SETTLED
+
+    def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
+        if self._form == _EVENTS:
+            self._finish_events(out)
+        elif cut:
+            raise cut
+        elif self._form == _DOCUMENT or (self._framed and self._label != _EVENTS):
+            document = bytes(self._held)
+            if self._form == _DOCUMENT:
+                document = self._take_document(document)
+            if self._form != _OTHER and self.status != 204:
+                self.fields["Content-Length"] = str(len(document))
+            self._pass(document, out)
+            self.state = self.SETTLED
+
+    def _finish_events(self, out: list[bytes]) -> None:
+        """Take the event that the body ended in: it counts if it is whole, though no blank line came."""
+        rest = bytes(memoryview(self._rest)[1:])
+        parser = EventParser(len(rest) + 1, strict=False)
+        for event in parser.feed(rest) + parser.close():
+            with contextlib.suppress(Garbled):
+                if event.data.strip() != "[DONE]":
+                    load_payload(event.data)
+                self._is_harmless(event)
+        self._pass(conceal_bytes(rest[self._passed :], self._redact), out)
+
+    def _take_document(self, document: bytes) -> bytes:
+        """Return a JSON document as the client is to have it.  Raises UpstreamError where it is cut."""
+        if len(document) > MAX_SKIMMED and self._framed:
+            ends = self._SKIMMED.findall(document[:2048] + document[-2048:])
+            self._note({name.decode(): load_payload(value.decode("utf-8", "replace")) for name, value in ends})
+            return document
+        try:
+            payload = load_payload(document.decode("utf-8", "replace"))
+        except Garbled:
+            if self._framed:
+                return document
+            raise UpstreamError("Upstream ended before the end of its answer.", ending="truncated") from None
+        with contextlib.suppress(UpstreamError):  # which the document tells
+            self._take_payload(payload)
+        if self._is_open:
+            check_payload(payload)
+            raise UpstreamError("Upstream sent a document where a stream was asked for.")
+        return document if find_error(payload) is None else conceal_bytes(document, self._redact)
 
 
 class ModelList(PassedAnswer):
     """The API's list of models, with those left out that a client may not use."""
 
-    eager = False
-
     def __init__(self, models: Iterable[str], redact: Callable[[str], str] = str) -> None:
         super().__init__(redact)
         self._models = frozenset(models)
 
-    def _start(self, status: int, fields: Mapping[str, str], content_type: str) -> None:
-        super()._start(status, fields, content_type)
-        self.fields.pop("Content-Length", None)
-        self._is_stream, self._document = False, bytearray()
-
-    def _finish(self, out: list[bytes]) -> None:
-        payload = parse_payload((self._document or b"").decode("utf-8", "replace"))
+    def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
+        payload = check_payload(load_payload(self._held.decode("utf-8", "replace")))
         try:
             payload["data"] = [model for model in payload["data"] if model["id"] in self._models]
         except (LookupError, TypeError):
             raise Garbled("Upstream sent JSON that is not a list of models.") from None
-        out.append(json.dumps(payload).encode())
-        self.settled = True
+        self._pass(json.dumps(payload).encode(), out)
+        self.state = self.SETTLED
+
+
+# Fields of upstream's head that are for the client to see, their names in lower case.
+_BACK = frozenset(("retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "request-id", "openai-processing-ms"))
 
 
 def passes_back(name: str) -> bool:
-    """Tell whether a field of upstream's head, its name in lower case, is for the client to see."""
-    return name in ("retry-after", "x-request-id", "request-id") or name.startswith(
-        ("x-ratelimit-", "anthropic-ratelimit-")
-    )
+    return name in _BACK or name == "openai-version" or name.startswith(("x-ratelimit-", "anthropic-ratelimit-"))
 
 
 # 5 ------------------------------------------------------------------- HTTP framing
@@ -843,6 +1348,7 @@ _CHUNK_LINE = re.compile(  # section 7.1
     f"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|{_QUOTED}))?)*".encode("latin-1")
 )
 _TRAILER_LINE = re.compile(_FIELD_LINE.pattern.encode("latin-1"))
+_BLANK_BEFORE_COLON = re.compile(f"^({_TOKEN})[ \t]+:")  # harmless in an answer; section 5.1 has it dropped
 
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -860,8 +1366,10 @@ def encode_head(line: str, fields: Mapping[str, str]) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-def parse_head(head: bytes) -> tuple[str, dict[str, str]]:
+def parse_head(head: bytes, lenient: bool = False) -> tuple[str, dict[str, str]]:
     """Return the first line of a head, and its fields by name in lower case.
+
+    lenient: it is upstream's, where blanks before a field's colon do no harm.
 
     Fields of one name are joined with ", " (RFC 9110 section 5.3).  Raises ValueError for what
     is not in the grammar of RFC 9112 section 5, or too much.
@@ -871,7 +1379,7 @@ def parse_head(head: bytes) -> tuple[str, dict[str, str]]:
         raise ValueError("too many header fields")
     fields: dict[str, str] = {}
     for line in lines:
-        match = _FIELD_LINE.fullmatch(line)
+        match = _FIELD_LINE.fullmatch(_BLANK_BEFORE_COLON.sub(r"\1:", line) if lenient else line)
         if not match:
             raise ValueError("a header field is not in HTTP's grammar")
         name, value = match[1].lower(), match[2].strip(" \t")
@@ -890,7 +1398,7 @@ def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
             break
         if not end:
             return None
-        line, fields = parse_head(head)
+        line, fields = parse_head(head, lenient=True)
         match = _STATUS_LINE.fullmatch(line)
         if not match:
             break
@@ -939,8 +1447,10 @@ def parse_chunk_line(line: bytes) -> int:
 class ChunkedDecoder(BodyDecoder):
     """The data of a chunked body, read strictly; trailers are dropped.  Source: RFC 9112 section 7.1."""
 
-    def __init__(self) -> None:
+    def __init__(self, lenient: bool = False) -> None:
+        """lenient: it is upstream's, where zeros before a chunk's size and blanks behind it do no harm."""
         super().__init__(sys.maxsize)  # who knows, before the last chunk
+        self._lenient = lenient
         self._chunk_left = 0  # bytes of the chunk still to come, with the line end behind its data
         self._line = b""  # the start of a line
         self._trailer_room = MAX_TRAILER_SIZE
@@ -973,6 +1483,8 @@ class ChunkedDecoder(BodyDecoder):
         return out[0] if len(out) == 1 else b"".join(out)
 
     def _take_line(self, line: bytes) -> None:
+        if self._lenient:
+            line = self._tidied(line)
         if self._in_trailer:
             self.complete = not line
             self._trailer_room -= len(line)
@@ -983,6 +1495,12 @@ class ChunkedDecoder(BodyDecoder):
             self._in_trailer = size == 0
             self.broken = size < 0
 
+    def _tidied(self, line: bytes) -> bytes:
+        if self._in_trailer:
+            name, colon, value = line.partition(b":")
+            return name.rstrip(b" \t") + colon + value
+        return line.rstrip(b" \t").lstrip(b"0") or line[:1]
+
     def _hold(self, line: bytes) -> None:
         """Keep the start of a line, if it can become one."""
         self._line = line
@@ -990,8 +1508,10 @@ class ChunkedDecoder(BodyDecoder):
         self.broken = misplaced or len(line) > MAX_CHUNK_LINE or b"\n" in line
 
 
-def body_decoder(fields: Mapping[str, str], default: BodyDecoder) -> BodyDecoder:
+def body_decoder(fields: Mapping[str, str], default: BodyDecoder, lenient: bool = False) -> BodyDecoder:
     """Return the decoder for the body behind a head; default where the head says nothing of it.
+
+    lenient: see ChunkedDecoder.
 
     Source: RFC 9112 section 6.3, read strictly: a length beside a coding, or two lengths, are how
     one message hides in another.  Raises ValueError.
@@ -1002,7 +1522,7 @@ def body_decoder(fields: Mapping[str, str], default: BodyDecoder) -> BodyDecoder
             raise ValueError("a transfer coding that is not chunked")
         if length is not None:
             raise ValueError("Content-Length beside Transfer-Encoding")
-        return ChunkedDecoder()
+        return ChunkedDecoder(lenient)
     if length is None:
         return default
     if not (length.isascii() and length.isdigit() and len(length) < 16):
@@ -1372,13 +1892,22 @@ def encode_request(asked: dict[str, Any], settings: Settings) -> bytes:
 
 
 class Call:
-    """A request to upstream."""
+    """A request to upstream.  It does not change."""
 
-    __slots__ = ("body", "fields", "method", "path", "query")
+    path: str
+    body: bytes
+    fields: Mapping[str, str]
+    method: str
+    query: str
 
-    def __init__(self, method: str, path: str, query: str, fields: Mapping[str, str], body: bytes) -> None:
+    def __init__(
+        self, path: str, body: bytes, fields: Mapping[str, str] | None = None, method: str = "POST", query: str = ""
+    ) -> None:
         """path: below the base URL."""
-        self.method, self.path, self.query, self.fields, self.body = method, path, query, fields, body
+        vars(self).update(path=path, body=body, fields=fields or {}, method=method, query=query)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("calls do not change")
 
 
 USER_AGENT = f"streamproxy/{__version__}"
@@ -1387,7 +1916,7 @@ USER_AGENT = f"streamproxy/{__version__}"
 def prompt_call(asked: dict[str, Any], settings: Settings) -> Call:
     """Return the request to upstream for what a client of ours asked.  Raises RequestError."""
     fields = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json", "User-Agent": USER_AGENT}
-    return Call("POST", "/chat/completions", "", fields, encode_request(asked, settings))
+    return Call("/chat/completions", encode_request(asked, settings), fields)
 
 
 def check_model(body: bytes, settings: Settings) -> dict[str, Any]:
@@ -1960,20 +2489,27 @@ class LogWriter:
     def _run(self) -> None:
         while not (self._closing.is_set() and not self._lines):
             self._wake.acquire()
-            self._closing.wait(LOG_PAUSE)  # for lines that come together to be written together
+            self._closing.wait(LOG_PAUSE)  # each time this thread runs, it takes the interpreter from the loop
             self._asleep = True  # from here on, a line wakes this thread; those before are seen here
-            while self._lines:
-                self._write(*self._lines.popleft())
+            self._write(len(self._lines))
 
-    def _write(self, level: int, line: object) -> None:
+    def _write(self, count: int) -> None:
+        for _ in range(count):
+            self._guard(1, log.log, *self._lines.popleft())
+        lost = self._lost
+        if lost and self._guard(0, log.error, "%d lines of log were lost", lost):
+            self._lost -= lost
+        for handler in log.handlers:
+            self._guard(count, handler.flush)
+
+    def _guard(self, lines: int, call: Callable[..., object], *args: object) -> bool:
+        """Make a call of somebody's handlers and filters; so many lines are lost if it raises."""
         try:
-            log.log(level, line)
-            lost = self._lost
-            if lost:
-                log.error("%d lines of log were lost", lost)
-                self._lost -= lost
-        except Exception:  # noqa: BLE001  (a handler or a filter of somebody's)
-            self._lost += 1
+            call(*args)
+        except Exception:  # noqa: BLE001
+            self._lost += lines
+            return False
+        return True
 
 
 def start_thread(work: Callable[[], None]) -> None:
@@ -2433,7 +2969,8 @@ class Exchange:
     def _pass_body(self) -> None:
         body = self._take_body()
         asked = check_model(body, self.server.settings)
-        self._pass(PassedAnswer(self.server.hub.redact, count_choices(asked)), body)
+        messages = self.request.path == "/v1/messages"
+        self._pass(PassedAnswer(self.server.hub.redact, count_choices(asked), messages, asked.get("stream") is True), body)
 
     def get_models(self) -> None:
         """Answer with the models that may be used, or with one of them."""
@@ -2465,9 +3002,10 @@ class Exchange:
         if "*" not in self.server.settings.allow_model and body:
             fields["Content-Type"] = "application/json"  # as check_model has read it
         fields["User-Agent"] = f"{USER_AGENT} {request.fields.get('user-agent', '')}".strip()
-        self._ask(answer, Call(request.method, request.path[len("/v1") :], request.query, fields, body))
+        self._ask(answer, Call(request.path[len("/v1") :], body, fields, request.method, request.query))
 
     def _ask(self, answer: Answer, call: Call) -> None:
+        answer.choices = count_choices(self.server.settings.param) if not answer.passes else answer.choices
         self.stream = self.server.hub.stream(call, answer, self)
         self.stream.ask()
 
@@ -2482,7 +3020,7 @@ class Exchange:
         fields = {"Content-Type": "application/json", **failure.fields}
         if failure.status in (429, 503):
             fields.setdefault("Retry-After", "1")
-        elif failure.status >= 500 and self.stream and self.stream.asked:
+        elif failure.status >= 500 and self.stream and self.stream.asked and not {"Retry-After", "X-Should-Retry"} & fields.keys():
             fields["X-Should-Retry"] = "false"  # SDKs heed it: what was asked may have been paid for
         self._answer(failure.status, encode_error(failure, self.request.path), fields)
 
@@ -2540,6 +3078,8 @@ class Exchange:
         }
         if not self.client.keeps_alive:
             common["Connection"] = "close"
+        elif self.server.settings.keep_alive_timeout:  # for whoever would send the next request just then
+            common["Keep-Alive"] = f"timeout={self.server.settings.keep_alive_timeout:.0f}"
         line = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
         return encode_head(line, {**common, **self.cors, **fields})
 
@@ -2592,7 +3132,8 @@ class Exchange:
             answer, first = stream.answer, stream.first_text_at
             entry.update(
                 ttft=None if first is None else round(first - self.began_at, 3),
-                pieces=answer.pieces, bytes=answer.size, usage=answer.usage, upstream_id=answer.request_id,
+                model=answer.model, finish_reason=answer.finish_reason, pieces=answer.pieces, bytes=answer.size,
+                usage=answer.usage, upstream_id=answer.request_id,
             )  # fmt: skip
         self.server.hub.log.info(entry)
 
@@ -2656,72 +3197,624 @@ _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 # 12 ------------------------------------------------------------------ Upstream
 
-
-class Lifeline:
-    def __init__(self) -> None:
-        self._lock = threading.Lock(); self._copy = None; self._cut = False
-    def hold(self, sock):
-        with self._lock:
-            if self._copy: self._copy.close()
-            self._copy = socket.fromfd(sock.fileno(), sock.family, sock.type) if sock else None
-            if self._cut and sock: raise ConnectionAbortedError(errno.ECONNABORTED, "cut")
-    def cut(self) -> None:
-        with self._lock, contextlib.suppress(OSError):
-            self._cut = True
-            if self._copy: self._copy.shutdown(socket.SHUT_RDWR)
+_PORTS = {"http": 80, "https": 443}
 
 
-WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+class Proxy:
+    """A proxy of the environment."""
+
+    def __init__(self, text: str) -> None:
+        """text: [SCHEME://][USER[:PASSWORD]@]HOST[:PORT][/], http without a scheme, as curl reads it.
+
+        Raises ValueError, which may quote text.
+        """
+        url = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
+        self.scheme = url.scheme
+        if self.scheme not in _PORTS or not url.hostname:
+            raise ValueError("not a proxy")
+        self.host = urllib.parse.unquote(url.hostname)
+        self.address = _join_address(self.host, url.port or _PORTS[self.scheme])
+        self.authorization = ""  # Source: RFC 7617
+        if url.username is not None:
+            user = urllib.parse.unquote(f"{url.username}:{url.password or ''}").encode()
+            self.authorization = f"Basic {base64.b64encode(user).decode()}"
 
 
-class Connection:
-    def __init__(self, sock, key):
-        self.sock, self.key, self.reused, self.broken, self._pending = sock, key, False, False, b""
-        self.opened_at = 0.0
-    def read(self):
-        try: return self.sock.recv(READ_SIZE)
-        except WOULD_BLOCK: return None
-        except OSError:
-            self.broken = True
-            return b""
-    def write(self, data):
-        self._pending += data
-        return self.flush()
-    def flush(self):
-        if self._pending:
-            try: self._pending = self._pending[self.sock.send(self._pending):]
-            except WOULD_BLOCK: pass
-        return not self._pending
-    def close(self): self.sock.close()
+def _join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def find_proxy(url: str, proxies: Mapping[str, str]) -> Proxy | None:
+    """Return the proxy to reach url through, if any.
+
+    proxies: what urllib found, by scheme; all: for schemes without one; no: where none is used.
+    Loopback needs none, as in Go, whatever the environment says.
+
+    Raises SettingsError for one that cannot be used.
+    """
+    base = urllib.parse.urlsplit(url)
+    host, name = base.hostname or "", base.scheme if proxies.get(base.scheme) else "all"
+    text = proxies.get(name, "").strip()
+    if not text or is_loopback(host) or _needs_no_proxy(host, base.port or _PORTS[base.scheme], proxies.get("no", "")):
+        return None
+    try:
+        return Proxy(text)
+    except ValueError:  # its text may hold a password
+        scheme = re.match(r"[A-Za-z0-9+.-]+(?=://)", text)
+        shown = f"a proxy of {scheme[0].lower()}://" if scheme else "this value"
+    raise SettingsError(
+        f"{name.upper()}_PROXY: {shown} is not allowed; allowed: http:// or https://, and NO_PROXY for what needs none"
+    )
+
+
+def _needs_no_proxy(host: str, port: int, rules: str) -> bool:
+    """Tell if host is named by NO_PROXY: names with all below them, addresses, networks, each with a port or not; *."""
+    host = host.rstrip(".").lower()
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        address = None
+    for rule in re.split(r"[\s,]+", rules.lower()):
+        match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::([0-9]+))?", rule)
+        name = (match[1] if match else rule).strip("[]").rstrip(".")  # ::1 has colons of its own
+        if not name or (match and match[2] and int(match[2]) != port):
+            continue
+        if name == "*" or (not address and f".{host}".endswith("." + re.sub(r"^\*?\.", "", name))):
+            return True
+        with contextlib.suppress(ValueError):
+            if address and address in ipaddress.ip_network(name, strict=False):
+                return True
+    return False
 
 
 class Target:
-    def __init__(self, settings):
-        self._base = urllib.parse.urlsplit(settings.upstream)
-        self._fields = {"Host": self._base.netloc, "Accept-Encoding": "identity"}
+    """One upstream and key, and the proxy on the way to it."""
+
+    def __init__(self, settings: Settings, proxy: Proxy | None = None) -> None:
+        base = urllib.parse.urlsplit(settings.upstream)
+        self.url, self.scheme, self.host = settings.upstream, base.scheme, base.hostname or ""
+        self.address = _join_address(self.host, base.port or _PORTS[base.scheme])
+        self.proxy = proxy
+        self.key = (base.scheme, self.address, proxy and (proxy.scheme, proxy.address))  # of a connection to it
+        fields = {"Host": base.netloc, "Accept-Encoding": "identity"}
         if settings.api_key:
             name, _, template = settings.auth_header.partition(":")
-            self._fields[name] = template.strip().replace("{key}", settings.api_key)
-        self.key = settings.upstream
-    def encode(self, call):
-        fields = {**self._fields, **call.fields}
-        if call.method == "POST": fields["Content-Length"] = str(len(call.body))
-        query = "&".join(filter(None, (self._base.query, call.query)))
-        return encode_head(f"{call.method} {self._base.path.rstrip('/')}{call.path}{'?' if query else ''}{query} HTTP/1.1", fields) + call.body
+            fields[name] = template.strip().replace("{key}", settings.api_key)
+        self._path, self._query = base.path.rstrip("/"), base.query
+        if proxy and base.scheme == "http":  # absolute form, RFC 9112 section 3.2.2
+            self._path = f"http://{base.netloc}{self._path}"
+            if proxy.authorization:
+                fields["Proxy-Authorization"] = proxy.authorization
+        self._fields = encode_head(" HTTP/1.1", fields)[:-2].decode("latin-1")
+
+    def encode(self, call: Call) -> bytes:
+        """Return the request.  Raises ValueError for a value that would forge a line."""
+        fields, body, query = call.fields, call.body, call.query or self._query
+        if call.query and self._query:
+            query = f"{self._query}&{query}"
+        path = f"{self._path}{call.path}?{query}" if query else self._path + call.path
+        if not (_PATH.fullmatch(path) and _VALUES.fullmatch("".join(fields.values()))):
+            raise ValueError("a bad value in a path or a header field")
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+        if body or call.method == "POST":  # RFC 9110 section 8.6
+            lines += f"Content-Length: {len(body)}\r\n"
+        return f"{call.method} {path}{self._fields}{lines}\r\n".encode("latin-1") + body
+
+
+_PATH = re.compile("[!-~\x80-\xff]+")
+
+
+class Lifeline:
+    """Lets the loop's thread cut what another thread waits for while it opens a connection."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[object, Callable[[], object]] = {}
+        self._cut = False
+
+    def hold(self, waited: object, wake: Callable[[], object]) -> None:
+        """Have cut() call wake, until waited is dropped.  Raises OSError after cut()."""
+        with self._lock:
+            self._check()
+            self._held[waited] = wake
+
+    def drop(self, waited: object) -> None:
+        """Hold waited no more: before it is closed, since its descriptor may soon be another's."""
+        with self._lock:
+            self._held.pop(waited, None)
+
+    def release(self) -> None:
+        """Hold nothing more.  Raises OSError after cut()."""
+        with self._lock:
+            self._held.clear()
+            self._check()
+
+    def cut(self) -> None:
+        """End what is waited for; nothing can be opened any more.  For any thread."""
+        with self._lock:
+            self._cut = True
+            for wake in self._held.values():
+                with contextlib.suppress(OSError):
+                    wake()
+
+    def _check(self) -> None:
+        if self._cut:
+            raise ConnectionAbortedError(errno.ECONNABORTED, "cut")
+
+
+class Deadline:
+    """When the opening of a connection has to be over: after a time, or once its lifeline is cut."""
+
+    def __init__(self, lifeline: Lifeline, timeout: float) -> None:
+        self.lifeline = lifeline
+        self._ends_at = time.monotonic() + timeout
+
+    def left(self) -> float:
+        """Seconds.  Raises socket.timeout where none are left."""
+        left = self._ends_at - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        return left
+
+    def wait(self, socks: Iterable[socket.socket], events: int, timeout: float = FOREVER) -> list[socket.socket]:
+        """Return which of socks are ready for events, of selectors; none after timeout seconds.
+
+        Raises socket.timeout.
+        """
+        # poll(2) has no descriptor of its own, and no largest one.
+        with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+            for sock in socks:
+                selector.register(sock, events, sock)
+            return [key.data for key, _ in selector.select(min(self.left(), timeout))]
+
+
+class Resolver:
+    """Looks names up.  Nothing ends a look-up that hangs: each has a thread of its own, and there is one a name.
+
+    Who asks for a name that is being looked up waits for that.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[tuple[str, int], set[queue.SimpleQueue[Any]]] = {}  # for each look-up under way
+
+    def find(self, host: str, port: int, deadline: Deadline) -> list[Any]:
+        """Return what socket.getaddrinfo does, and raise what it raises; OSError at the deadline."""
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return self._wait((host, port), deadline)
+        return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+
+    def _wait(self, address: tuple[str, int], deadline: Deadline) -> list[Any]:
+        news: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        deadline.lifeline.hold(news, functools.partial(news.put, (ConnectionAbortedError, (errno.ECONNABORTED, "cut"))))
+        try:
+            with self._lock:
+                is_first = address not in self._waiting
+                self._waiting.setdefault(address, set()).add(news)
+            if is_first:
+                self._start(address)
+            found = news.get(timeout=deadline.left())
+        except queue.Empty:
+            raise socket.timeout("timed out") from None
+        finally:
+            deadline.lifeline.drop(news)
+            with self._lock:
+                self._waiting.get(address, set()).discard(news)
+        if isinstance(found, tuple):
+            raise found[0](*found[1])
+        return found  # type: ignore[no-any-return]
+
+    def _start(self, address: tuple[str, int]) -> None:
+        try:
+            threading.Thread(target=self._look_up, args=(address,), name="look-up", daemon=True).start()
+        except RuntimeError:  # no thread is left
+            self._look_up(address)
+
+    def _look_up(self, address: tuple[str, int]) -> None:
+        found: Any
+        try:
+            found = socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
+        except Exception as error:  # noqa: BLE001
+            found = type(error), error.args  # for each to raise its own: an exception holds on to frames
+        with self._lock:
+            waiting = self._waiting.pop(address)
+        for news in waiting:
+            news.put(found)
+
+
+def interleave(addresses: Iterable[Any]) -> list[Any]:
+    """Return what getaddrinfo found with the families in turn, beginning with the first's.  RFC 8305 section 4."""
+    families: dict[int, list[Any]] = {}
+    for address in addresses:
+        families.setdefault(address[0], []).append(address)
+    return [address for row in itertools.zip_longest(*families.values()) for address in row if address]
+
+
+class Race:
+    """Attempts to connect to addresses of one name: the first that gets there wins.  Source: RFC 8305 section 5."""
+
+    def __init__(self, addresses: Iterable[Any], deadline: Deadline) -> None:
+        self._waiting = collections.deque(interleave(addresses))
+        self._deadline = deadline
+        self._trying: list[socket.socket] = []
+        self._failures: list[int] = []
+
+    def run(self) -> socket.socket:
+        """Return the socket that is connected; the lifeline holds it.  Raises OSError, of the most telling attempt."""
+        next_at = 0.0
+        try:
+            while self._waiting or self._trying:
+                now = time.monotonic()
+                if self._waiting and (now >= next_at or not self._trying):
+                    next_at = now + ATTEMPT_DELAY if self._try(*self._waiting.popleft()) else now
+                pause = next_at - now if self._waiting and self._trying else FOREVER
+                for sock in self._deadline.wait(self._trying, selectors.EVENT_WRITE, pause) if self._trying else ():
+                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not code:
+                        self._trying.remove(sock)
+                        return sock
+                    self._fail(sock, code)
+                    next_at = now
+        except socket.timeout:
+            self._failures.append(errno.ETIMEDOUT)
+        finally:
+            for sock in self._trying[:]:
+                self._fail(sock, errno.ETIMEDOUT)
+        code = min(self._failures, key=lambda code: _TELLING.get(code, 3), default=errno.EADDRNOTAVAIL)
+        raise socket.timeout("timed out") if code == errno.ETIMEDOUT else OSError(code, os.strerror(code))
+
+    def _try(self, family: int, kind: int, protocol: int, _name: str, address: Any) -> bool:
+        """Begin an attempt; False where it has failed."""
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:
+            self._failures.append(error.errno or 0)
+            return False
+        self._trying.append(sock)
+        self._deadline.lifeline.hold(sock, functools.partial(sock.shutdown, socket.SHUT_RDWR))
+        sock.setblocking(False)
+        tune(sock)
+        code = sock.connect_ex(address)
+        if code in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            return True
+        self._fail(sock, code)
+        return False
+
+    def _fail(self, sock: socket.socket, code: int) -> None:
+        self._failures.append(code)
+        self._trying.remove(sock)
+        self._deadline.lifeline.drop(sock)
+        sock.close()
+
+
+# How much the failure of an attempt tells of why there is no connection: what we lack; that somebody answered; that
+# nobody did; (the rest); that there is no way; that the system has no such addresses.
+_TELLING = {
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM), 0),
+    **dict.fromkeys((errno.ECONNREFUSED, errno.ECONNRESET), 1),
+    errno.ETIMEDOUT: 2,
+    **dict.fromkeys((errno.EHOSTUNREACH, errno.ENETUNREACH), 4),
+    **dict.fromkeys((errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT), 5),
+}
+
+
+def tune(sock: socket.socket) -> None:
+    """Have small pieces sent at once, and a silent connection kept known to what lies between.
+
+    A balancer or NAT forgets one after 60 to 350 s, and then neither end hears of the other again.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in PROBES.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class Connection:
+    """A connection to upstream, whose socket does not block.  One thread uses it at a time."""
+
+    def __init__(self, sock: socket.socket, key: object) -> None:
+        self.sock = sock
+        self.key = key  # what it leads to
+        self.reused = False
+        self.broken = False  # its end came without a word: no close, no TLS closure (RFC 9112 section 9.8)
+        self.opened_at = 0.0
+        self._unsent: bytes | memoryview = b""
+
+    def read(self, size: int = READ_SIZE) -> bytes | None:
+        """Return what has come, at most size bytes; b"" at the end of the connection, None where nothing came."""
+        try:
+            return self.sock.recv(size)
+        except BlockingIOError:
+            return None
+        except OSError:
+            self.broken = True
+            return b""
+
+    def write(self, data: bytes) -> bool:
+        """Send data, behind what was not sent yet, as far as the socket takes it; tell if that was all.
+
+        Raises OSError where nothing can be sent any more; what came before can still be read.
+        """
+        self._unsent = b"".join((self._unsent, data)) if self._unsent else data
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Go on with write."""
+        while self._unsent:
+            try:
+                sent = self.sock.send(self._unsent)
+            except BlockingIOError:
+                return False
+            # A view: what is left of a large body is not copied again and again.
+            self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
+        return True
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class TlsConnection(Connection):
+    """TLS over another connection, which may be one of TLS, to a proxy.
+
+    One read of the socket brings all that came, where ssl.SSLSocket makes two for each record; and the loop
+    learns nothing from a socket of what was taken from it, so that all of it is decrypted at once.
+    """
+
+    def __init__(
+        self, inner: Connection, context: ssl.SSLContext, host: str, sessions: collections.deque[ssl.SSLSession]
+    ) -> None:
+        """sessions: those to resume, the newest last; this connection's is added.  Raises ValueError for a bad name."""
+        super().__init__(inner.sock, inner.key)
+        self._inner = inner
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        session = None
+        with contextlib.suppress(IndexError):
+            session = sessions.pop()
+            if not sessions:  # one is for one connection (RFC 8446 appendix C.4), but better that than none
+                sessions.append(session)
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host, session=session)
+        self._sessions: collections.deque[ssl.SSLSession] | None = sessions  # until it is there
+
+    def handshake(self, deadline: Deadline, data: bytes = b"") -> None:
+        """Blocks until it is done.  data: what has come.  Raises OSError."""
+        self._incoming.write(data)
+        while True:
+            is_done = False
+            try:
+                self._tls.do_handshake()
+                is_done = True
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError:
+                with contextlib.suppress(OSError):
+                    self._push()  # an alert, which says why
+                raise
+            while not self._push():
+                deadline.wait([self.sock], selectors.EVENT_WRITE)
+            if is_done:
+                return
+            self._take(receive(self._inner, deadline))
+
+    def read(self, size: int = READ_SIZE) -> bytes | None:
+        data = self._inner.read(size - MAX_RECORD_SIZE)  # as much may have come before, of a record
+        if data is not None:
+            self._take(data)
+        elif not self._incoming.pending:  # what came with the end of the handshake
+            return None
+        plain = self._decrypt()
+        if plain:
+            if self._incoming.pending:
+                plain = self._read_on(plain)
+            if self._sessions is not None:  # a session of TLS 1.3 comes after the handshake
+                self._keep_session()
+        if self._outgoing.pending:  # the answer to an update of keys, or to a bad record
+            with contextlib.suppress(OSError):
+                self._push()
+        return plain
+
+    def flush(self) -> bool:
+        while self._push():
+            if not self._unsent:
+                return True
+            sent = self._tls.write(self._unsent[:READ_SIZE])
+            self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
+        return False
+
+    def close(self) -> None:
+        """Say so first (RFC 8446 section 6.1); what was sent of a request tells what that is worth."""
+        with contextlib.suppress(OSError):
+            self._tls.unwrap()  # raises: the other's closure is not waited for
+        with contextlib.suppress(OSError):
+            self._push()
+        self._inner.close()
+
+    def _take(self, data: bytes) -> None:
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def _push(self) -> bool:
+        return self._inner.write(self._outgoing.read())
+
+    def _decrypt(self) -> bytes | None:
+        try:
+            return self._tls.read(READ_SIZE)
+        except ssl.SSLWantReadError:
+            return None
+        except OSError:
+            self.broken = True
+            return b""
+
+    def _read_on(self, plain: bytes) -> bytes:
+        """Decrypt the records behind the first."""
+        pieces = [plain]
+        while self._incoming.pending:
+            more = self._decrypt()
+            if not more:
+                if more is not None:  # TLS has ended, maybe not the connection: a selector has to see it
+                    with contextlib.suppress(OSError):
+                        self.sock.shutdown(socket.SHUT_RD)
+                break
+            pieces.append(more)
+        return b"".join(pieces)
+
+    def _keep_session(self) -> None:
+        sessions, self._sessions = self._sessions, None
+        if sessions is not None and self._tls.session:
+            sessions.append(self._tls.session)
+
+
+def receive(connection: Connection, deadline: Deadline) -> bytes:
+    """Return what comes next on a connection; b"" at its end.  Blocks.  Raises socket.timeout."""
+    data = connection.read()
+    while data is None:
+        deadline.wait([connection.sock], selectors.EVENT_READ)
+        data = connection.read()
+    return data
+
+
+class Refused(OSError):
+    """A proxy opened no tunnel; the text says why."""
+
+
+def open_tunnel(connection: Connection, target: Target, deadline: Deadline) -> bytes:
+    """Have the proxy that connection leads to connect it with target (RFC 9110 section 9.3.6).
+
+    Returns what came behind its answer.  Raises OSError.
+    """
+    fields = {"Host": target.address}
+    if target.proxy and target.proxy.authorization:
+        fields["Proxy-Authorization"] = target.proxy.authorization
+    is_sent = connection.write(encode_head(f"CONNECT {target.address} HTTP/1.1", fields))
+    while not is_sent:
+        deadline.wait([connection.sock], selectors.EVENT_WRITE)
+        is_sent = connection.flush()
+    data, parsed = b"", None
+    while not parsed:
+        more = receive(connection, deadline)
+        if not more:
+            raise Refused("the proxy closed the connection without an answer")
+        data += more
+        try:
+            parsed = parse_answer_head(data)
+        except ValueError:
+            raise Refused("the proxy's answer cannot be read") from None
+    status, _, rest = parsed
+    if not 200 <= status < 300:
+        raise Refused(f"the proxy refused with status {status}")
+    return rest
+
+
+class ProxyHandler(urllib.request.ProxyHandler):
+    """urllib's, for a proxy that is known to be needed: its own rules know no networks."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+
+    def add_parent(self, parent: object) -> None:
+        """The parent holds this: no cycle."""
+
+    def http_open(self, request: urllib.request.Request) -> None:
+        request.set_proxy(self._proxy.address, request.type)
+
+    https_open = http_open
+
+
+class DialHandler(urllib.request.BaseHandler):
+    """Connects where urllib has found that a request goes: over TLS, and through a proxy, where they are needed."""
+
+    def __init__(self, target: Target, ca_file: str) -> None:
+        """Raises SettingsError for certificates that cannot be read."""
+        self._target = target
+        self._resolver = Resolver()
+        self._sessions: dict[str, collections.deque[ssl.SSLSession]] = collections.defaultdict(
+            functools.partial(collections.deque, maxlen=MAX_SESSIONS)
+        )
+        # Made only where it is needed: reading the system's certificates takes time and memory.
+        self._context: ssl.SSLContext | None = None
+        if "https" in (target.scheme, target.proxy and target.proxy.scheme):
+            try:
+                self._context = _make_context(ca_file)
+            except OSError:
+                raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {ca_file!r}") from None
+
+    def add_parent(self, parent: object) -> None:
+        """The parent holds this: no cycle."""
+
+    def http_open(self, request: Any) -> Connection:
+        """What urllib calls, once it has set the proxy.  Raises OSError."""
+        target, deadline = self._target, request.deadline
+        peer = urllib.parse.urlsplit(f"//{request.host}")
+        addresses = self._resolver.find(peer.hostname or "", peer.port or _PORTS[request.type], deadline)
+        connection = Connection(Race(addresses, deadline).run(), target.key)
+        rest = b""
+        try:
+            if target.proxy and target.proxy.scheme == "https":
+                connection = self._secure(connection, target.proxy.host, deadline)
+            if request._tunnel_host:
+                rest = open_tunnel(connection, target, deadline)
+            if request.type == "https":
+                connection = self._secure(connection, target.host, deadline, rest)
+            deadline.lifeline.release()
+        except BaseException:
+            deadline.lifeline.drop(connection.sock)
+            connection.close()
+            raise
+        return connection
+
+    https_open = http_open
+
+    def _secure(self, inner: Connection, host: str, deadline: Deadline, data: bytes = b"") -> TlsConnection:
+        assert self._context
+        connection = TlsConnection(inner, self._context, host, self._sessions[host])
+        connection.handshake(deadline, data)
+        return connection
+
+
+def _make_context(ca_file: str) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=ca_file or None)
+    context.set_alpn_protocols(["http/1.1"])
+    # Set by Python 3.11.2, for one: it takes a connection that is cut for one that is closed (CPython gh-95494).
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    # As in Go: while keys are negotiated anew, to write would have to wait for what is to be read.
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    return context
 
 
 class Upstream:
-    def __init__(self, settings):
-        self.target = Target(settings)
-        self._base = urllib.parse.urlsplit(settings.upstream)
-    def dial(self, lifeline):
+    """The API, whose connections are opened by urllib, so that the proxies of the environment count."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises SettingsError for certificates that cannot be read, and a proxy that cannot be used."""
+        proxies, proxy = urllib.request.getproxies(), None
+        # Other systems than those of variables have rules of their own.
+        if proxies and not urllib.request.proxy_bypass(urllib.parse.urlsplit(settings.upstream).netloc):
+            proxy = find_proxy(settings.upstream, proxies)
+        self.target = Target(settings, proxy)
+        self._timeout = settings.connect_timeout + DIAL_GRACE if settings.connect_timeout else FOREVER
+        # Neither redirects nor file: addresses: handlers that are not there.
+        self._opener = urllib.request.OpenerDirector()
+        if proxy:
+            self._opener.add_handler(ProxyHandler(proxy))
+        self._opener.add_handler(DialHandler(self.target, settings.ca_file))
+
+    def dial(self, lifeline: Lifeline) -> Connection:
+        """Return a new connection to the target, on which nothing was sent.
+
+        Blocks until it is there, its time is over, or lifeline is cut.  Raises UpstreamError.
+        """
+        request = urllib.request.Request(self.target.url)
+        request.deadline = Deadline(lifeline, self._timeout)  # type: ignore[attr-defined]
         try:
-            sock = socket.create_connection((self._base.hostname, self._base.port or 80), 10)
-        except OSError as error:
-            raise UpstreamError(f"Upstream cannot be reached: {reason_of(error)}.", 502) from None
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return Connection(sock, self.target.key)
+            return self._opener.open(request)  # type: ignore[no-any-return]
+        except (OSError, ValueError) as error:  # the last for a name like a..b
+            reason = str(error) if isinstance(error, Refused) else reason_of(error)
+            status = 504 if isinstance(error, socket.timeout) else 502
+        raise UpstreamError(f"Upstream cannot be reached: {reason}.", status)  # here: it keeps no frames of error's
 
 
 class Spare:
@@ -2896,9 +3989,13 @@ class Source:
     def due(self) -> float:
         """When this state has lasted too long."""
         if self.state == self.ENDING:
-            return self.since + END_GRACE
+            return self.since + self.answer.grace
         limit: float = getattr(self.hub.settings, self._CLOCKS[self.state][0])
         return self.since + limit if limit else math.inf
+
+    def conclude(self) -> None:
+        """Wait no longer for what follows the last event: the answer is what it is."""
+        self._pass(self.answer, self.answer.close(None), False)
 
     def late(self) -> UpstreamError:
         """Return the failure for a state that has lasted too long."""
@@ -2985,17 +4082,20 @@ class Source:
         except ValueError as error:
             self.stream.fail(Garbled(f"Upstream's answer cannot be read: {error}."))
             return
+        if status == 408 and self.connection.reused:  # it was about to be closed, and crossed the request
+            self.stream.fail(UpstreamError("Upstream closed the connection without an answer."), stale=True)
+            return
         self._head, self._body = b"", body
         self._keeps_alive = body.left is not None and "close" not in fields.get("connection", "").lower()
         self.answer = self.stream.answer = self.answer.start(status, fields)
         self._take(body, rest)
         if self.answer.eager and self.state != self.OVER:
             self.stream.viewer.open()
+            self.stream.set_alarm()  # for heartbeats
 
     def _take(self, body: BodyDecoder, data: bytes, closed: bool = False) -> None:
         """Pass on what data adds to the answer; closed: it is the last of the connection."""
-        answer, stream = self.answer, self.stream
-        life = answer.life
+        answer, life = self.answer, self.answer.life
         out = answer.feed(body.feed(data))
         if body.complete:
             out += answer.close(None)
@@ -3003,6 +4103,11 @@ class Source:
             out += answer.close(Garbled("Upstream broke the chunked coding of its answer."))
         elif closed:
             out += answer.close(UpstreamError("Upstream closed the connection within its answer.", ending="truncated"))
+        self._pass(answer, out, answer.life != life)
+
+    def _pass(self, answer: Answer, out: bytes, alive: bool) -> None:
+        """Pass on what an answer has become; alive: it was seen that upstream is."""
+        stream = self.stream
         if out:
             stream.record.append(out)
             if stream.first_text_at is None and answer.pieces:
@@ -3014,11 +4119,11 @@ class Source:
             stream.viewer.more()
             if stream.viewer.blocked:
                 self.watch()
-        if answer.failure:
+        if answer.failure and answer.state != answer.ENDING:
             stream.fail(answer.failure)
-        elif answer.life != life:
+        elif alive:
             self.since = self.hub.loop.now
-            if self.state != self.ENDING and (self.state != self.FLOWING or answer.state == answer.ENDING):
+            if self.state < self.FLOWING or (self.state == self.ENDING) != (answer.state == answer.ENDING):
                 self._flow(answer)
 
     def _flow(self, answer: Answer) -> None:
@@ -3161,11 +4266,11 @@ class Stream:
         if stale and self.viewer.state == Viewer.SILENT:
             self.ask(fresh=True)
             return
-        self.failure = failure
+        self.failure = self.answer.failure or failure
         if self.viewer.state == Viewer.SILENT:
             self._end()  # the exchange says why
             return
-        told = self.answer.encode("error", error=failure.message)
+        told = self.answer.encode("error", error=self.failure.message)
         self.record.append(told)
         self._finish(intact=bool(told))
 
@@ -3221,7 +4326,7 @@ class Stream:
             self.fail(UpstreamError("Upstream took too long to end its answer.", 504, "aborted"))
         elif source and not self.viewer.blocked:
             if source.due() <= now and source.state == Source.ENDING:
-                self.complete()
+                source.conclude()
             elif source.due() <= now:
                 self.fail(source.late())
             elif self._ping_due() <= now:
@@ -3766,7 +4871,7 @@ async function ask(question) {
       if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
       if (type === "error") error = data.error;
       if (type === "done") error = "";
-      if (data.finish_reason === "length") note = "The answer reached the token limit.";
+      note = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."}[data.finish_reason] || note;
     }
   } catch {}   // a lost connection or a body that is not JSON: error already says it
   if (controller.signal.aborted) [error, note] = ["", "Stopped."];
@@ -3850,17 +4955,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Output(logging.Handler):
-    """Writes lines to a stream's descriptor; what fails is for the log's writer to count."""
+    """Writes lines to a stream's descriptor, those that come together at once; a failure is the log writer's."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._fd = stream.fileno()
+        self._lines: list[str] = []
 
     def createLock(self) -> None:
         self.lock = None  # one thread writes; and at exit, logging would wait for a lock that it holds
 
     def emit(self, record: logging.LogRecord) -> None:
-        _write_all(self._fd, (self.format(record) + "\n").encode("utf-8", "backslashreplace"))
+        self._lines.append(self.format(record) + "\n")
+
+    def flush(self) -> None:
+        lines, self._lines = self._lines, []
+        _write_all(self._fd, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
 class _LogFormatter(logging.Formatter):
@@ -3894,6 +5004,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.addHandler(output)
     log.setLevel(logging.INFO)
     _raise_descriptor_limit()
+    sys.setswitchinterval(SWITCH_INTERVAL)
     # A byte comes for each signal, whichever thread the system gives it to.
     news, teller = socket.socketpair()
     teller.setblocking(False)
