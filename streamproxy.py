@@ -198,6 +198,11 @@ class ProxyError(Exception):
         self.code = code
         self.document = b""  # what upstream said, whole
 
+    def bare(self) -> Self:
+        """Return this, to be kept: without its origin, whose frames hold who keeps it, and the body of the request."""
+        self.__traceback__ = self.__context__ = None
+        return self
+
 
 class RequestError(ProxyError):
     status = 400
@@ -904,7 +909,7 @@ class Answer:
             return
         error.message, error.logged = conceal(error.message, self._redact), conceal(error.logged, self._redact)
         error.document = conceal_bytes(error.document, self._redact)
-        self.failure, self.state = error, self.OPEN
+        self.failure, self.state = error.bare(), self.OPEN
 
     # What the kinds of answers differ in; what the client is to have of it goes to out.
 
@@ -2781,9 +2786,11 @@ class Loop:
         self.post(self._stop)
         if self._thread.ident:
             self._thread.join()
-        self.close()
 
     def close(self) -> None:
+        """Do what was posted since, and be of no more use."""
+        while self._posts:
+            self._call(self._posts.popleft())
         for resource in (self._epoll, self._bell, self._rope):
             resource.close()
 
@@ -3382,7 +3389,7 @@ class Exchange:
         self.failure: ProxyError | None = None
         self.stream: Stream | None = None
         self.received = bytearray()  # of the body
-        self._then: Callable[[], None]  # what is done once a place, and the body, are there
+        self._then: Callable[[], None] | None = None  # what is done once a place, and the body, are there
 
     # What is asked.
 
@@ -3450,7 +3457,7 @@ class Exchange:
         self.server.limits.enter(name or key, self._counts)
         self.place = name or key
         if self.request.method != "POST":
-            self._then()
+            self._go_on()
             return
         if "transfer-encoding" not in fields and "content-length" not in fields:
             raise RequestError("A body needs a Content-Length.", 411)
@@ -3470,7 +3477,11 @@ class Exchange:
         elif len(self.received) > limit:
             self.refuse(RequestError(f"The body is larger than {limit} bytes.", 413))
         elif self.request.body.complete:
-            self._step(self._then)
+            self._step(self._go_on)
+
+    def _go_on(self) -> None:
+        assert self._then
+        self._then()
 
     # What is answered.
 
@@ -3577,7 +3588,7 @@ class Exchange:
 
     def refuse(self, failure: ProxyError) -> None:
         """Tell the client that its request failed."""
-        client, body, self.failure = self.client, self.request.body, failure
+        client, body, self.failure = self.client, self.request.body, failure.bare()
         over = failure.status in (408, 426) or isinstance(failure, Aborted)
         small = body.left is not None and body.left <= MAX_DISCARDED and "expect" not in self.request.fields
         client.keeps_alive = client.keeps_alive and not over and (body.complete or small)
@@ -3676,7 +3687,7 @@ class Exchange:
         if self.client.exchange is self:
             self._leave_place()
             self._log()
-            self.stream = None  # each has the other
+            self.stream = self._then = None  # they have this, too
             self.client.on_answered(cut)
 
     def _log(self) -> None:
@@ -4486,7 +4497,7 @@ class Dial:
         try:
             self.connection = self._hub.upstream.dial(self.lifeline)
         except ProxyError as error:
-            self.failure = error
+            self.failure = error.bare()
         except Exception as error:  # noqa: BLE001
             self.failure = internal_error(error)
         self._hub.loop.post(self._on_done)
@@ -4943,6 +4954,7 @@ class Hub:
         self.loop.post(self.pool.close)
         self.loop.stop()
         self.workers.close(CLOSE_TIMEOUT)
+        self.loop.close()
         self.log.close(CLOSE_TIMEOUT)
 
 
