@@ -3183,7 +3183,8 @@ def test_api_fields_that_pass_and_those_that_do_not(provider: Provider) -> None:
         expected = {"content-type": "application/json", "content-length": "2", "x-request-id": "req_7", "retry-after": "3", "x-ratelimit-limit-requests": "9",
                     "anthropic-ratelimit-tokens-limit": "8"}
         assert expected.items() <= fields.items()
-        assert set(fields) - set(expected) == {"date", "x-content-type-options", "x-accel-buffering", "cache-control", "incremental"}
+        ours = {"date", "x-content-type-options", "x-accel-buffering", "cache-control", "incremental", "keep-alive"}
+        assert set(fields) - set(expected) == ours
 
 
 # Members by which a request of LiteLLM, OpenRouter, OpenAI or Anthropic asks more models, and how they may be spelt.
@@ -3216,7 +3217,7 @@ def test_api_model_that_may_not_be_used_is_refused(server: Any, provider: Provid
     {"tools": [{"name": "x", "input_schema": {"properties": {"model": {"enum": ["gpt-5"]}}}}]}, {"tools": [{"type": "image_generation", "model": "b"}]},
     {"messages": [{"role": "user", "content": {"model": "gpt-5"}}]}, {"metadata": {"model": "gpt-5"}}, {"response_format": {"json_schema": {"models": ["gpt-5"]}}},
     {"tools": [{"type": "function", "name": "x", "parameters": {"properties": {"fallback_model": "gpt-5"}}}]}, {"modalities": ["text"]}, {"stop": ["gpt-5"]},
-    {"provider": {"allow_fallbacks": False, "order": ["gpt-5"]}}, {"input": [{"type": "message", "model": "gpt-5"}]}, {"fallbacks": None, "models": []},
+    {"provider": {"allow_fallbacks": False, "order": ["gpt-5"]}}, {"input": [{"type": "message", "model": "gpt-5"}]}, {"fallbacks": None, "models": ["gpt-6-luna"]},
     {"fallbacks": [{"model": "b", "messages": [{"role": "user", "content": "gpt-5"}]}, "gpt-6-luna", {"b": ["gpt-6-luna"]}]},
 ])
 def test_api_members_that_name_no_other_model_pass(more: dict[str, Any]) -> None:
@@ -4082,7 +4083,7 @@ def test_client_that_vanishes_leaves_no_traceback(server: Any, caplog: Any) -> N
 
 
 def test_fault_in_a_request_is_500_with_its_place_in_its_line_of_the_log(server: Any, caplog: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(streamproxy, "encode_request", lambda asked, settings: 1 / 0)
+    monkeypatch.setattr(streamproxy, "encode_request", lambda asked, settings, refused: 1 / 0)
     with Client(server).ask(PROMPT) as client:
         assert client.error() == (500, "Internal error.")
         assert client.ask(method="GET", path="/healthz").head().status == 200
@@ -5697,7 +5698,7 @@ def aimock(tmp_path_factory: Any) -> Iterator[str]:
     ("hello", 200, "Hello from aimock, piece by piece."), ("slow", 200, "A slow answer."), ("unicode", 200, "héllo 👋🏽 wörld 👩‍👩‍👧"), ("reason", 200, "Done."),
     ("cut", 200, None), ("limit", 429, "Slow down."), ("broken", 502, "Upstream failed with status 500."),
     ("drop", 502, "Upstream closed the connection without an answer."),
-    ("nothing matches", 502, "Upstream failed with status 503."),
+    ("nothing matches", 503, "Strict mode: no fixture matched"),
 ])
 def test_aimock(aimock: str, prompt: str, status: int, text: str | None) -> None:
     with running(None, upstream=aimock) as server, Client(server).ask({"prompt": prompt}) as client:
@@ -5896,7 +5897,7 @@ def test_openai_for_python(aimock: str, python_sdks: list[str]) -> None:
     with running(None, upstream=aimock) as server:
         assert run_script(python_sdks, OPENAI_PYTHON, server.url + "/v1") == {
             "chat": HELLO, "stream": UNICODE, "tools": ["get_weather", {"city": "Paris"}], "usage": [True], "responses": HELLO, "response": HELLO,
-            "embeddings": 1, "models": [], "cut": ["This ", "APIConnectionError"],
+            "embeddings": 1, "models": ["gpt-6-luna"], "cut": ["This ", "APIConnectionError"],
             "limit": ["RateLimitError", "Slow down.", None],
             "broken": ["InternalServerError", "Upstream failed with status 500.", "bad_gateway"],
             "wrong model": ["PermissionDeniedError", NO_MODEL, "model_not_found"],
@@ -5915,7 +5916,7 @@ def test_anthropic_for_python(aimock: str, python_sdks: list[str]) -> None:
 def test_openai_for_node(aimock: str, node_sdk: list[str]) -> None:
     with running(None, upstream=aimock) as server:
         assert run_script(node_sdk, OPENAI_NODE, server.url + "/v1") == {
-            "chat": HELLO, "stream": UNICODE, "responses": HELLO, "models": [], "limit": ["RateLimitError", "429 Slow down."],
+            "chat": HELLO, "stream": UNICODE, "responses": HELLO, "models": ["gpt-6-luna"], "limit": ["RateLimitError", "429 Slow down."],
             "broken": ["InternalServerError", "502 Upstream failed with status 500."], "cut": ["This ", "error"],
             "wrong model": ["PermissionDeniedError", f"403 {NO_MODEL}"],
         }  # fmt: skip
