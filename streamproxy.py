@@ -4656,7 +4656,9 @@ class Source:
             self.stream.fail(UpstreamError("Upstream closed the connection without an answer."), stale=True)
             return
         self._head, self._body = b"", body
-        self._keeps_alive = body.left is not None and "close" not in fields.get("connection", "").lower()
+        # A refusal may come before a large request was read; then nobody reads a second one behind it.
+        unread = status >= 400 and len(self.stream.call.body) > MAX_DISCARDED
+        self._keeps_alive = not unread and body.left is not None and "close" not in fields.get("connection", "").lower()
         self.answer = self.stream.answer = self.answer.start(status, fields)
         self.stream.on_head()
         self._take(body, rest)
