@@ -5108,6 +5108,8 @@ class Server(http.server.ThreadingHTTPServer):
         if self.draining:
             return
         self.state = self.DRAINING
+        if self.limits.total:
+            self.hub.log.info(f"shutting down once {self.limits.total} streams have ended; a second signal cuts them off")
         if self._started:
             self.hub.loop.post(self._drain)
             if not self._wait_until_empty(self.settings.drain_timeout):
@@ -5615,9 +5617,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def describe(settings: Settings) -> str:
+    """Return what is asked of whom, and what protects the port, in one line."""
+    path, host, _ = parse_address(settings.bind)
+    upstream = "the built-in API" if settings.demo else settings.upstream.partition("?")[0]
+    if settings.token_file:
+        guard = "clients need a token"
+    elif path:
+        guard = "no token is needed by whoever reaches the socket"
+    elif is_loopback(host):
+        guard = "no token is needed on this machine, and no other can connect"
+    else:
+        guard = "anybody may ask (--allow-anonymous)"
+    return f"It asks {settings.model} of {upstream}, {'with a' if settings.api_key else 'without a'} key; {guard}."
+
+
 def _announce(server: Server) -> None:
     """Say where the server is.  In a thread of its own, for whoever should read it may not."""
-    lines = [f"streamproxy {__version__} on {server.url}"]
+    lines = [f"streamproxy {__version__} on {server.url}", describe(server.settings)]
     if server.settings.demo:
         to = f"--unix-socket {server.url[5:]} http://localhost" if server.path else server.url
         lines.append(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""")
