@@ -1479,8 +1479,8 @@ def _statements(payload: object, depth: int = 0) -> Iterator[tuple[str, str, str
         for item in payload:
             yield from _statements(item, depth + 1)
     elif isinstance(payload, dict) and depth < 10:
-        place = payload.get("param") or payload.get("loc") or ""
-        place = ".".join(map(str, place)) if isinstance(place, list) else str(place)
+        named = next((payload[name] for name in ("param", "loc", "parameter", "field", "path") if payload.get(name)), "")
+        place = ".".join(map(str, named)) if isinstance(named, list) else str(named)
         said = [payload.get(name) for name in ("message", "msg", "detail", "error")]
         words = " ".join(text for text in said if isinstance(text, str))
         yield place, f"{payload.get('code')} {payload.get('type')}", words
@@ -1493,8 +1493,9 @@ def _statements(payload: object, depth: int = 0) -> Iterator[tuple[str, str, str
 # another request it may not be.
 _REFUSED_BEFORE = (
     r"(?:un(?:supported|known|recogni[sz]ed|expected)|extra|additional|literal_error|not one of"
-    r"|not (?:support|permitted|allowed|recogni[sz]ed))"
+    r"|invalid (?:parameter|argument|field|property|option)|n[o']t (?:support|permitted|allowed|recogni[sz]ed))"
     r"(?:(?!expected|supported values|instead|\buse\b|than\b|most\b|exceed)[^.;]){0,60}?(?<!\w){name}"
+    r"""(?!["'`]* (?:must|should|is too|exceed))"""
 )
 _REFUSED_BEHIND = (
     r"""(?<!\w){name}(?:\.\w+)?[\]"'`)\\]*(?: (?:parameter|argument|field|property|option|value))?:?\s*"""
@@ -1525,7 +1526,7 @@ def _refuses(name: str, place: str, codes: str, words: str) -> bool:
 def _refusal_patterns(name: str) -> list[re.Pattern[str]]:
     """Return what finds name at the start of a place, and what finds it refused; "presencePenalty" is one, too."""
     spelt = "[_ .-]?".join(map(re.escape, name.split("_"))) + r"(?!\w)"
-    texts = (r"(?:body\W+)?{name}", _REFUSED_BEFORE, _REFUSED_BEHIND)
+    texts = (r"\W*(?:body\W+)?{name}", _REFUSED_BEFORE, _REFUSED_BEHIND)
     return [re.compile(text.replace("{name}", spelt), re.IGNORECASE) for text in texts]
 
 
@@ -1601,9 +1602,13 @@ def _named_models(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def count_choices(asked: Mapping[str, Any]) -> int:
     """Return how many choices a completion has: n for each prompt."""
-    prompt = asked.get("prompt")
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)) else 1
-    return prompts * max([1, *[_whole(value) for name, value in asked.items() if name.casefold() == "n"]])
+    n = prompts = 1
+    for name, value in asked.items():
+        if name in ("n", "N"):
+            n = max(n, _whole(value))
+        elif name.casefold() == "prompt" and isinstance(value, list) and value and isinstance(value[0], (str, list)):
+            prompts = max(prompts, len(value))
+    return n * prompts
 
 
 def _whole(value: object) -> int:
@@ -1667,11 +1672,15 @@ ROUTES = (
 )
 
 
+_PATTERNS = [(re.compile(route.path).fullmatch, route) for route in ROUTES]
+
+
 def api_routes(path: str, settings: Settings) -> dict[str, Any]:
     """Return the Route of each method that the API has at path; {}: there is nothing."""
-    routes = [route for route in ROUTES if re.fullmatch(route.path, path)]
-    routes += [Route("POST", path)] if path in settings.allow_path else []
-    return {method: route for route in reversed(routes) for method in route.methods.split()}
+    routes = [route for pattern, route in _PATTERNS if pattern(path)]
+    if path in settings.allow_path:
+        routes.insert(0, Route("POST", path))
+    return {method: route for route in routes for method in route.methods.split()}
 
 
 # What is put before the path that is meant, or instead of /v1; Azure's deployments are among it.

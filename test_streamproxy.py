@@ -1541,7 +1541,11 @@ REFUSED = [
     ("reasoning_effort", b"Failed to deserialize the JSON body into the target type: reasoning_effort: unknown variant `none`, expected `low` at line 1 column 9"),
     ("reasoning_effort", b'{"errors":[{"message":"Additional properties are not allowed (\'reasoning_effort\' was unexpected)"}]}'), ("reasoning_effort", b'{"error":"invalid request: unknown field: reasoning_effort"}'),
     ("reasoning_effort", b'{"error":{"message":"Reasoning effort is not enabled for this model"}}'), ("stream_options", b'{"detail":"stream_options is not supported"}'),
-    ("max_completion_tokens", openai_error("Unrecognized request argument supplied: max_completion_tokens")),
+    ("max_completion_tokens", openai_error("Unrecognized request argument supplied: max_completion_tokens")), ("temperature", openai_error("This model doesn't support temperature.")),
+    ("temperature", b'{"errors":[{"field":"temperature","message":"not supported"}]}'), ("temperature", b'{"errors":[{"path":"/temperature","message":"Unknown property"}]}'),
+    ("temperature", b'{"error":"Invalid parameter: temperature"}'), ("stream_options", b'{"detail":"create() got an unexpected keyword argument \'stream_options\'"}'),
+    ("temperature", b'{"message":"temperature is not a valid parameter"}'), ("temperature", b'{"message":"The parameter temperature cannot be set for this model"}'),
+    ("temperature", json.dumps({"detail": [{"loc": ["body", "temperature"], "msg": "extra fields not permitted", "type": "value_error.extra"}]}).encode()),
 ]
 # Errors that say nothing of the kind, or only seem to: about other members, about how large a value is, and what a client wrote.
 NOT_REFUSED = [
@@ -1553,6 +1557,7 @@ NOT_REFUSED = [
     vllm_error("[{'type': 'missing', 'loc': ('body', 'x'), 'msg': 'Field required', 'input': \"Unsupported parameter: 'max_tokens'\"}]"), json.dumps({"detail": pydantic_error(["query", "x"])}).encode(),
     openai_error("Unsupported image. max_tokens: 400"), openai_error("Unknown parameter: 'foo'. Use 'max_tokens' instead."), openai_error("unknown field `foo`, expected one of `max_tokens`, `temperature`"),
     json.dumps([[[[[[[[[[[[{"error": "Unsupported parameter: max_tokens"}]]]]]]]]]]]]).encode(), b"[" * 100_000, openai_error("x" * 600 + " Unsupported parameter: max_tokens"),
+    openai_error("Invalid parameter: 'max_tokens' must be less than 300"), b'{"errors":[{"field":"max_tokens","message":"Must be at most 100"}]}',
     openai_error("max_tokens_to_sample: Extra inputs are not permitted"), openai_error("Invalid 'max_tokens': integer below minimum value.", "max_tokens", "integer_below_min_value"),
 ]
 SENT = ["max_tokens", "max_completion_tokens", "temperature", "frequency_penalty", "presence_penalty", "reasoning_effort", "stream_options"]
@@ -2756,7 +2761,7 @@ def test_harmless_query(query: str, method: str, expected: str) -> None:
 
 @pytest.mark.parametrize(("asked", "count"), [
     ({}, 1), ({"n": 2}, 2), ({"n": 2.0}, 2), ({"n": "2"}, 2), ({"n": "2.0"}, 2), ({"N": 3}, 3), ({"n": None}, 1), ({"n": "x"}, 1), ({"n": [2]}, 1), ({"n": True}, 1), ({"n": 0}, 1), ({"n": -2}, 1),
-    ({"n": "nan"}, 1), ({"n": "inf"}, 1), ({"n": 1, "N": "2"}, 2), ({"prompt": ["a", "b"]}, 2), ({"prompt": [[1], [2]], "n": "3"}, 6), ({"prompt": [1, 2]}, 1), ({"prompt": "ab"}, 1), ({"prompt": []}, 1),
+    ({"n": "nan"}, 1), ({"n": "inf"}, 1), ({"n": 1, "N": "2"}, 2), ({"prompt": ["a", "b"]}, 2), ({"prompt": [[1], [2]], "n": "3"}, 6), ({"prompt": [1, 2]}, 1), ({"prompt": "ab"}, 1), ({"prompt": []}, 1), ({"Prompt": ["a", "b"]}, 2),
 ])
 def test_choices_are_counted_as_lenient_servers_do(asked: dict[str, Any], count: int) -> None:
     assert streamproxy.count_choices(asked) == count
