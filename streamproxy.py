@@ -1244,8 +1244,8 @@ class _KeyParts:
         self._turns = []  # by how many characters and bits, and masks of the bits that stay in their byte, or come round
         for step in (1, 2, 4):
             stay = int.from_bytes(bytes([0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
-            round = int.from_bytes(bytes([0xFF ^ 0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
-            self._turns.append((step, stay, round))
+            around = int.from_bytes(bytes([0xFF ^ 0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
+            self._turns.append((step, stay, around))
 
     def find(self, data: bytes) -> list[int] | None:
         """Return where parts begin; None: in too many places."""
@@ -1261,8 +1261,8 @@ class _KeyParts:
 
     def _places(self, block: bytes) -> Iterator[int]:
         bits = int.from_bytes(block, "little")
-        for step, stay, round in self._turns:
-            bits &= (bits >> 9 * step & stay) | (bits >> 9 * step - 8 & round)
+        for step, stay, around in self._turns:
+            bits &= (bits >> 9 * step & stay) | (bits >> 9 * step - 8 & around)
         marks = bits.to_bytes(len(block), "little").translate(_ANY_BIT) if bits else b""
         place = marks.find(1)
         while place >= 0:
