@@ -1672,15 +1672,11 @@ ROUTES = (
 )
 
 
-_PATTERNS = [(re.compile(route.path).fullmatch, route) for route in ROUTES]
-
-
 def api_routes(path: str, settings: Settings) -> dict[str, Any]:
     """Return the Route of each method that the API has at path; {}: there is nothing."""
-    routes = [route for pattern, route in _PATTERNS if pattern(path)]
-    if path in settings.allow_path:
-        routes.insert(0, Route("POST", path))
-    return {method: route for route in routes for method in route.methods.split()}
+    routes = [route for route in ROUTES if re.fullmatch(route.path, path)]
+    routes += [Route("POST", path)] if path in settings.allow_path else []
+    return {method: route for route in reversed(routes) for method in route.methods.split()}
 
 
 # What is put before the path that is meant, or instead of /v1; Azure's deployments are among it.
