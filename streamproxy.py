@@ -1925,8 +1925,8 @@ class _KeyParts:
         self._turns = []  # by how many characters and bits, and masks of the bits that stay in their byte, or come round
         for step in (1, 2, 4):
             stay = int.from_bytes(bytes([0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
-            round = int.from_bytes(bytes([0xFF ^ 0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
-            self._turns.append((step, stay, round))
+            around = int.from_bytes(bytes([0xFF ^ 0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
+            self._turns.append((step, stay, around))
 
     def find(self, data: bytes) -> list[int] | None:
         """Return where parts begin; None: in too many places."""
@@ -1942,8 +1942,8 @@ class _KeyParts:
 
     def _places(self, block: bytes) -> Iterator[int]:
         bits = int.from_bytes(block, "little")
-        for step, stay, round in self._turns:
-            bits &= (bits >> 9 * step & stay) | (bits >> 9 * step - 8 & round)
+        for step, stay, around in self._turns:
+            bits &= (bits >> 9 * step & stay) | (bits >> 9 * step - 8 & around)
         marks = bits.to_bytes(len(block), "little").translate(_ANY_BIT) if bits else b""
         place = marks.find(1)
         while place >= 0:
@@ -2193,8 +2193,8 @@ def _statements(payload: object, depth: int = 0) -> Iterator[tuple[str, str, str
         for item in payload:
             yield from _statements(item, depth + 1)
     elif isinstance(payload, dict) and depth < 10:
-        place = payload.get("param") or payload.get("loc") or ""
-        place = ".".join(map(str, place)) if isinstance(place, list) else str(place)
+        named = next((payload[name] for name in ("param", "loc", "parameter", "field", "path") if payload.get(name)), "")
+        place = ".".join(map(str, named)) if isinstance(named, list) else str(named)
         said = [payload.get(name) for name in ("message", "msg", "detail", "error")]
         words = " ".join(text for text in said if isinstance(text, str))
         yield place, f"{payload.get('code')} {payload.get('type')}", words
@@ -2207,8 +2207,9 @@ def _statements(payload: object, depth: int = 0) -> Iterator[tuple[str, str, str
 # another request it may not be.
 _REFUSED_BEFORE = (
     r"(?:un(?:supported|known|recogni[sz]ed|expected)|extra|additional|literal_error|not one of"
-    r"|not (?:support|permitted|allowed|recogni[sz]ed))"
+    r"|invalid (?:parameter|argument|field|property|option)|n[o']t (?:support|permitted|allowed|recogni[sz]ed))"
     r"(?:(?!expected|supported values|instead|\buse\b|than\b|most\b|exceed)[^.;]){0,60}?(?<!\w){name}"
+    r"""(?!["'`]* (?:must|should|is too|exceed))"""
 )
 _REFUSED_BEHIND = (
     r"""(?<!\w){name}(?:\.\w+)?[\]"'`)\\]*(?: (?:parameter|argument|field|property|option|value))?:?\s*"""
@@ -2239,7 +2240,7 @@ def _refuses(name: str, place: str, codes: str, words: str) -> bool:
 def _refusal_patterns(name: str) -> list[re.Pattern[str]]:
     """Return what finds name at the start of a place, and what finds it refused; "presencePenalty" is one, too."""
     spelt = "[_ .-]?".join(map(re.escape, name.split("_"))) + r"(?!\w)"
-    texts = (r"(?:body\W+)?{name}", _REFUSED_BEFORE, _REFUSED_BEHIND)
+    texts = (r"\W*(?:body\W+)?{name}", _REFUSED_BEFORE, _REFUSED_BEHIND)
     return [re.compile(text.replace("{name}", spelt), re.IGNORECASE) for text in texts]
 
 
@@ -2315,9 +2316,13 @@ def _named_models(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def count_choices(asked: Mapping[str, Any]) -> int:
     """Return how many choices a completion has: n for each prompt."""
-    prompt = asked.get("prompt")
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)) else 1
-    return prompts * max([1, *[_whole(value) for name, value in asked.items() if name.casefold() == "n"]])
+    n = prompts = 1
+    for name, value in asked.items():
+        if name in ("n", "N"):
+            n = max(n, _whole(value))
+        elif name.casefold() == "prompt" and isinstance(value, list) and value and isinstance(value[0], (str, list)):
+            prompts = max(prompts, len(value))
+    return n * prompts
 
 
 def _whole(value: object) -> int:

@@ -652,25 +652,29 @@ def test_redactor_takes_4_mb_in_no_time_whatever_they_are(name: str) -> None:
     assert seconds < (0.2 if sys.implementation.name == "cpython" else 5)  # it took 1 s and more; now 0.02 at most
 
 
-ESCAPED = "".join(f"\\u{ord(character):04x}" for character in KEY)
+# KEY stands for it, ESC for it with each character escaped.
 DOCUMENTS = {
-    "plain": ('{"error": {"message": "Wrong key %s", "x": 1.0}}' % KEY, '{"error": {"message": "Wrong key [redacted]", "x": 1.0}}'),
-    "escaped": ('{"error": {"message": "Wrong key %s"}, "n":1e2}' % ESCAPED, '{"error": {"message": "Wrong key [redacted]"}, "n":1e2}'),
-    "one escape": ('["\\u0073%s"]' % KEY[1:], '["[redacted]"]'), "capitals": ('["\\u006B%s"]' % KEY[2:9], '["[redacted]"]'),
-    "a name": ('{"%s": 1}' % ESCAPED, '{"[redacted]": 1}'), "behind an escape": ('["\\n%s", "\\u00e4"]' % KEY, '["\\n[redacted]", "\\u00e4"]'),
-    "masked behind an escape": ('["a\\nsk-***b"]', '["a\\n[redacted]"]'), "no JSON": (f"Wrong key {KEY}!", "Wrong key [redacted]!"),
-    "no JSON with quotes": (f'Wrong "key" {KEY} \\x', 'Wrong "key" [redacted] \\x'), "cut": ('{"error": "\\u00e4 %s' % KEY, '{"error": "\\u00e4 [redacted]'),
-    "UTF-16": (f'["{KEY}"]'.encode("utf-16-le"), '"[redacted]"'), "not UTF-8": (b'["\xff%b"]' % KEY.encode(), b'["\xff[redacted]"]'),
-    "in very many strings": (json.dumps([KEY] * 5000), '"[redacted]"'), "in many strings": (json.dumps([KEY] * 900), json.dumps(["[redacted]"] * 900)),
-    "half a pair": ('["\\ud83d%s"]' % KEY, '["\\ud83d[redacted]"]'),
-    "other letters": ('["\xe4\\t%s"]' % KEY, '["\\u00e4\\t[redacted]"]'), "one large string": (json.dumps({"message": "bad\n", "input": KEY * 200_000}), '{"message": "bad\\n", "input": "[redacted]"}'),
+    "plain": ('{"error": {"message": "Wrong KEY", "x": 1.0}}', '{"error": {"message": "Wrong [redacted]", "x": 1.0}}'),
+    "escaped": ('{"error": {"message": "Wrong ESC"}, "n":1e2}', '{"error": {"message": "Wrong [redacted]"}, "n":1e2}'),
+    "one escape": ('["\\u0073' + KEY[1:] + '"]', '["[redacted]"]'), "capitals": ('["\\u006B' + KEY[2:9] + '"]', '["[redacted]"]'),
+    "a name": ('{"ESC": 1}', '{"[redacted]": 1}'), "behind an escape": ('["\\nKEY", "\\u00e4"]', '["\\n[redacted]", "\\u00e4"]'),
+    "masked behind an escape": ('["a\\nsk-***b"]', '["a\\n[redacted]"]'), "masked": ('{"a":"Unknown***model","b":"KEY"}', '{"a":"[redacted]","b":"[redacted]"}'),
+    "no JSON": ("Wrong KEY!", "Wrong [redacted]!"), "no JSON with quotes": ('Wrong "key" KEY \\x', 'Wrong "key" [redacted] \\x'),
+    "cut": ('{"error": "\\u00e4 KEY', '{"error": "\\u00e4 [redacted]'), "half a pair": ('["\\ud83dKEY"]', '["\\ud83d[redacted]"]'), "other letters": ('["\xe4\\tKEY"]', '["\\u00e4\\t[redacted]"]'),
+    "UTF-16": ("\0".join('["KEY"]'.replace("KEY", KEY)), '"[redacted]"'), "in many strings": ('["KEY"' + ', "KEY"' * 900 + "]", '["[redacted]"' + ', "[redacted]"' * 900 + "]"),
+    "in very many strings": ('["KEY"' + ', "KEY"' * 5000 + "]", '"[redacted]"'), "one large string": ('{"message": "bad\\n", "input": "' + KEY * 200_000 + '"}', '{"message": "bad\\n", "input": "[redacted]"}'),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_redacted_document_has_no_key_where_json_is_decoded(name: str) -> None:
-    document, expected = [part if isinstance(part, bytes) else part.encode() for part in DOCUMENTS[name]]
-    assert streamproxy.redact_document(document, streamproxy.redactor(KEY)) == expected
+    document, expected = DOCUMENTS[name]
+    document = document.replace("KEY", KEY).replace("ESC", "".join(f"\\u{ord(character):04x}" for character in KEY))
+    assert streamproxy.redact_document(document.encode(), streamproxy.redactor(KEY)) == expected.encode()
+
+
+def test_redacted_document_need_not_be_utf_8() -> None:
+    assert streamproxy.redact_document(b'["\xff' + KEY.encode() + b'"]', streamproxy.redactor(KEY)) == b'["\xff[redacted]"]'
 
 
 @pytest.mark.parametrize("document", [
@@ -1831,7 +1835,11 @@ REFUSED = [
     ("reasoning_effort", b"Failed to deserialize the JSON body into the target type: reasoning_effort: unknown variant `none`, expected `low` at line 1 column 9"),
     ("reasoning_effort", b'{"errors":[{"message":"Additional properties are not allowed (\'reasoning_effort\' was unexpected)"}]}'), ("reasoning_effort", b'{"error":"invalid request: unknown field: reasoning_effort"}'),
     ("reasoning_effort", b'{"error":{"message":"Reasoning effort is not enabled for this model"}}'), ("stream_options", b'{"detail":"stream_options is not supported"}'),
-    ("max_completion_tokens", openai_error("Unrecognized request argument supplied: max_completion_tokens")),
+    ("max_completion_tokens", openai_error("Unrecognized request argument supplied: max_completion_tokens")), ("temperature", openai_error("This model doesn't support temperature.")),
+    ("temperature", b'{"errors":[{"field":"temperature","message":"not supported"}]}'), ("temperature", b'{"errors":[{"path":"/temperature","message":"Unknown property"}]}'),
+    ("temperature", b'{"error":"Invalid parameter: temperature"}'), ("stream_options", b'{"detail":"create() got an unexpected keyword argument \'stream_options\'"}'),
+    ("temperature", b'{"message":"temperature is not a valid parameter"}'), ("temperature", b'{"message":"The parameter temperature cannot be set for this model"}'),
+    ("temperature", json.dumps({"detail": [{"loc": ["body", "temperature"], "msg": "extra fields not permitted", "type": "value_error.extra"}]}).encode()),
 ]
 # Errors that say nothing of the kind, or only seem to: about other members, about how large a value is, and what a client wrote.
 NOT_REFUSED = [
@@ -1843,6 +1851,7 @@ NOT_REFUSED = [
     vllm_error("[{'type': 'missing', 'loc': ('body', 'x'), 'msg': 'Field required', 'input': \"Unsupported parameter: 'max_tokens'\"}]"), json.dumps({"detail": pydantic_error(["query", "x"])}).encode(),
     openai_error("Unsupported image. max_tokens: 400"), openai_error("Unknown parameter: 'foo'. Use 'max_tokens' instead."), openai_error("unknown field `foo`, expected one of `max_tokens`, `temperature`"),
     json.dumps([[[[[[[[[[[[{"error": "Unsupported parameter: max_tokens"}]]]]]]]]]]]]).encode(), b"[" * 100_000, openai_error("x" * 600 + " Unsupported parameter: max_tokens"),
+    openai_error("Invalid parameter: 'max_tokens' must be less than 300"), b'{"errors":[{"field":"max_tokens","message":"Must be at most 100"}]}',
     openai_error("max_tokens_to_sample: Extra inputs are not permitted"), openai_error("Invalid 'max_tokens': integer below minimum value.", "max_tokens", "integer_below_min_value"),
 ]
 SENT = ["max_tokens", "max_completion_tokens", "temperature", "frequency_penalty", "presence_penalty", "reasoning_effort", "stream_options"]
@@ -3251,7 +3260,7 @@ def test_harmless_query(query: str, method: str, expected: str) -> None:
 
 @pytest.mark.parametrize(("asked", "count"), [
     ({}, 1), ({"n": 2}, 2), ({"n": 2.0}, 2), ({"n": "2"}, 2), ({"n": "2.0"}, 2), ({"N": 3}, 3), ({"n": None}, 1), ({"n": "x"}, 1), ({"n": [2]}, 1), ({"n": True}, 1), ({"n": 0}, 1), ({"n": -2}, 1),
-    ({"n": "nan"}, 1), ({"n": "inf"}, 1), ({"n": 1, "N": "2"}, 2), ({"prompt": ["a", "b"]}, 2), ({"prompt": [[1], [2]], "n": "3"}, 6), ({"prompt": [1, 2]}, 1), ({"prompt": "ab"}, 1), ({"prompt": []}, 1),
+    ({"n": "nan"}, 1), ({"n": "inf"}, 1), ({"n": 1, "N": "2"}, 2), ({"prompt": ["a", "b"]}, 2), ({"prompt": [[1], [2]], "n": "3"}, 6), ({"prompt": [1, 2]}, 1), ({"prompt": "ab"}, 1), ({"prompt": []}, 1), ({"Prompt": ["a", "b"]}, 2),
 ])
 def test_choices_are_counted_as_lenient_servers_do(asked: dict[str, Any], count: int) -> None:
     assert streamproxy.count_choices(asked) == count
