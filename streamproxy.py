@@ -93,7 +93,7 @@ import zlib
 
 TYPE_CHECKING = False  # typing costs time and memory, and is not needed at run time
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, ClassVar, NoReturn, Protocol, Self, TextIO
 
     class Asker(Protocol):
@@ -122,6 +122,7 @@ MAX_EVENT_SIZE = 16 * 1024 * 1024  # of an event or a JSON document, held until 
 MAX_ERROR_SIZE = 64 * 1024  # of a document that says why upstream refuses; longer ones are quoted, not passed on
 MAX_CHUNK_LINE = 4 * 1024  # of a chunk's size line; RFC 9112 section 7.1.1 asks for a limit
 MAX_TRAILER_SIZE = 16 * 1024
+MAX_TOKEN_FILE_SIZE = 4 * 1024 * 1024
 MAX_RECORD_SIZE = 5 + 16 * 1024 + 2048  # of TLS, as sent; RFC 5246 section 6.2.3, RFC 8446 section 5.2
 MAX_DISCARDED = 64 * 1024  # of a refused request's body, read for the sake of the connection
 # Of the next request while an answer is on its way: unless they are read, the end behind them is not seen.
@@ -144,6 +145,7 @@ SHORTAGE_PAUSE = 0.1  # before what failed for want of a descriptor or a thread 
 ATTEMPT_DELAY = 0.25  # before the next address of a name is tried, too; RFC 8305 section 5
 DIAL_GRACE = 0.2  # over connect_timeout: the loop's clock cuts first, and has its own words for it
 PROBES = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # the second: macOS's first
+COMPLAINT_INTERVAL = 60.0  # before a fault that lasts is complained of again
 FOREVER = 86400.0  # where a wait needs a number and there is no limit
 
 # Counts.
@@ -151,6 +153,7 @@ MAX_FIELDS = 100  # of a head; 40 are seen in practice
 MAX_INTERIM = 10  # answers (100, 103) before the one that counts
 MAX_SESSIONS = 8  # of TLS, to resume on new connections
 MAX_IDLE_CONNECTIONS = 128  # to upstream, between two requests
+MAX_MODELS = 1000  # of which it is remembered which defaults upstream refuses
 MAX_QUIET_CLIENTS = 10_000  # remembered for their limits although they have no stream
 SPARE_CONNECTIONS = 256  # beyond two a stream: those between two requests, and those slow to send one
 BACKLOG = 1024  # of connections that wait to be accepted (socketserver: 5)
@@ -597,6 +600,13 @@ def parse_event(event: Event) -> dict[str, Any]:
     Raises Garbled, and UpstreamError for an error that upstream sent this way.
     """
     type, data = event.type, event.data
+    if type == "message" and len(data) < _SHORT_JSON and '"error' not in data:  # mostly
+        try:
+            payload, end = _parse_short_json(data)
+            if end == len(data) and payload.get("choices"):
+                return payload  # type: ignore[no-any-return]
+        except (ValueError, AttributeError, RecursionError):
+            pass
     if type == "ping":
         return {}
     try:
@@ -607,8 +617,6 @@ def parse_event(event: Event) -> dict[str, Any]:
         if type != "message":
             return {}  # somebody's own event
         raise
-    if type == "message" and '"error' not in data and isinstance(payload, dict) and payload.get("choices"):
-        return payload  # mostly
     return check_payload(payload, type)
 
 
@@ -929,16 +937,17 @@ class Refusal(Answer):
         super().__init__(asked._redact)
         self.content_type, self.pings, self.fields = asked.content_type, asked.pings, asked.fields
         self.request_id = asked.request_id
-        self._asked = asked
-        self._refused = status
+        self.asked = asked
+        self.refused = status
+        self.document = b""  # once it is whole
         self._coding = compression_of(fields)
         self._retry_after = fields.get("retry-after", "")
 
     def ping(self) -> bytes:
-        return self._asked.ping()
+        return self.asked.ping()
 
     def encode(self, type: str, **payload: Any) -> bytes:
-        return self._asked.encode(type, **payload)
+        return self.asked.encode(type, **payload)
 
     def _take_bytes(self, body: bytes, out: list[bytes]) -> None:
         self.life += 1
@@ -948,11 +957,11 @@ class Refusal(Answer):
             self._finish(None, out)
 
     def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
-        document = inflate(bytes(self._held), self._coding)
-        failure = refusal(self._refused, document, self._retry_after)
-        if not self._asked.passes:
+        self.document = document = inflate(bytes(self._held), self._coding)
+        failure = refusal(self.refused, document, self._retry_after)
+        if not self.asked.passes:
             failure.status = 503 if failure.status == 529 else failure.status
-        elif failure.status == self._refused and document.strip() and len(document) <= MAX_ERROR_SIZE:
+        elif failure.status == self.refused and document.strip() and len(document) <= MAX_ERROR_SIZE:
             failure.document = document
             if document.lstrip()[:1] not in (b"{", b"[", b'"'):
                 failure.fields["Content-Type"] = "text/plain; charset=utf-8"
@@ -983,9 +992,8 @@ class TextAnswer(Answer):
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
         parser = self._parser
         for event in parser.feed(body):
-            if self.state == self.DONE:
+            if self._take_event(event, out):
                 break
-            self._take_event(event, out)
         if parser.idle and self.state < self.ENDING:
             self.life += parser.idle
             parser.idle = 0
@@ -1008,13 +1016,15 @@ class TextAnswer(Answer):
             if self._form == _DOCUMENT:
                 raise cut or garbled from None
 
-    def _take_event(self, event: Event, out: list[bytes]) -> None:
+    def _take_event(self, event: Event, out: list[bytes]) -> bool:
+        """Take event; tell whether it is the last."""
         self.events += 1
         self.life += 1
         if event.data.strip() == "[DONE]":
             self.state = self.DONE
-        else:
-            self._take_payload(parse_event(event), event.data, out)
+            return True
+        self._take_payload(parse_event(event), event.data, out)
+        return False
 
     def _take_payload(self, payload: dict[str, Any], data: str, out: list[bytes]) -> None:
         if '"usage"' in data and payload.get("usage", payload) or self.model is None and payload.get("model"):
@@ -1027,8 +1037,10 @@ class TextAnswer(Answer):
             raise Garbled("Upstream sent JSON that is not a chat completion's.") from None
 
     def _take_choice(self, choice: dict[str, Any], out: list[bytes]) -> None:
-        delta = choice.get("delta") or {}
-        text, reasoning = parse_part(delta or {"content": choice.get("text")})
+        part = choice.get("delta") or {"content": choice.get("text")}
+        text, reasoning = part.get("content"), ""
+        if len(part) > 1 or type(text) is not str:  # or else, mostly, it is all there is
+            text, reasoning = parse_part(part)
         if text:
             self._messages = None
         elif self._messages is not None and choice.get("message"):
@@ -1079,23 +1091,40 @@ _encode_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def goes_on(block: bytes) -> int:
-    """Return how many events block has, if all are such that a completion just goes on; 0: nothing is told.
+    """Return how many events block has, if each is one line in which a completion just goes on; 0: nothing is told.
 
-    Each is one line, a blank line behind it, and has a choice whose finish_reason is null.
+    Blank lines end block and each event.  Each has a choice, and what it has of finish_reasons is null.
     """
-    if block.find(b"\n") == len(block) - 2:  # mostly
+    find, count = block.find, block.count  # "in" takes longer
+    if find(b"\n") == len(block) - 2:  # mostly
         return (
-            block[:7] == b"data: {"
-            and b'"finish_reason":null' in block
-            and block.count(b'"finish_reason"') == 1
-            and b'"choices":[{' in block
-            and b'"error' not in block
+            block[0] == 100  # of data
+            and find(b'"choices":[{') > 0
+            and find(b'"finish_reason":null') > 0
+            and count(b'"finish_reason"') == 1
+            and find(b"error") < 0
         )
-    count = block.count(b'"finish_reason"')
-    return count if _GOING_ON.fullmatch(block) and block.count(b"\n") == 2 * count and b'"error' not in block else 0
+    going = count(b'"finish_reason"') == count(b'"finish_reason":null') and find(b"error") < 0 and find(b"\r") < 0
+    events = count(b'"choices":[{')
+    return events if going and count(b"\n\n") == events and _DATA_LINES.fullmatch(block) else 0
 
 
-_GOING_ON = re.compile(rb'(?:data: \{[^\n]*"choices":\[\{[^\n]*"finish_reason":null[^\n]*\n\n)*')
+_DATA_LINES = re.compile(rb"(?:data: ?\{[^\n]*\n\n)+")
+
+
+def is_dull(event: bytes) -> bool:
+    """Tell the same of one event, also where its JSON has blanks or its lines end otherwise, and of a typed delta."""
+    match = _DULL_EVENT.fullmatch(event)
+    if not match or match[1] is None or event.count(b"\r") != event.count(b"\r\n"):
+        return bool(match and match[1] is None)
+    return not (b'"error' in event or _REASON.search(event) or (b'"usage"' in event and b'"usage":null' not in event))
+
+
+_REASON = re.compile(rb'"finish_reason"\s*:\s*[^n\s]')
+_DULL_EVENT = re.compile(
+    rb'(?:(data: ?\{[^\n]*"choices": ?\[ ?\{)|(?:event: ?[a-z_.]*(?<!message)[._]delta\r?\ndata:'
+    rb'|data: ?\{ ?"type": ?"[a-z_.]*(?<!message)[._]delta"))[^\n]*\n\r?\n'
+)
 
 
 class PassedAnswer(Answer):
@@ -1110,7 +1139,7 @@ class PassedAnswer(Answer):
     _LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
     _TYPE = re.compile(r'\{\s*"type"\s*:\s*"([a-z_.]+)"')
     _DULL_TYPES = re.compile(r"(?<!message)[._]delta$|partial_image$")
-    _BLANK_LINE = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)|(?<=\r\r)")
+    _EVENT = re.compile(rb".*?(?:\n\r?\n|\r\r)", re.DOTALL)
     # What passes of an event that is not whole, since it can hold no secret yet.
     _QUIET = re.compile(rb"(?:(?:event|id|retry)?:[^\r\n]*(?:\r?\n|\Z))*[^\r\n]{0,8}")
     _WHOLE_AT_CLOSE = re.compile("(?:audio|image|video)/|application/octet-stream")
@@ -1128,6 +1157,7 @@ class PassedAnswer(Answer):
         self.pings = stream
         self.content_type = "text/event-stream" if stream else ""
         self._api = "/v1/messages" if messages else "/v1/"
+        self._parser = EventParser(sys.maxsize, strict=False)  # of the events that are looked at
         self._finished: set[str] = set()  # indexes of choices
         self._rest = bytearray(b"\n")  # what came behind the last blank line, and its own end
         self._passed = 0  # bytes of the event that is not whole that the client has
@@ -1170,22 +1200,33 @@ class PassedAnswer(Answer):
         self._pass(body, out)
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
-        if len(self._rest) == 1 and self.events and self.state < self.ENDING and goes_on(body):
-            self.events += 1
-            self.life += 1
-            self._pass(body, out)
-            return
-        passed, block = self._passed, self._whole_events(body)
-        data = self._look_through(block, passed) if block else b""
-        begin = 0 if block else passed
-        if self._QUIET.fullmatch(self._rest, 1) if len(self._rest) < 256 else len(self._rest) > MAX_EVENT_SIZE:
-            data += bytes(memoryview(self._rest)[begin + 1 :])
-            begin = len(self._rest) - 1
-        self._passed = begin
-        if len(self._rest) > MAX_EVENT_SIZE:
+        if body[-2:] == b"\n\n" and len(self._rest) == 1:  # mostly, whole events come, and nothing is held
+            data = body if self._just_goes_on(body) else self._look_through(body, 0)
+        else:
+            passed, block = self._passed, self._whole_events(body)
+            data = block[passed:] if self._just_goes_on(block) else self._look_through(block, passed)
+            data += self._unfinished(0 if block else passed)
+        if data:
+            self.pieces += 1
+            self.size += len(data)
+            out.append(data)
+
+    def _just_goes_on(self, block: bytes) -> int:
+        count = goes_on(block) if self.events and block and self.state < Answer.ENDING else 0
+        self.events += count
+        self.life += count
+        return count
+
+    def _unfinished(self, passed: int) -> bytes:
+        """Return what may pass of the event that is not whole, of which the client has passed bytes."""
+        size, data = len(self._rest), b""
+        if size > MAX_EVENT_SIZE or (size < 256 and self._QUIET.fullmatch(self._rest, 1)):
+            data, passed = bytes(memoryview(self._rest)[passed + 1 :]), size - 1
+        if size > MAX_EVENT_SIZE:
             del self._rest[1024:-4]  # its type, which comes first, is all that is looked at then
-            self._passed = len(self._rest) - 1
-        self._pass(data, out)
+            passed = len(self._rest) - 1
+        self._passed = passed
+        return data
 
     def _whole_events(self, body: bytes) -> bytes:
         """Return the events that body completes."""
@@ -1200,21 +1241,25 @@ class PassedAnswer(Answer):
 
     def _look_through(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""
-        count = goes_on(block) if self.events and self.state < self.ENDING else 0
-        if count:
-            self.events += count
-            self.life += count
-            return block[passed:]
+        events = self._EVENT.findall(block) if b"\r" in block else [x + b"\n\n" for x in block.split(b"\n\n")[:-1]]
         out = []
-        for piece in self._BLANK_LINE.split(block):
-            parser = EventParser(len(piece) + 1, strict=False)
-            events = parser.feed(piece)
-            if self.state < self.ENDING:
-                self.life += len(events) + parser.idle
-            secret = False in [self._is_harmless(event) for event in events]
-            out.append(conceal_bytes(piece[passed:], self._redact) if secret else piece[passed:])
+        for event in events:
+            out.append(self._take_piece(event, passed))
             passed = 0
         return b"".join(out)
+
+    def _take_piece(self, piece: bytes, passed: int) -> bytes:
+        """Take one event; return what the client is to have of it."""
+        counts = self.state < self.ENDING
+        if self.events and counts and is_dull(piece):
+            self.events += 1
+            self.life += 1
+            return piece[passed:]
+        events = self._parser.feed(piece)
+        self.life += counts and len(events) + self._parser.idle
+        self._parser.idle = 0
+        secret = False in [self._is_harmless(event) for event in events]
+        return conceal_bytes(piece[passed:], self._redact) if secret else piece[passed:]
 
     def _is_harmless(self, event: Event) -> bool:
         """Take event; False: it is an error, and may have secrets."""
@@ -1281,8 +1326,7 @@ class PassedAnswer(Answer):
     def _finish_events(self, out: list[bytes]) -> None:
         """Take the event that the body ended in: it counts if it is whole, though no blank line came."""
         rest = bytes(memoryview(self._rest)[1:])
-        parser = EventParser(len(rest) + 1, strict=False)
-        for event in parser.feed(rest) + parser.close():
+        for event in self._parser.feed(rest) + self._parser.close():
             with contextlib.suppress(Garbled):
                 if event.data.strip() != "[DONE]":
                     load_payload(event.data)
@@ -1307,23 +1351,6 @@ class PassedAnswer(Answer):
             check_payload(payload)
             raise UpstreamError("Upstream sent a document where a stream was asked for.")
         return document if find_error(payload) is None else conceal_bytes(document, self._redact)
-
-
-class ModelList(PassedAnswer):
-    """The API's list of models, with those left out that a client may not use."""
-
-    def __init__(self, models: Iterable[str], redact: Callable[[str], str] = str) -> None:
-        super().__init__(redact)
-        self._models = frozenset(models)
-
-    def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
-        payload = check_payload(load_payload(self._held.decode("utf-8", "replace")))
-        try:
-            payload["data"] = [model for model in payload["data"] if model["id"] in self._models]
-        except (LookupError, TypeError):
-            raise Garbled("Upstream sent JSON that is not a list of models.") from None
-        self._pass(json.dumps(payload).encode(), out)
-        self.state = self.SETTLED
 
 
 # Fields of upstream's head that are for the client to see, their names in lower case.
@@ -1667,6 +1694,7 @@ def _listing(pattern: str, allowed: str, convert: Callable[[str], Any] = str) ->
 
 _read_members = _listing(r"(?!(?:prompt|messages|stream)$)\w+", "NAME, other than prompt, messages and stream")
 _read_models = _listing(".+", "NAME, or * for any")
+_read_paths = _listing(r"/v1(/(?!\.+(/|$))[A-Za-z0-9._~-]+)+", "a path such as /v1/images/generations")
 _read_origins = _listing(r"https?://[^/\s,]+", "SCHEME://HOST or SCHEME://HOST:PORT")
 _read_hosts = _listing(r"[A-Za-z0-9._:\[\]-]+", "a host name, without a port")
 _read_networks = _listing(r"[0-9A-Fa-f.:]+(/[0-9]{1,3})?", "an address or a network", ipaddress.ip_network)
@@ -1686,9 +1714,9 @@ def _read_url(text: str) -> str:
     raise ValueError("an http:// or https:// address without user, password or fragment")
 
 
-def _read_params(texts: Sequence[str]) -> dict[str, Any]:
+def _read_params(texts: Sequence[str]) -> Params:
     """The defaults, changed by each text in turn; null removes."""
-    params = dict(DEFAULT_PARAMS)
+    given: dict[str, Any] = {}
     for text in texts:
         name, _, value = text.partition("=")
         try:
@@ -1697,15 +1725,28 @@ def _read_params(texts: Sequence[str]) -> dict[str, Any]:
             changes = {"": None}
         if ("=" not in text and not text.startswith("{")) or not changes.keys().isdisjoint(("", *OWN_PARAMS)):
             raise ValueError(f"NAME=JSON, or a JSON object, with names other than {', '.join(OWN_PARAMS)}")
-        params.update(changes)
-    return {name: value for name, value in params.items() if value is not None}
+        given.update(changes)
+    return Params({**DEFAULT_PARAMS, **given}, given)
+
+
+class Params(dict[str, object]):
+    """Members of the upstream request; given: the names of those that the operator has set, or removed."""
+
+    def __init__(self, values: Mapping[str, object], given: Iterable[str] | None = None) -> None:
+        """given: None for all, or, where values are Params, for theirs."""
+        super().__init__((name, value) for name, value in values.items() if value is not None)
+        self.given = frozenset(getattr(values, "given", values) if given is None else given)
 
 
 # Members of the upstream request that --param does not set.
 OWN_PARAMS = ("model", "messages", "stream")
 
-# What the script that this program replaces asked for.
-DEFAULT_PARAMS = {"max_tokens": 400, "temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0}
+# What the script that this program replaces asked for; and the default model takes a temperature only if it does not
+# reason.
+DEFAULT_PARAMS = Params({
+    "max_tokens": 400, "temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0, "reasoning_effort": "none",
+}, given=())  # fmt: skip
+DEFAULT_MODEL = "gpt-6-luna"
 
 
 class Setting:
@@ -1758,20 +1799,21 @@ class Settings:
         "OPENAI_API_KEY", secret=True)
     auth_header: str = _row(
         "Authorization: Bearer {key}", _read_auth_header, "TEMPLATE", "header field that carries the key")
-    model: str = _row("gpt-4.1-mini", _read_text, "NAME", "model to ask")
-    param: Mapping[str, Any] = _row(
+    model: str = _row(DEFAULT_MODEL, _read_text, "NAME", "model to ask")
+    param: Params = _row(
         DEFAULT_PARAMS, _read_params, "NAME=JSON",
         "member of the upstream request, repeatable; NAME= removes one; the variable is a JSON object",
-        shown=" ".join(f"{name}={value}" for name, value in DEFAULT_PARAMS.items()))
+        shown=" ".join(f"{name}={json.dumps(value)}" for name, value in DEFAULT_PARAMS.items()))
     system: str = _row("", _matching(r"[^\0]*", "text"), "TEXT", "system message put before every conversation")
     client_param: tuple[str, ...] = _row((), _read_members, "NAME", "member a client may set itself, repeatable")
     connect_timeout: float = _row(10.0, _read_seconds, "SECONDS", "to connect to upstream, TLS included; 0: no limit")
     first_byte_timeout: float = _row(120.0, _read_seconds, "SECONDS", "from then to the first event; 0: no limit")
     idle_timeout: float = _row(60.0, _read_seconds, "SECONDS", "between two events of upstream; 0: no limit")
     total_timeout: float = _row(3600.0, _read_seconds, "SECONDS", "for a whole answer; 0: no limit")
-    keep_alive_timeout: float = _row(75.0, _read_seconds, "SECONDS", "for a client's idle connection; 0: no limit")
     client_timeout: float = _row(
         30.0, _read_seconds, "SECONDS", "for a client to send its request, and for each stalled write; 0: no limit")
+    keep_alive_timeout: float = _row(
+        75.0, _read_seconds, "SECONDS", "for a client's idle connection, between two requests; 0: no limit")
     heartbeat: float = _row(15.0, _read_seconds, "SECONDS", "of silence before a comment, in SSE mode; 0: never")
     max_body: int = _row(1024 * 1024, _read_size, "BYTES", "largest request body")
     max_streams: int = _row(1024, _read_count, "COUNT", "streams at a time; 0: no limit")
@@ -1780,6 +1822,8 @@ class Settings:
     token_file: str = _row("", _read_text, "FILE", "lines NAME TOKEN: only clients with such a token may ask")
     allow_model: tuple[str, ...] = _row(
         (), _read_models, "NAME", "model a client of /v1 may ask besides --model, repeatable; * for any")
+    allow_path: tuple[str, ...] = _row(
+        (), _read_paths, "PATH", "further path below /v1 to pass on, repeatable; for POST alone")
     allow_origin: tuple[str, ...] = _row(
         (), _read_origins, "ORIGIN", "origin whose pages may ask, besides our own, repeatable")
     allow_host: tuple[str, ...] = _row(
@@ -1801,7 +1845,7 @@ class Settings:
             texts = value if isinstance(value, (list, tuple)) else [value]
             if value and all(isinstance(text, str) for text in texts):
                 value = setting.parse(value)
-            vars(self)[setting.name] = dict(value) if isinstance(value, dict) else value
+            vars(self)[setting.name] = Params(value) if isinstance(value, dict) else value
         path, host, _ = parse_address(self.bind)
         if not (path or is_loopback(host) or self.token_file or self.allow_anonymous):
             raise SettingsError(
@@ -1847,29 +1891,160 @@ class Settings:
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
+# Characters.  Shorter parts of a key are in many a word, and a shorter key is nobody's secret: "x", "none".
+_PART_SIZE = 8
+
+HIDDEN = "[redacted]"
+_MASK = re.compile(r'\*{3}[^\s"\\]{0,1000}')
+_WORD = re.compile(r'[^\s"\\]{0,1000}')
+
+# What is searched at a time, and the places in a text that are looked at one by one.  A text with more of them, which
+# nobody sends but to hold us up, is hidden whole.
+_BLOCK_SIZE = 16 * 1024
+_MAX_PLACES = 20_000
+
+_ANY_BIT = b"\0" + b"\1" * 255
+
+
+class _KeyParts:
+    """The parts of a key, and where they begin in a text: told in a time that does not depend on what the text is.
+
+    Bit n of a character's byte says that the key has it at a place that is n modulo 8.  A part may begin where the
+    bytes of 8 characters, each turned by one bit more than the one before, have a bit in common: Shift-And, for all
+    places of a block at once.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._parts = {key[at : at + _PART_SIZE] for at in range(len(key) - _PART_SIZE + 1)}
+        self._tables = []
+        for begin in range(0, len(key) - _PART_SIZE + 1, 160):  # of a longer key, most bytes would have all bits
+            table = bytearray(256)
+            for at, character in enumerate(key[begin : begin + 159 + _PART_SIZE]):
+                table[character] |= 1 << at % 8
+            self._tables.append(bytes(table))
+        self._turns = []  # by how many characters and bits, and masks of the bits that stay in their byte, or come round
+        for step in (1, 2, 4):
+            stay = int.from_bytes(bytes([0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
+            round = int.from_bytes(bytes([0xFF ^ 0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
+            self._turns.append((step, stay, round))
+
+    def find(self, data: bytes) -> list[int] | None:
+        """Return where parts begin; None: in too many places."""
+        found, looked_at = [], 0
+        for at in range(0, len(data), _BLOCK_SIZE):
+            block = data[at : at + _BLOCK_SIZE + _PART_SIZE - 1]
+            places = {at + place for table in self._tables for place in self._places(block.translate(table))}
+            looked_at += len(places)
+            if looked_at > _MAX_PLACES:
+                return None
+            found += [place for place in sorted(places) if data[place : place + _PART_SIZE] in self._parts]
+        return found
+
+    def _places(self, block: bytes) -> Iterator[int]:
+        bits = int.from_bytes(block, "little")
+        for step, stay, round in self._turns:
+            bits &= (bits >> 9 * step & stay) | (bits >> 9 * step - 8 & round)
+        marks = bits.to_bytes(len(block), "little").translate(_ANY_BIT) if bits else b""
+        place = marks.find(1)
+        while place >= 0:
+            yield place
+            place = marks.find(1, place + 1)
+
+
 def redactor(key: str) -> Callable[[str], str]:
-    """Return what takes key, its parts of 6 characters or more and masked keys out of a text."""
-    size = min(6, len(key))
-    parts = {key[at : at + size] for at in range(len(key) - size + 1)} if key else set()
+    """Return what takes key, its parts of 8 characters or more and masked keys (sk-...***...) out of a text.
+
+    A key of fewer characters is not looked for.
+    """
+    parts = _KeyParts(key.encode())
 
     def redact(text: str) -> str:
-        if "***" in text:
-            text = re.sub(r'[^\s"\\]+', lambda word: "[redacted]" if "***" in word[0] else word[0], text)
-        hidden = {i for at in range(len(text)) if text[at : at + size] in parts for i in range(at, at + size)}
-        runs = itertools.groupby(range(len(text)), hidden.__contains__)
-        return "".join("[redacted]" if secret else "".join(text[i] for i in run) for secret, run in runs)
+        shown = _hide_masked(text) if "***" in text else text
+        data = shown.encode("utf-8", "surrogatepass")
+        places = parts.find(data)
+        if not places:
+            return HIDDEN if places is None else shown
+        out: list[bytes] = []
+        at = 0  # up to which data was shown or hidden
+        for place in places:
+            if place > at or not out:
+                out += [data[at:place], HIDDEN.encode()]
+            at = place + _PART_SIZE
+        return b"".join([*out, data[at:]]).decode("utf-8", "surrogatepass")
 
     return redact
 
 
+def _hide_masked(text: str) -> str:
+    out: list[str] = []
+    at = 0
+    for mask in _MASK.finditer(text):
+        if len(out) > _MAX_PLACES // 10:
+            return HIDDEN
+        begin = _WORD.match(text[max(at, mask.start() - 1000) : mask.start()][::-1])
+        out += [text[at : mask.start() - (begin.end() if begin else 0)], HIDDEN]
+        at = mask.end()
+    return "".join([*out, text[at:]])
+
+
+_LENIENT_JSON = json.JSONDecoder(strict=False)
+
+
+def redact_document(document: bytes, redact: Callable[[str], str]) -> bytes:
+    """Return document without what redact takes out, also where JSON escapes it; its very bytes if there is none.
+
+    Only the strings of JSON in which it was are written anew.  What cannot be mended so is hidden whole.
+    """
+    text = document.decode("utf-8", "surrogateescape")
+    if _is_clean(text, redact):
+        return document
+    out: list[str] = []
+    at = 0
+    with contextlib.suppress(ValueError):  # the rest is not JSON
+        while (begin := text.find('"', at)) >= 0 and len(out) <= _MAX_PLACES // 10:
+            string, end = _LENIENT_JSON.raw_decode(text, begin)
+            shown, escaped = redact(string), text.find("\\", begin, end) >= 0
+            out += [redact(text[at:begin]), text[begin:end]]
+            if shown != string:
+                out[-1] = json.dumps(shown, ensure_ascii=escaped)
+            at = end
+    mended = "".join([*out, redact(text[at:])])
+    if len(out) > _MAX_PLACES // 10 or not _is_clean(mended, redact):
+        return json.dumps(HIDDEN).encode()
+    return mended.encode("utf-8", "surrogateescape")
+
+
+def _is_clean(text: str, redact: Callable[[str], str]) -> bool:
+    """Tell whether redact finds nothing in a document: neither in its text nor, decoded, in its strings."""
+    if "\0" in text:  # UTF-16 and UTF-32, which some parsers of JSON take
+        text = text.replace("\0", "")
+    if "\\" in text:
+        # As if it were one string, whose quotes are line ends: that is as fast as one string is decoded.
+        flat = text.replace("\\\\", "\\u005c").replace('\\"', "\\u0022").replace('"', "\n")
+        with contextlib.suppress(ValueError):
+            text = _LENIENT_JSON.decode(f'"{flat}"')
+    return redact(text) == text
+
+
 # 7 ------------------------------------------------------------------- Requests
 
+USER_AGENT = f"streamproxy/{__version__}"
+
 # Fields of a request that upstream is to see: what the call needs, and nothing that says who calls.
-PASSED_FIELDS = ("content-type", "accept", "anthropic-version", "anthropic-beta", "openai-beta", "idempotency-key")
+PASSED_FIELDS = (
+    "content-type", "accept", "anthropic-version", "anthropic-beta", "openai-beta", "idempotency-key", "traceparent",
+    "tracestate", "x-client-request-id", "x-stainless-retry-count",
+)  # fmt: skip
+
+# What names no compression; each is sent by somebody.
+_NO_CODINGS = ("", "identity", "none", "utf-8")
 
 
-def encode_request(asked: dict[str, Any], settings: Settings) -> bytes:
-    """Return the chat-completion request for what a client asked.  Raises RequestError."""
+def encode_request(asked: Mapping[str, Any], settings: Settings, refused: Container[str] = ()) -> bytes:
+    """Return the chat-completion request for what a client asked.  Raises RequestError.
+
+    refused: names of defaults that upstream does not take.
+    """
     if ("prompt" in asked) == ("messages" in asked):
         raise RequestError('The body must be a JSON object with either "prompt" or "messages".')
     prompt, messages = asked.get("prompt"), asked.get("messages")
@@ -1881,14 +2056,37 @@ def encode_request(asked: dict[str, Any], settings: Settings) -> bytes:
         raise RequestError('"messages" must be a non-empty array of {"role": ..., "content": ...}.')
     if settings.system:
         messages = [{"role": "system", "content": settings.system}, *messages]
-    request = {"model": settings.model, **settings.param}
-    request.update((name, asked[name]) for name in settings.client_param if name in asked)
+    request = {**_chosen(asked, settings), "messages": messages, "stream": True}
+    request.update(default_params(request, settings, refused))
     try:
-        return json.dumps({**request, "messages": messages, "stream": True}, ensure_ascii=False).encode()
+        return json.dumps(request, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise RequestError("The text holds half of a surrogate pair.") from None
     except RecursionError:
         raise RequestError("The JSON is nested too deeply.") from None
+
+
+def _chosen(asked: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return the members that the operator has set, or a client may set."""
+    fixed = settings.param.given.union(settings.client_param)
+    members = {name: value for name, value in settings.param.items() if name in fixed}
+    members.update((name, asked[name]) for name in settings.client_param if name in asked)
+    return {"model": settings.model, **members}
+
+
+# Names of which the second is OpenAI's newer one for the first, which most servers know.
+_OTHER_NAMES = {"max_tokens": ("max_completion_tokens",)}
+
+
+def default_params(request: Mapping[str, Any], settings: Settings, refused: Container[str]) -> dict[str, Any]:
+    """Return the members that nobody has set, under the first of their names that upstream has not refused."""
+    defaults: dict[str, Any] = {}
+    for name, value in {**settings.param, "stream_options": {"include_usage": True}}.items():
+        names = (name, *_OTHER_NAMES.get(name, ()))
+        if not any(other in request for other in names):
+            good = [other for other in names if other not in refused and other not in settings.param.given]
+            defaults.update((other, value) for other in good[:1])
+    return defaults
 
 
 class Call:
@@ -1899,53 +2097,336 @@ class Call:
     fields: Mapping[str, str]
     method: str
     query: str
+    adapted: Adapted | None
 
     def __init__(
-        self, path: str, body: bytes, fields: Mapping[str, str] | None = None, method: str = "POST", query: str = ""
-    ) -> None:
-        """path: below the base URL."""
-        vars(self).update(path=path, body=body, fields=fields or {}, method=method, query=query)
+        self, path: str, body: bytes, fields: Mapping[str, str] | None = None, method: str = "POST", query: str = "",
+        adapted: Adapted | None = None,
+    ) -> None:  # fmt: skip
+        """path: below the base URL.  adapted: what body was made from, and can be made from anew."""
+        vars(self).update(path=path, body=body, fields=fields or {}, method=method, query=query, adapted=adapted)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("calls do not change")
 
 
-USER_AGENT = f"streamproxy/{__version__}"
+class Refusals:
+    """The defaults that upstream has refused by name, for each model."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, frozenset[str]] = {}
+
+    def of(self, model: str) -> frozenset[str]:
+        return self._names.get(model, frozenset())
+
+    def keep(self, model: str, names: frozenset[str]) -> None:
+        self._names.pop(model, None)
+        self._names[model] = names
+        if len(self._names) > MAX_MODELS:  # clients may name models of their own
+            del self._names[next(iter(self._names))]
 
 
-def prompt_call(asked: dict[str, Any], settings: Settings) -> Call:
+class Adapted:
+    """What a client asked, as a request that upstream takes: without the defaults that it refuses by name.
+
+    What the operator has set, or a client may set, stands, and so does the refusal of it.
+    """
+
+    def __init__(self, asked: Mapping[str, Any], settings: Settings, refusals: Refusals) -> None:
+        self._asked, self._settings, self._refusals = asked, settings, refusals
+        chosen = _chosen(asked, settings)
+        self.choices = count_choices(chosen)
+        self._model = str(chosen["model"])[:200]
+        self._refused = refusals.of(self._model)
+        self._told: frozenset[str] = frozenset()  # refused to this request, and not only remembered
+
+    def encode(self) -> bytes:
+        """Return the request as it stands now.  Raises RequestError."""
+        return encode_request(self._asked, self._settings, self._refused)
+
+    def take_refusal(self, status: int, document: bytes) -> bool:
+        """Tell whether to send the request again, without what an error of upstream's refuses: each name once."""
+        sent = default_params(_chosen(self._asked, self._settings), self._settings, self._refused)
+        name = refused_parameter(document, sent) if status in (400, 422) else None
+        if name is None or name in self._told:
+            return False
+        self._told |= {name}
+        alike = next(({first, *others} for first, others in _OTHER_NAMES.items() if name in (first, *others)), {name})
+        self._refused = (self._refused - alike) | self._told  # what is only remembered of them may be over
+        return True
+
+    def keep(self) -> None:
+        """Remember what was refused.  For when upstream has taken the request: else a client could make refusals."""
+        if self._told:
+            self._refusals.keep(self._model, self._refused)
+
+
+_PROMPT_FIELDS = {
+    "Content-Type": "application/json", "Accept": "text/event-stream, application/json", "User-Agent": USER_AGENT,
+}  # fmt: skip
+
+
+def prompt_call(adapted: Adapted) -> Call:
     """Return the request to upstream for what a client of ours asked.  Raises RequestError."""
-    fields = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json", "User-Agent": USER_AGENT}
-    return Call("/chat/completions", encode_request(asked, settings), fields)
+    return Call("/chat/completions", adapted.encode(), _PROMPT_FIELDS, adapted=adapted)
 
 
-def check_model(body: bytes, settings: Settings) -> dict[str, Any]:
-    """Return what a request of the API asks, if its model may be asked.  Raises RequestError.
+def refused_parameter(document: bytes, names: Iterable[str]) -> str | None:
+    """Return the one of names that an error of upstream's refuses: whatever its value is, or a value never taken.
 
-    Where any model may be, that need not be JSON: {} then.
+    The error may be OpenAI's, FastAPI's, or a sentence, in JSON or alone.  What it quotes of the request is not read,
+    since a client may have written it.
+    """
+    try:
+        payload = json.loads(document)
+    except (ValueError, RecursionError):
+        payload = document.decode("utf-8", "replace")
+    said = list(itertools.islice(_statements(payload), 100))
+    return next((name for name in names if any(_refuses(name, *statement) for statement in said)), None)
+
+
+def _statements(payload: object, depth: int = 0) -> Iterator[tuple[str, str, str]]:
+    """Yield what an error says: (the parameter's name or "", codes, words)."""
+    if isinstance(payload, str):
+        yield "", "", payload
+    elif isinstance(payload, list) and depth < 10:
+        for item in payload:
+            yield from _statements(item, depth + 1)
+    elif isinstance(payload, dict) and depth < 10:
+        place = payload.get("param") or payload.get("loc") or ""
+        place = ".".join(map(str, place)) if isinstance(place, list) else str(place)
+        said = [payload.get(name) for name in ("message", "msg", "detail", "error")]
+        words = " ".join(text for text in said if isinstance(text, str))
+        yield place, f"{payload.get('code')} {payload.get('type')}", words
+        for inner in (*said, payload.get("errors")):
+            if not isinstance(inner, str):
+                yield from _statements(inner, depth + 1)
+
+
+# A parameter is refused in these words before its name, or behind it.  That a number is too large is no refusal: in
+# another request it may not be.
+_REFUSED_BEFORE = (
+    r"(?:un(?:supported|known|recogni[sz]ed|expected)|extra|additional|literal_error|not one of"
+    r"|not (?:support|permitted|allowed|recogni[sz]ed))"
+    r"(?:(?!expected|supported values|instead|\buse\b|than\b|most\b|exceed)[^.;]){0,60}?(?<!\w){name}"
+)
+_REFUSED_BEHIND = (
+    r"""(?<!\w){name}(?:\.\w+)?[\]"'`)\\]*(?: (?:parameter|argument|field|property|option|value))?:?\s*"""
+    r"(?:(?:is|are|was|were|has been) )?(?:currently |no longer )?"
+    r"(?:not (?:yet )?(?:support|permitted|allowed(?! to)|recogni|available|enabled|accepted|a )"
+    r"|un(?:support|known|recogni|expected)|does(?: not|n't) (?:support|accept|exist)|cannot be (?:used|set)"
+    r"|extra inputs|deprecated|removed|forbidden|only (?:supports|\S+ (?:is|are) (?:allowed|supported))"
+    r"""|must be one of|input should be ["'])"""
+)
+# The same where the error has a member for the name.
+_REFUSED_CODES = re.compile("unsupported|unknown|unrecogni|unexpected|extra|additional|literal|enum|not_supported")
+_REFUSED_WORDS = re.compile(
+    "(?i)unsupported|unknown|unrecogni|extra inputs|not (?:one of|supported|permitted|allowed(?! to))"
+    "|supported values|deprecated|must be one of"
+)
+_QUOTED_INPUT = re.compile(r"""input_value|["']?input["']?\s*[:=]""")
+
+
+def _refuses(name: str, place: str, codes: str, words: str) -> bool:
+    words = _QUOTED_INPUT.split(words[:500], maxsplit=1)[0]
+    at_start, before, behind = _refusal_patterns(name)
+    if place:
+        return bool(at_start.match(place) and (_REFUSED_CODES.search(codes) or _REFUSED_WORDS.search(words)))
+    return bool(before.search(words) or behind.search(words))
+
+
+@functools.lru_cache(maxsize=64)
+def _refusal_patterns(name: str) -> list[re.Pattern[str]]:
+    """Return what finds name at the start of a place, and what finds it refused; "presencePenalty" is one, too."""
+    spelt = "[_ .-]?".join(map(re.escape, name.split("_"))) + r"(?!\w)"
+    texts = (r"(?:body\W+)?{name}", _REFUSED_BEFORE, _REFUSED_BEHIND)
+    return [re.compile(text.replace("{name}", spelt), re.IGNORECASE) for text in texts]
+
+
+def check_coding(fields: Mapping[str, str], passes: bool = False) -> None:
+    """Check that a body is not compressed, unless it passes as it came (RFC 9110 section 15.5.16).
+
+    Raises RequestError.
+    """
+    codings = [coding.strip() for coding in fields.get("content-encoding", "").split(",")]
+    bad = [coding for coding in codings if coding.lower() not in _NO_CODINGS]
+    if bad and not passes:
+        words = f"A body in the content coding {bad[0][:100]!a} cannot be read here: send it as it is."
+        raise RequestError(words, 415, fields={"Accept-Encoding": "identity"})
+
+
+def check_media(fields: Mapping[str, str], settings: Settings) -> None:
+    """Check, before it is read, that a body of the API's is one whose model can be seen.  Raises RequestError."""
+    any_model = "*" in settings.allow_model
+    check_coding(fields, any_model)
+    kind = fields.get("content-type", "").partition(";")[0].strip().lower()
+    if not any_model and kind.startswith(("multipart/", "audio/", "image/", "video/")):
+        words = f"The model cannot be seen in a body of the type {kind[:100]!a}: that takes --allow-model '*'."
+        raise RequestError(words, 415)
+
+
+def check_model(body: bytes, settings: Settings, needed: bool = True) -> dict[str, Any]:
+    """Return what a request of the API asks, if all models in it may be asked.  Raises RequestError.
+
+    Where any model may be, that need not be JSON: {} then.  needed: one must be there.
     """
     if "*" in settings.allow_model:
         with contextlib.suppress(RequestError):
             return parse_request(body)
         return {}
-    asked = parse_request(body)
-    names = [name for name in asked if name.lower() == "model"]  # servers in Go take "Model" too
-    if names != ["model"] or not isinstance(asked["model"], str):
+    asked = parse_request(body) if body or needed else {}
+    names = [name for name in asked if name.casefold() == "model"]  # servers in Go take "Model" too
+    if names != ["model"] * (needed or bool(names)) or not isinstance(asked.get("model", ""), str):
         raise RequestError('The body must have one "model", a string.', code="model_not_found")
-    if asked["model"] not in (settings.model, *settings.allow_model):
-        raise unknown_model(asked["model"])
+    for member, model in _named_models(asked):
+        if model not in (settings.model, *settings.allow_model):
+            raise unknown_model(model, "" if member == "model" else member)
     return asked
+
+
+# Names of members that may hold models: LiteLLM takes "fallbacks", "context_window_fallbacks", "model_list" and
+# "deployment_id", OpenRouter "models" and "plugins" with models of their own, OpenAI and Anthropic tools with a model.
+_MODEL_NAMES = re.compile("model|fallback|^engine$|^deployment|^preset$|^user_config$")
+# And of those that hold what is said, or the form of it, whatever names are in there.
+_CONTENT = frozenset((
+    "messages", "input", "prompt", "system", "instructions", "metadata", "content", "arguments", "parameters",
+    "input_schema", "schema", "json_schema", "function", "functions", "documents", "text",
+))  # fmt: skip
+
+
+def _named_models(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (member of asked, name) for all that may be the name of a model."""
+    rest: list[tuple[str, object, bool]] = [("", asked, False)]
+    while rest:
+        top, value, named = rest.pop()
+        if isinstance(value, list):
+            rest += [(top, item, named) for item in value]
+        elif isinstance(value, dict):
+            named = named and "model" not in value  # {"a model": ["its fallback"]}, not {"model": ..., "messages": ...}
+            for member, inner in value.items():
+                folded = member.casefold()  # as servers in Go do
+                if named:
+                    yield top, member
+                if named or folded not in _CONTENT:
+                    rest.append((top or member, inner, named or bool(_MODEL_NAMES.search(folded))))
+        elif named and isinstance(value, str):
+            yield top, value
 
 
 def count_choices(asked: Mapping[str, Any]) -> int:
     """Return how many choices a completion has: n for each prompt."""
-    n, prompt = asked.get("n"), asked.get("prompt")
+    prompt = asked.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)) else 1
-    return prompts * (n if isinstance(n, int) and n > 0 else 1)
+    return prompts * max([1, *[_whole(value) for name, value in asked.items() if name.casefold() == "n"]])
 
 
-def unknown_model(name: str) -> RequestError:
-    return RequestError(f"The model {name[:100]!a} may not be used here (--allow-model).", 403, code="model_not_found")
+def _whole(value: object) -> int:
+    """A number as lenient servers take it: 2, 2.0 or "2"; 0 if it is none."""
+    with contextlib.suppress(ValueError, OverflowError):
+        return int(float(value)) if isinstance(value, (int, float, str)) else 0
+    return 0
+
+
+def unknown_model(name: str, member: str = "") -> RequestError:
+    within = f", in {member[:100]!a}," if member else ""
+    words = f"The model {name[:100]!a}{within} may not be used here (--allow-model)."
+    return RequestError(words, 403, code="model_not_found")
+
+
+# What a query may hold besides "beta", which is Anthropic's, where something is read: how it is listed, or streamed.
+_READING = frozenset(("limit", "after", "before", "order", "include", "include[]", "stream", "starting_after"))
+_HARMLESS_VALUE = re.compile(r"[A-Za-z0-9._~%:,+/@!*=-]*")  # without ";", at which some servers split
+
+
+def harmless_query(query: str, method: str) -> str:
+    """Return what upstream may see of a client's query: LiteLLM, for one, takes a "model" in it before the body's."""
+    kept = []
+    for parameter in query.split("&"):
+        name, _, value = parameter.partition("=")
+        plain = urllib.parse.unquote(name)
+        if (plain == "beta" or (method == "GET" and plain in _READING)) and _HARMLESS_VALUE.fullmatch(value):
+            kept.append(parameter)
+    return "&".join(kept)
+
+
+def passed_query(query: str, method: str, settings: Settings) -> str:
+    """Return what upstream sees of a client's query: all of it where any model may be asked."""
+    return query if "*" in settings.allow_model else harmless_query(query, method)
+
+
+def passed_fields(fields: Mapping[str, str], settings: Settings, has_body: bool) -> dict[str, str]:
+    """Return the fields of a request of the API that upstream sees.  User-Agent says who connects, and for whom."""
+    passed = {name.title(): fields[name] for name in PASSED_FIELDS if name in fields}
+    if has_body and "*" not in settings.allow_model:
+        passed["Content-Type"] = "application/json"  # as check_model has read it
+    elif has_body and "content-encoding" in fields:
+        passed["Content-Encoding"] = fields["content-encoding"]
+    return {**passed, "User-Agent": f"{USER_AGENT} {fields.get('user-agent', '')}".strip()}
+
+
+# A request of the API that is passed on.  has_model: its body must name one; counts: among the requests of a minute.
+Route = collections.namedtuple("Route", "methods path has_model counts", defaults=(True, True))
+
+_ID = "(?!input_tokens(?:/|$))[A-Za-z0-9_:=~-][A-Za-z0-9._:=~-]{0,511}"
+
+# No route lists what others have made: who knows an ID was told it.
+ROUTES = (
+    Route("POST", "/v1/(?:chat/completions|completions|responses|embeddings|messages)"),
+    Route("POST", "/v1/messages/count_tokens", counts=False),  # it costs nothing, and editors ask 50 times at their start
+    Route("POST", "/v1/responses/input_tokens"),
+    Route("GET DELETE", f"/v1/responses/{_ID}", has_model=False),
+    Route("POST", f"/v1/responses/{_ID}/cancel", has_model=False),
+    Route("GET", f"/v1/responses/{_ID}/input_items", has_model=False),
+    Route("GET", "/v1/models(?:/.+)?", has_model=False),
+)
+
+
+@functools.lru_cache(maxsize=64)
+def _routes_at(path: str) -> list[Any]:
+    return [route for route in ROUTES if re.fullmatch(route.path, path)]
+
+
+def api_routes(path: str, settings: Settings) -> dict[str, Any]:
+    """Return the Route of each method that the API has at path; {}: there is nothing."""
+    routes = _routes_at(path) + ([Route("POST", path)] if path in settings.allow_path else [])
+    return {method: route for route in reversed(routes) for method in route.methods.split()}
+
+
+# What is put before the path that is meant, or instead of /v1; Azure's deployments are among it.
+_OTHER_BASE = re.compile(r"(?i)(?:/(?:v[0-9]+\w*|api|openai(?:/deployments/[^/]+)?|anthropic|proxy))*(?=/)")
+
+
+def meant_path(path: str, settings: Settings) -> str | None:
+    """Return the path of ours that path nearly is: with another base, number of slashes, case or ending."""
+    plain = "/" + "/".join(filter(None, path.split("/")))
+    base = _OTHER_BASE.match(plain)
+    rest = plain[base.end() if base else 0 :]
+    for meant in (plain, plain.lower(), f"/v1{rest}", f"/v1{rest.lower()}", f"/v1{rest.lower()}s"):
+        if meant != path and (meant in ("/", "/healthz", "/readyz") or api_routes(meant, settings)):
+            return meant
+    return None
+
+
+def models_document(path: str, settings: Settings) -> bytes | None:
+    """Return the models that may be asked, or the one at path; None: any may be, and upstream knows them.
+
+    OpenAI's members and Anthropic's stand beside each other.  Raises RequestError.
+    """
+    name = urllib.parse.unquote(path[len("/v1/models/") :])
+    if name and any(not part.strip(".") for part in name.split("/")):
+        raise RequestError("There is nothing at this path.", 404)  # nor at one that it leads to
+    if "*" in settings.allow_model:
+        return None
+    names = list(dict.fromkeys((settings.model, *settings.allow_model)))
+    if name and name not in names:
+        raise unknown_model(name)
+    models = [
+        {"id": model, "object": "model", "created": 0, "owned_by": "streamproxy",
+         "type": "model", "display_name": model, "created_at": "1970-01-01T00:00:00Z"}
+        for model in names
+    ]  # fmt: skip
+    listed = {"object": "list", "data": models, "has_more": False, "first_id": names[0], "last_id": names[-1]}
+    return json.dumps(models[names.index(name)] if name else listed).encode() + b"\n"
 
 
 def parse_request(body: bytes) -> dict[str, Any]:
@@ -1970,53 +2451,97 @@ def _is_message(message: Any) -> bool:
 
 
 class Tokens:
-    """The client tokens in a file, which is read again when it changes."""
+    """The client tokens in a file.
 
-    def __init__(self, path: str) -> None:
-        """Raises SettingsError where the file cannot be used."""
-        self._path = path
+    One thread looks at it, as long as its file system takes; all others go by what was seen last.
+    """
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """Raises SettingsError where the file cannot be used, or names no client."""
+        self._path, self._clock = path, clock
+        self._lock = threading.Lock()
         self._tokens: list[tuple[bytes, str]] = []  # digest and name
-        self._seen: object = None  # the version that was read or refused, or why none could be
+        self._text, self._since, self._settled = "", clock(), True  # as seen last, since when, and if all of it counts
+        self._fault, self._complained_at = "", -math.inf
         try:
-            self._refresh()
+            self._text = self._read()[1]
+            self._tokens = _parse_tokens(self._text)
+            if not self._tokens:
+                raise ValueError("it names no client")
         except ValueError as fault:
             raise SettingsError(f"--token-file (STREAMPROXY_TOKEN_FILE): cannot use {path!r}: {fault}") from None
 
     def name_of(self, token: str) -> str | None:
         """Return the name of the client whose token this is, in a time that says nothing of the others."""
-        try:
-            self._refresh()
-        except ValueError as fault:
-            log.error("the token file was not taken, its last version counts: %s", fault)
         digest = hashlib.sha256(token.encode("latin-1")).digest()
         names = [name for known, name in self._tokens if hmac.compare_digest(known, digest)]
         return names[-1] if names else None
 
-    def _refresh(self) -> None:
-        """Take the file where it changed.  Raises ValueError that says, once, what is wrong with it."""
-        before = self._seen
+    def look(self) -> list[str]:
+        """Take the file where it has changed; return what the log must say of it.  Blocks as long as the file does.
+
+        A last line without its end may be half of one: it counts for a look a second later that sees the same.
+        """
+        with self._lock:  # else an older look could end after a newer one
+            said, fault = [], ""
+            try:
+                mode, text = self._read()
+                if self._take(text):
+                    said.append("the token file names no client any more: nobody is let in")
+                if mode & 0o007 and os.name == "posix":
+                    fault = "the token file can be read by others; allowed: chmod o-rwx"
+            except ValueError as error:
+                fault = f"the token file was not taken, its last version counts: {error}"
+            if fault and (fault != self._fault or self._clock() >= self._complained_at + COMPLAINT_INTERVAL):
+                said.append(fault)
+                self._complained_at = self._clock()
+            self._fault = fault
+            return said
+
+    def _read(self) -> tuple[int, str]:
+        """Return the file's mode and text.  Raises ValueError that says why they cannot be had."""
+        def open_at_once(path: str, flags: int) -> int:  # a FIFO would keep us until somebody writes to it
+            return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
         try:
-            status = os.stat(self._path)
-            self._seen = status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode
-            if self._seen == before:
-                return
-            if status.st_mode & 0o007 and os.name == "posix":
-                raise ValueError("others may read it; allowed: chmod o-rwx")
-            with open(self._path, encoding="utf-8") as file:
-                lines = [line.split() for line in file if line.strip() and not line.startswith("#")]
+            with open(self._path, "rb", opener=open_at_once) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise ValueError("it is not a regular file")
+                data = file.read(MAX_TOKEN_FILE_SIZE + 1)
         except OSError as error:
-            self._seen = reason_of(error)
-            if self._seen == before:
-                return
-            raise ValueError(self._seen) from None
+            raise ValueError(reason_of(error)) from None
+        if len(data) > MAX_TOKEN_FILE_SIZE:
+            raise ValueError(f"it is larger than {MAX_TOKEN_FILE_SIZE} bytes")
+        try:
+            return status.st_mode, data.decode()
         except UnicodeError:
             raise ValueError("it is not UTF-8") from None
-        for number, line in enumerate(lines, 1):
-            if len(line) != 2 or not re.fullmatch(r"[\w.@-]{1,64}", line[0]) or not re.fullmatch("[!-~]+", line[1]):
-                raise ValueError(f"entry {number} is not NAME TOKEN")
-        if not lines:
-            raise ValueError("it names no client")
-        self._tokens = [(hashlib.sha256(token.encode()).digest(), name) for name, token in lines]
+
+    def _take(self, text: str) -> bool:
+        """Let text count; tell whether, only now, it names no client.  Raises ValueError."""
+        if text != self._text:
+            self._text, self._since, self._settled = text, self._clock(), False
+        if self._settled:
+            return False
+        lines, _, last = text.rpartition("\n")
+        whole = not last.strip() or last.lstrip().startswith("#") or self._clock() >= self._since + 1
+        tokens = _parse_tokens(text if whole else lines)
+        if not whole:  # what has counted before may go on
+            with contextlib.suppress(ValueError):
+                tokens += [known for known in _parse_tokens(last) if known in self._tokens]
+        self._tokens, self._settled = tokens, whole
+        return whole and not tokens
+
+
+def _parse_tokens(text: str) -> list[tuple[bytes, str]]:
+    """Return (digest, name) of each token.  Raises ValueError."""
+    lines = [line.split() for line in text.split("\n")]
+    entries = [words for words in lines if words and not words[0].startswith("#")]
+    for number, words in enumerate(entries, 1):
+        if len(words) != 2 or not re.fullmatch(r"[\w.@-]{1,64}", words[0]) or not re.fullmatch("[!-~]+", words[1]):
+            raise ValueError(f"entry {number} is not NAME TOKEN")
+    return [(hashlib.sha256(token.encode()).digest(), name) for name, token in entries]
 
 
 class Limits:
@@ -2030,25 +2555,32 @@ class Limits:
         self._clients: dict[str, list[float]] = {}  # streams, requests left, and as of when
         self._many = MAX_QUIET_CLIENTS  # so many are looked through for those that can be forgotten
 
-    def enter(self, client):
-        with self._lock: self._enter(client)
-    def leave(self, client):
+    def enter(self, client: str, counts: bool = True) -> None:
+        """Take a place among the streams, until leave.  Raises RequestError, with a Retry-After, where there is none.
+
+        counts: among the requests of a minute.
+        """
+        with self._lock:
+            self._enter(client, counts)
+
+    def leave(self, client: str) -> None:
+        """Give back the place that enter took."""
         with self._lock:
             self.total -= 1
             self._clients[client][0] -= 1
             if len(self._clients) > self._many:
-                old = self._clock() - 60
+                old = self._clock() - 60  # a minute's silence leaves nothing to know of a client
                 self._clients = {name: state for name, state in self._clients.items() if state[0] or state[2] > old}
                 self._many = max(MAX_QUIET_CLIENTS, 2 * len(self._clients))
 
-    def _enter(self, client: str) -> None:
+    def _enter(self, client: str, counts: bool) -> None:
         limits, now = self._settings, self._clock()
         if limits.max_streams and self.total >= limits.max_streams:
             raise RequestError("Too many answers are on their way.", 503, fields={"Retry-After": "1"})
         state = self._clients.setdefault(client, [0, limits.requests_per_minute, now])
         if limits.max_streams_per_client and state[0] >= limits.max_streams_per_client:
             raise RequestError("Too many of your answers are on their way.", 429, fields={"Retry-After": "1"})
-        if limits.requests_per_minute:  # a token bucket that holds those of a minute
+        if limits.requests_per_minute and counts:  # a token bucket that holds those of a minute
             rate = limits.requests_per_minute / 60
             left = min(limits.requests_per_minute, state[1] + (now - state[2]) * rate)
             if left < 1:
@@ -2060,6 +2592,16 @@ class Limits:
 
 
 _PORT = re.compile(":[0-9]*$")
+# An element of X-Forwarded-For: Azure adds ports, and some write IPv6 as RFC 7239 section 6 has it, in quotes.
+_FORWARDED = re.compile(r'"?(?:\[([0-9A-Fa-f:.%\w]+)\]|([0-9.]+)(?=[:"]|$))(?::[0-9]{1,5})?"?')
+
+# Fields of answers that pages of an allowed origin may read.  "*" would do for most browsers, not for all.
+_EXPOSED = ", ".join((
+    "X-Request-Id", "Request-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry", "OpenAI-Processing-Ms", "OpenAI-Version",
+    *(f"X-RateLimit-{what}-{of}" for what in ("Limit", "Remaining", "Reset") for of in ("Requests", "Tokens")),
+    *(f"Anthropic-RateLimit-{of}-{what}" for of in ("Requests", "Tokens", "Input-Tokens", "Output-Tokens")
+      for what in ("Limit", "Remaining", "Reset")),
+))  # fmt: skip
 
 
 class Access:
@@ -2069,21 +2611,25 @@ class Access:
         """Raises SettingsError for a token file that cannot be used."""
         self._settings = settings
         self._tokens = Tokens(settings.token_file) if settings.token_file else None
-        path, host, _ = parse_address(settings.bind)
+        host = parse_address(settings.bind)[1]  # "" of a unix socket, before which a proxy passes names on
         self._names = {host.lower(), *(name.lower().strip("[]") for name in settings.allow_host)}
-        self._any_name = bool(path or self._tokens)  # no browser reaches a unix socket
+
+    @property
+    def look(self) -> Callable[[], list[str]] | None:
+        """What looks whether the token file has changed, if there is one: see Tokens.look."""
+        return self._tokens.look if self._tokens else None
 
     def address_of(self, peer: str, forwarded: str) -> str:
         """Return the client's address: peer, or what trusted proxies say of it; "unix" for a unix socket."""
         hops = forwarded.split(",") if forwarded else []
         while hops and self._trusts(peer):
             try:
-                peer = plain_address(hops.pop().strip())
+                hop = hops.pop().strip()
+                match = _FORWARDED.fullmatch(hop)
+                peer = plain_address((match[1] or match[2]) if match else hop.strip('"'))
             except ValueError:
                 break
         return peer
-
-    def look(self, then): then()
 
     def check_host(self, host: str, own_address: Callable[[], str]) -> None:
         """Check that a server without tokens is asked under a name of its own: DNS may lead any name here.
@@ -2091,7 +2637,7 @@ class Access:
         own_address returns the address that was connected to.  Raises RequestError.
         """
         name = _PORT.sub("", host).strip("[]").lower()
-        if not (self._any_name or name in self._names or is_loopback(name) or name == own_address()):
+        if not (self._tokens or name in self._names or is_loopback(name) or name == own_address()):
             raise RequestError(f"This server does not answer to the name {name[:100]!a} (--allow-host).", 403)
 
     def cors_fields(self, fields: Mapping[str, str]) -> dict[str, str]:
@@ -2100,8 +2646,23 @@ class Access:
             return {}
         return {
             "Access-Control-Allow-Origin": fields["origin"],
-            "Access-Control-Expose-Headers": "X-Request-Id, Retry-After",
+            "Access-Control-Expose-Headers": _EXPOSED,
             "Vary": "Origin",
+        }
+
+    def preflight_fields(self, fields: Mapping[str, str], methods: str) -> dict[str, str]:
+        """Return what tells a page of an allowed origin that it may send what it asks to send, in one of methods.
+
+        What is not passed on does no harm.  Source: WHATWG Fetch section 3.2.2.  Raises RequestError.
+        """
+        if "origin" not in fields:
+            return {}
+        self.check_origin(fields)
+        names = [name.strip() for name in fields.get("access-control-request-headers", "").split(",")]
+        return {
+            "Access-Control-Allow-Methods": methods,
+            "Access-Control-Allow-Headers": ", ".join(name for name in names if re.fullmatch(_TOKEN, name)),
+            "Access-Control-Max-Age": "600",
         }
 
     def check_origin(self, fields: Mapping[str, str]) -> None:
@@ -2488,10 +3049,12 @@ class LogWriter:
 
     def _run(self) -> None:
         while not (self._closing.is_set() and not self._lines):
-            self._wake.acquire()
-            self._closing.wait(LOG_PAUSE)  # each time this thread runs, it takes the interpreter from the loop
             self._asleep = True  # from here on, a line wakes this thread; those before are seen here
+            if not self._lines:
+                self._wake.acquire()
+            self._asleep = False
             self._write(len(self._lines))
+            self._closing.wait(LOG_PAUSE)  # each time this thread runs, it takes the interpreter from the loop
 
     def _write(self, count: int) -> None:
         for _ in range(count):
@@ -2810,7 +3373,6 @@ class Client(Peer):
 
 
 _REQUEST_ID = re.compile("[0-9A-Za-z._-]{1,64}")
-_MODEL_PATH = re.compile("^/v1/models/.+")
 
 
 class Exchange:
@@ -2847,9 +3409,12 @@ class Exchange:
         request, access = self.request, self.server.access
         self.who = access.address_of(self.client.address, request.fields.get("x-forwarded-for", ""))
         self.cors = access.cors_fields(request.fields)
-        methods = _ROUTES.get(_MODEL_PATH.sub("/v1/models", request.path))
+        if request.path.startswith("/v1/") and "websocket" in request.fields.get("upgrade", "").lower():
+            raise RequestError("Ask with POST: WebSocket is not spoken here.", 426, fields=_UPGRADE)
+        methods = self._methods()
         if not methods:
-            raise RequestError("There is nothing at this path.", 404)
+            meant = meant_path(request.path, self.server.settings)
+            raise RequestError("There is nothing at this path" + (f": {meant} is meant." if meant else "."), 404)
         if request.method not in methods:
             known = request.method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT")
             allowed = ", ".join(methods)
@@ -2862,14 +3427,25 @@ class Exchange:
             access.check_host(request.fields.get("host", "localhost"), self._own_address)
         methods[request.method](self)
 
+    def _methods(self) -> Mapping[str, Callable[[Exchange], None]]:
+        """What there is at the path, by method."""
+        routes = api_routes(self.request.path, self.server.settings)
+        if not routes:
+            return _ROUTES.get(self.request.path, {})
+        answer = Exchange.get_models if self.request.path.startswith("/v1/models") else Exchange.pass_on
+        return {**dict.fromkeys(routes, answer), "OPTIONS": Exchange.answer_preflight}
+
     def _own_address(self) -> str:
         return "" if self.server.path else plain_address(self.client.sock.getsockname()[0])
 
-    def _admit(self, then: Callable[[], None]) -> None:
-        """Let in a request that costs money, count it as long as it lasts, and go on once its body is there."""
+    def _admit(self, then: Callable[[], None], counts: bool = True) -> None:
+        """Let in a request that costs money, count it as long as it lasts, and go on once its body is there.
+
+        counts: among the requests of a minute.
+        """
         self.server.access.check_origin(self.request.fields)
-        self._then = then
-        self.server.access.look(self._on_looked)
+        self._then, self._counts = then, counts
+        self.server.lookout.look(self._on_looked)
 
     def _on_looked(self) -> None:
         if self.client.exchange is self:  # or it has left meanwhile
@@ -2880,7 +3456,7 @@ class Exchange:
         key = network_of(self.who) if self.who != "unix" else "unix"
         name = self.server.access.identify(fields)
         self.who = name or self.who
-        self.server.limits.enter(name or key)
+        self.server.limits.enter(name or key, self._counts)
         self.place = name or key
         if self.request.method != "POST":
             self._go_on()
@@ -2913,15 +3489,9 @@ class Exchange:
 
     def answer_preflight(self) -> None:
         """Tell a page of an allowed origin what it may send (WHATWG Fetch section 3.2.2)."""
-        fields, methods = self.request.fields, ", ".join(_ROUTES[_MODEL_PATH.sub("/v1/models", self.request.path)])
-        answer = {"Allow": methods}
-        if "origin" in fields:
-            self.server.access.check_origin(fields)
-            asked = [name.strip().lower() for name in fields.get("access-control-request-headers", "").split(",")]
-            allowed = [name for name in asked if name in _CORS_FIELDS or name.startswith("x-stainless-")]
-            answer = {"Access-Control-Allow-Methods": methods, "Access-Control-Allow-Headers": ", ".join(allowed),
-                      "Access-Control-Max-Age": "600"}  # fmt: skip
-        self._answer(204, b"", answer)
+        methods = ", ".join(self._methods())
+        fields = self.server.access.preflight_fields(self.request.fields, methods)
+        self._answer(204, b"", fields or {"Allow": methods})
 
     def get_health(self) -> None:
         """Say that the process is alive."""
@@ -2947,46 +3517,54 @@ class Exchange:
             prompts = urllib.parse.parse_qs(query, errors="strict").get("prompt", [])
         except ValueError:
             raise RequestError("The query is not UTF-8.") from None
-        answer = EventAnswer(self.id, self.server.hub.redact, reconnects=True)
-        self._ask(answer, prompt_call({"prompt": prompts[0] if len(prompts) == 1 else None}, self.server.settings))
+        asked = {"prompt": prompts[0] if len(prompts) == 1 else None}
+        self._ask_for(asked, EventAnswer(self.id, self.server.hub.redact, reconnects=True))
 
     def post_prompt(self) -> None:
         """Answer a JSON body with a stream."""
+        check_coding(self.request.fields)
         self._admit(self._ask_prompt)
 
     def _ask_prompt(self) -> None:
         redact = self.server.hub.redact
         asked = parse_request(self._take_body())
         if not self._wants_events():
-            self._ask(TextAnswer(redact), prompt_call(asked, self.server.settings))
+            self._ask_for(asked, TextAnswer(redact))
         elif "last-event-id" in self.request.fields:  # see get_root
             self._answer(204, b"", {})
         else:
-            self._ask(EventAnswer(self.id, redact), prompt_call(asked, self.server.settings))
+            self._ask_for(asked, EventAnswer(self.id, redact))
 
-    def post_api(self) -> None:
+    def _ask_for(self, asked: Mapping[str, Any], answer: Answer) -> None:
+        adapted = Adapted(asked, self.server.settings, self.server.hub.refusals)
+        answer.choices = adapted.choices
+        self._ask(answer, prompt_call(adapted))
+
+    def pass_on(self) -> None:
         """Pass a request of the API on, and its answer back."""
-        self._admit(self._pass_body)
+        if self.request.method == "POST":
+            check_media(self.request.fields, self.server.settings)
+        route = api_routes(self.request.path, self.server.settings)[self.request.method]
+        self._admit(self._pass_body, route.counts)
 
     def _pass_body(self) -> None:
-        body = self._take_body()
-        asked = check_model(body, self.server.settings)
-        messages = self.request.path == "/v1/messages"
-        self._pass(PassedAnswer(self.server.hub.redact, count_choices(asked), messages, asked.get("stream") is True), body)
+        settings, request = self.server.settings, self.request
+        body, asked = self._take_body(), {}
+        if request.method == "POST":
+            asked = check_model(body, settings, api_routes(request.path, settings)["POST"].has_model)
+        messages, streamed = request.path == "/v1/messages", asked.get("stream") is True
+        self._pass(PassedAnswer(self.server.hub.redact, count_choices(asked), messages, streamed), body)
 
     def get_models(self) -> None:
         """Answer with the models that may be used, or with one of them."""
-        name = urllib.parse.unquote(self.request.path[len("/v1/models/") :])
-        if any(not part.strip(".") for part in name.split("/")) and name:
-            raise RequestError("There is nothing at this path.", 404)  # nor at one that it leads to
-        self._admit(functools.partial(self._pass_models, name))
+        self._admit(self._answer_models)
 
-    def _pass_models(self, name: str) -> None:
-        settings, redact = self.server.settings, self.server.hub.redact
-        models = (settings.model, *settings.allow_model)
-        if name and not {name, "*"}.intersection(models):
-            raise unknown_model(name)
-        self._pass(PassedAnswer(redact) if name or "*" in models else ModelList(models, redact))
+    def _answer_models(self) -> None:
+        document = models_document(self.request.path, self.server.settings)
+        if document is None:
+            self._pass(PassedAnswer(self.server.hub.redact))
+        else:
+            self._answer(200, document, {"Content-Type": "application/json"})
 
     def _take_body(self) -> bytes:
         body, self.received = bytes(self.received), bytearray()
@@ -2998,16 +3576,13 @@ class Exchange:
         return "text/event-stream" in ranges and self.request.method != "HEAD"
 
     def _pass(self, answer: Answer, body: bytes = b"") -> None:
-        """Answer a request of the API.  User-Agent says who connects, and behind it for whom."""
-        request = self.request
-        fields = {name.title(): request.fields[name] for name in PASSED_FIELDS if name in request.fields}
-        if "*" not in self.server.settings.allow_model and body:
-            fields["Content-Type"] = "application/json"  # as check_model has read it
-        fields["User-Agent"] = f"{USER_AGENT} {request.fields.get('user-agent', '')}".strip()
-        self._ask(answer, Call(request.path[len("/v1") :], body, fields, request.method, request.query))
+        """Answer a request of the API."""
+        request, settings = self.request, self.server.settings
+        fields = passed_fields(request.fields, settings, bool(body))
+        query = passed_query(request.query, request.method, settings)
+        self._ask(answer, Call(request.path[len("/v1") :], body, fields, request.method, query))
 
     def _ask(self, answer: Answer, call: Call) -> None:
-        answer.choices = count_choices(self.server.settings.param) if not answer.passes else answer.choices
         self.stream = self.server.hub.stream(call, answer, self)
         self.stream.ask()
 
@@ -3016,7 +3591,7 @@ class Exchange:
     def refuse(self, failure: ProxyError) -> None:
         """Tell the client that its request failed."""
         client, body, self.failure = self.client, self.request.body, failure.bare()
-        over = failure.status == 408 or isinstance(failure, Aborted)
+        over = failure.status in (408, 426) or isinstance(failure, Aborted)
         small = body.left is not None and body.left <= MAX_DISCARDED and "expect" not in self.request.fields
         client.keeps_alive = client.keeps_alive and not over and (body.complete or small)
         fields = {"Content-Type": "application/json", **failure.fields}
@@ -3150,17 +3725,12 @@ _ROUTES: dict[str, dict[str, Callable[[Exchange], None]]] = {
     "/": {**_get(Exchange.get_root), "POST": Exchange.post_prompt},
     "/healthz": _get(Exchange.get_health),
     "/readyz": _get(Exchange.get_ready),
-    "/v1/models": {"GET": Exchange.get_models, "OPTIONS": Exchange.answer_preflight},
-    **{
-        f"/v1/{name}": {"POST": Exchange.post_api, "OPTIONS": Exchange.answer_preflight}
-        for name in ("chat/completions", "completions", "responses", "embeddings", "messages")
-    },
 }
 
-_OPEN_PATHS = ("/healthz", "/readyz")  # those that answer under any name
+# RFC 9110 section 15.5.22: what is spoken instead.
+_UPGRADE = {"Upgrade": "HTTP/1.1", "Connection": "Upgrade, close"}
 
-# What a page of another origin may send.
-_CORS_FIELDS = ("accept", "api-key", "authorization", "last-event-id", "x-api-key", "x-request-id", *PASSED_FIELDS)
+_OPEN_PATHS = ("/healthz", "/readyz")  # those that answer under any name
 
 # What keeps nginx, proxies that compress, and whoever knows RFC 10036 from holding text back.
 STREAM_FIELDS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform", "Incremental": "?1"}
@@ -4091,6 +4661,7 @@ class Source:
         self._head, self._body = b"", body
         self._keeps_alive = body.left is not None and "close" not in fields.get("connection", "").lower()
         self.answer = self.stream.answer = self.answer.start(status, fields)
+        self.stream.on_head()
         self._take(body, rest)
         if self.answer.eager and self.state != self.OVER:
             self.stream.viewer.open()
@@ -4257,8 +4828,7 @@ class Stream:
     def fail(self, failure: ProxyError, stale: bool = False) -> None:
         """Try again, or end so that the client can tell that the answer is not complete.
 
-        stale: the request went to a warm connection that had been closed already.  Only then, and while the
-        client was sent nothing, is it tried again: nobody was paid for it.
+        stale: the request went to a warm connection that had been closed already.
         """
         if self.over or self.viewer.state >= Viewer.LAST:
             return
@@ -4267,8 +4837,8 @@ class Stream:
             self.complete()  # the answer was, and only usage and [DONE] were waited for
             return
         self._close_source()
-        if stale and self.viewer.state == Viewer.SILENT:
-            self.ask(fresh=True)
+        if self.viewer.state == Viewer.SILENT and (stale or self._adapt()):
+            self.ask(fresh=stale)
             return
         self.failure = self.answer.failure or failure
         if self.viewer.state == Viewer.SILENT:
@@ -4277,6 +4847,19 @@ class Stream:
         told = self.answer.encode("error", error=self.failure.message)
         self.record.append(told)
         self._finish(intact=bool(told))
+
+    def _adapt(self) -> bool:
+        """Tell whether upstream refused nothing but a default of ours, and may take the request without it."""
+        refusal, adapted = self.answer, self.call.adapted
+        if not (adapted and isinstance(refusal, Refusal) and adapted.take_refusal(refusal.refused, refusal.document)):
+            return False
+        self.call, self.answer = prompt_call(adapted), refusal.asked
+        return True
+
+    def on_head(self) -> None:
+        """Upstream has taken the request, or refused it."""
+        if self.call.adapted and not isinstance(self.answer, Refusal):
+            self.call.adapted.keep()
 
     def complete(self) -> None:
         """End with what follows the last text."""
@@ -4360,6 +4943,7 @@ class Hub:
         """start has a new thread make a call.  Raises SettingsError for certificates that cannot be read."""
         self.settings = settings
         self.redact = redactor(settings.api_key)
+        self.refusals = Refusals()
         self.upstream = Upstream(settings)
         self.log = LogWriter()
         self.loop = Loop(report=self.log.error)
@@ -4382,13 +4966,14 @@ class Hub:
 
 
 class Lookout:
-    """Has a thread look at the token file before a token is judged, so that a change counts at once.
+    """Has a thread look at the token file, if there is one, before a token is judged, so that a change counts at once.
 
     Where the look hangs, as on a network's file system, the last version counts, and nobody waits.
     """
 
-    def __init__(self, tokens: Tokens, hub: Hub) -> None:
-        self._tokens, self._hub = tokens, hub
+    def __init__(self, look: Callable[[], list[str]] | None, hub: Hub) -> None:
+        """look returns what the log must say, and may block."""
+        self._look_at_file, self._hub = look, hub
         self._waiting: list[Callable[[], object]] = []  # for a look that begins after they asked
         self._looking: list[Callable[[], object]] = []  # for the one that is under way
         self._busy = self._hangs = False
@@ -4397,7 +4982,7 @@ class Lookout:
 
     def look(self, then: Callable[[], object]) -> None:
         """Call then once the file was looked at."""
-        if self._hangs:
+        if self._hangs or not self._look_at_file:
             then()
             return
         self._waiting.append(then)
@@ -4415,8 +5000,9 @@ class Lookout:
 
     def _look(self) -> None:
         """In a thread that may wait."""
+        assert self._look_at_file
         try:
-            for complaint in self._tokens.look():
+            for complaint in self._look_at_file():
                 self._hub.log.error(complaint)
         finally:
             self._hub.loop.post(self._on_looked)
@@ -4475,6 +5061,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.access = Access(settings)
             self.hub = Hub(self.settings, self._start_thread)
             self._resources.callback(self.hub.close)
+            self.lookout = Lookout(self.access.look, self.hub)
             self._pause = Alarm(self.hub.loop, self._listen)
             self.server_bind()
             self.server_activate()
@@ -4682,7 +5269,7 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     with contextlib.ExitStack() as stack:
         settings = stack.enter_context(demo_upstream(settings))
-        call = prompt_call({"prompt": prompt}, settings)
+        call = prompt_call(Adapted({"prompt": prompt}, settings, Refusals()))
         hub = Hub(settings)
         stack.callback(hub.close)
         reader, sock = socket.socketpair()
@@ -4716,7 +5303,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        models = [{"id": "gpt-4.1-mini", "object": "model", "created": 0, "owned_by": "streamproxy"}]
+        models = [{"id": DEFAULT_MODEL, "object": "model", "created": 0, "owned_by": "streamproxy"}]
         self._answer({"object": "list", "data": models})
 
     def do_POST(self) -> None:
@@ -4944,7 +5531,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="streamproxy.py",
         description="A streaming proxy between web pages and an OpenAI-compatible API.",
         epilog="The API key comes from OPENAI_API_KEY, or from a file that OPENAI_API_KEY_FILE names."
-        " Example: OPENAI_API_KEY=sk-... python3 streamproxy.py --model gpt-4.1-mini",
+        f" Example: OPENAI_API_KEY=sk-... python3 streamproxy.py --model {DEFAULT_MODEL}",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"streamproxy {__version__}")

@@ -27,6 +27,7 @@ import shutil
 import signal
 import socket
 import ssl
+import string
 import struct
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def missing(reason: str) -> Any:
 
 @pytest.fixture(autouse=True)
 def no_key_anywhere(caplog: Any, capfd: Any) -> Iterator[None]:
-    """No part of the key of 6 characters is in what the test logged or printed (nor in what Client reads)."""
+    """No part of the key of 8 characters is in what the test logged or printed (nor in what Client reads)."""
     caplog.set_level(logging.DEBUG, logger="streamproxy")
     yield
     while Peer.opened:
@@ -80,7 +81,7 @@ def no_key_anywhere(caplog: Any, capfd: Any) -> Iterator[None]:
 
 
 def check_no_key(text: str) -> None:
-    assert not [KEY[at : at + 6] for at in range(len(KEY) - 5) if KEY[at : at + 6] in text]
+    assert not [KEY[at : at + 8] for at in range(len(KEY) - 7) if KEY[at : at + 8] in text]
 
 
 # ---------------------------------------------------------------- upstream and client, played by hand
@@ -592,23 +593,102 @@ def test_answer_as_events_of_our_own() -> None:
     assert (answer.pieces, answer.size) == (2, 4)
 
 
-def test_redactor_takes_out_the_key_its_parts_and_masked_keys() -> None:
+# ---------------------------------------------------------------- the key in what upstream says
+
+LONG_KEY = "sk-proj-" + "".join(random.Random(1).choices(string.ascii_letters + string.digits + "-_", k=156))
+PROJECT = "sk-proj-"
+
+
+def redacted(text: str, key: str) -> str:
+    """text without parts of key, found one by one."""
+    found = [at for at in range(len(text)) if len(text[at:]) > 7 and text[at : at + 8] in key]
+    hidden = {at + ahead for at in found for ahead in range(8)}
+    return re.sub("\0+", "[redacted]", "".join("\0" if at in hidden else text[at] for at in range(len(text))))
+
+
+@pytest.mark.parametrize("key", [KEY, KEY[:8], LONG_KEY, LONG_KEY * 3, "aaaaaaaaaa", "abcabcabcabc", 'a"b\\c"d\\e"f'])
+def test_redactor_finds_what_a_search_one_by_one_finds(key: str) -> None:
+    redact, chance = streamproxy.redactor(key), random.Random(7)
+    for _ in range(300):
+        begins = [chance.randrange(len(key)) for _ in range(chance.randrange(8))]
+        pieces = [key[at : at + chance.randrange(14)] + chance.choice(["", "", " ", "\xe4", "\U0001f44b", "\ud83d", "x"]) for at in begins]
+        assert redact("".join(pieces)) == redacted("".join(pieces), key)
+
+
+def test_redactor_finds_parts_across_the_borders_of_its_blocks() -> None:
+    for at in range(streamproxy._BLOCK_SIZE - 20, streamproxy._BLOCK_SIZE + 1):
+        assert streamproxy.redactor(KEY)("." * at + KEY + ".") == "." * at + "[redacted]."
+
+
+@pytest.mark.parametrize("secret", [KEY, KEY[:8], KEY[-8:], KEY[3:12], "sk-Qk***********Xb2e", "sk-" + "*" * 152 + "Xb2e", "***Xb2e", "sk***"])
+def test_redactor_takes_out_the_key_its_parts_and_masked_keys(secret: str) -> None:
     redact = streamproxy.redactor(KEY)
-    for secret in (KEY, KEY[:6], KEY[-6:], KEY[3:12], "sk-Qk***********Xb2e"):
-        assert redact(f"Wrong key {secret}, see our page.").rstrip("., seourpag") != secret
-        check_no_key(redact(f"Wrong key {secret}, see our page."))
-        assert redact(f"Wrong key {secret} here") == "Wrong key [redacted] here"
-    assert redact("The model `sk-1` does not exist") == "The model `sk-1` does not exist"
-    assert streamproxy.redactor("")("nothing to hide") == "nothing to hide"
+    for text in ("Wrong key {} here", "Wrong key:\n{}\n", '{{"k":"{}"}}', "{}", "x {} y {}"):
+        assert redact(text.format(secret, secret)) == text.format("[redacted]", "[redacted]")
+
+
+@pytest.mark.parametrize("key", ["", "x", "none", "EMPTY", "sk-1234", KEY])
+@pytest.mark.parametrize("text", ["The model `x` does not exist, none of EMPTY", "next", "sk-1234 is wrong", "", KEY[:7] + " " + KEY[1:8], "2**3"])
+def test_redactor_leaves_text_that_holds_no_8_characters_of_the_key(key: str, text: str) -> None:
+    assert streamproxy.redactor(key)(text) == text
+
+
+HARD_TEXTS = {
+    "its beginning, which is known": (PROJECT * 500_000, "[redacted]"), "the key": (LONG_KEY * 25_000, "[redacted]"), "masks": ("*** " * 1_000_000, "[redacted]"),
+    "7 characters of it": ((LONG_KEY[:7] + "!") * 500_000, None), "parts of 7": ((LONG_KEY[9:16] + LONG_KEY[43:50]) * 285_000, None), "one character": ("a" * 4_000_000, None),
+    "backwards": (LONG_KEY[::-1] * 25_000, None), "not ASCII": ("\xe4" * 2_000_000, None), "noise": ("".join(random.Random(2).choices(LONG_KEY, k=4_000_000)), None),
+    "stars": ("*" * 4_000_000, "[redacted]"), "a mask behind much": ("a" * 4_000_000 + "***", "a" * 3_999_000 + "[redacted]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARD_TEXTS)
+def test_redactor_takes_4_mb_in_no_time_whatever_they_are(name: str) -> None:
+    text, expected = HARD_TEXTS[name]
+    redact = streamproxy.redactor(LONG_KEY)
+    began = time.perf_counter()
+    shown = redact(text)
+    seconds = time.perf_counter() - began
+    assert shown == (text if expected is None else expected) or (name == "parts of 7" and shown == "[redacted]")
+    assert seconds < (0.2 if sys.implementation.name == "cpython" else 5)  # it took 1 s and more; now 0.02 at most
+
+
+ESCAPED = "".join(f"\\u{ord(character):04x}" for character in KEY)
+DOCUMENTS = {
+    "plain": ('{"error": {"message": "Wrong key %s", "x": 1.0}}' % KEY, '{"error": {"message": "Wrong key [redacted]", "x": 1.0}}'),
+    "escaped": ('{"error": {"message": "Wrong key %s"}, "n":1e2}' % ESCAPED, '{"error": {"message": "Wrong key [redacted]"}, "n":1e2}'),
+    "one escape": ('["\\u0073%s"]' % KEY[1:], '["[redacted]"]'), "capitals": ('["\\u006B%s"]' % KEY[2:9], '["[redacted]"]'),
+    "a name": ('{"%s": 1}' % ESCAPED, '{"[redacted]": 1}'), "behind an escape": ('["\\n%s", "\\u00e4"]' % KEY, '["\\n[redacted]", "\\u00e4"]'),
+    "masked behind an escape": ('["a\\nsk-***b"]', '["a\\n[redacted]"]'), "no JSON": (f"Wrong key {KEY}!", "Wrong key [redacted]!"),
+    "no JSON with quotes": (f'Wrong "key" {KEY} \\x', 'Wrong "key" [redacted] \\x'), "cut": ('{"error": "\\u00e4 %s' % KEY, '{"error": "\\u00e4 [redacted]'),
+    "UTF-16": (f'["{KEY}"]'.encode("utf-16-le"), '"[redacted]"'), "not UTF-8": (b'["\xff%b"]' % KEY.encode(), b'["\xff[redacted]"]'),
+    "in very many strings": (json.dumps([KEY] * 5000), '"[redacted]"'), "in many strings": (json.dumps([KEY] * 900), json.dumps(["[redacted]"] * 900)),
+    "half a pair": ('["\\ud83d%s"]' % KEY, '["\\ud83d[redacted]"]'),
+    "other letters": ('["\xe4\\t%s"]' % KEY, '["\\u00e4\\t[redacted]"]'), "one large string": (json.dumps({"message": "bad\n", "input": KEY * 200_000}), '{"message": "bad\\n", "input": "[redacted]"}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_redacted_document_has_no_key_where_json_is_decoded(name: str) -> None:
+    document, expected = [part if isinstance(part, bytes) else part.encode() for part in DOCUMENTS[name]]
+    assert streamproxy.redact_document(document, streamproxy.redactor(KEY)) == expected
+
+
+@pytest.mark.parametrize("document", [
+    b'{"a":"\\u00e4\\n\\"" , "a":1e5, "x":[NaN]}', b"", b"\xff\xfe", b'"\\ud83d"', b"{", b'["\\', b"<html>\\u0073", json.dumps(["a\n" * 9] * 20_000).encode(), KEY[:7].encode(), b'["\\x"]',
+])
+def test_redacted_document_without_the_key_is_the_same_bytes(document: bytes) -> None:
+    assert streamproxy.redact_document(document, streamproxy.redactor(KEY)) == document
 
 
 # ---------------------------------------------------------------- settings
 
+SCRIPT = {"max_tokens": 400, "temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0, "reasoning_effort": "none"}
 GOOD_SETTINGS = [
     ("bind", "[::1]:0", "[::1]:0"), ("bind", "unix:/run/x y.sock", "unix:/run/x y.sock"), ("bind", "localhost:65535", "localhost:65535"),
     ("upstream", "http://h:1/v1?api-version=3", "http://h:1/v1?api-version=3"), ("auth_header", "api-key: {key}", "api-key: {key}"),
-    ("param", "temperature=1", {"max_tokens": 400, "temperature": 1, "frequency_penalty": 0, "presence_penalty": 0}),
-    ("param", '{"max_tokens": null, "stop": ["x"]}', {"temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0, "stop": ["x"]}),
+    ("param", "temperature=1", {**SCRIPT, "temperature": 1}), ("param", "reasoning_effort=", {n: SCRIPT[n] for n in SCRIPT if n[0] != "r"}),
+    ("param", '{"max_tokens": null, "stop": ["x"]}', {**{n: SCRIPT[n] for n in SCRIPT if n != "max_tokens"}, "stop": ["x"]}),
+    ("allow_path", "/v1/images/generations,/v1/audio/speech", ("/v1/images/generations", "/v1/audio/speech")), ("keep_alive_timeout", "0", 0.0),
     ("client_param", "model, temperature", ("model", "temperature")), ("idle_timeout", "0", 0.0), ("heartbeat", "0.25", 0.25),
     ("max_body", "1", 1), ("max_streams", "0", 0), ("demo", "TRUE", True), ("allow_anonymous", "off", False), ("log_format", "json", "json"),
 ]  # fmt: skip
@@ -619,7 +699,8 @@ BAD_SETTINGS = [
     ("auth_header", "A b: {key}"), ("auth_header", "A: {key}\r\nB: c"), ("auth_header", "A: {key}{key}"), ("param", "temperature"), ("param", "x={"),
     ("param", "stream=false"), ("param", "messages=[]"), ("param", '{"model": "x"}'), ("param", "[1]"), ("param", "=1"), ("client_param", "messages"),
     ("client_param", "a b"), ("idle_timeout", "-1"), ("idle_timeout", "1e3"), ("idle_timeout", "nan"), ("idle_timeout", "1_0"), ("idle_timeout", "x"),
-    ("param", "temperature=NaN"), ("max_body", "0"), ("max_body", "1.5"), ("max_streams", "-1"), ("demo", "maybe"), ("log_format", "xml"),
+    ("allow_path", "/v1"), ("allow_path", "/v1/"), ("allow_path", "images"), ("allow_path", "/v2/x"), ("allow_path", "/v1/a/../b"), ("allow_path", "/v1/a?b"),
+    ("allow_path", "/v1//a"), ("allow_path", "/v1/a/"), ("allow_path", "*"), ("keep_alive_timeout", "-1"), ("param", "temperature=NaN"), ("max_body", "0"), ("max_body", "1.5"), ("max_streams", "-1"), ("demo", "maybe"), ("log_format", "xml"),
 ]  # fmt: skip
 
 
@@ -631,7 +712,7 @@ def variables(name: str, value: str) -> dict[str, str]:
 def test_setting_from_variable_flag_or_text(name: str, text: str, value: object) -> None:
     load = streamproxy.Settings.load
     assert getattr(load(variables(name, text)), name) == value
-    repeated = name in ("param", "client_param")
+    repeated = name in ("param", "client_param", "allow_path")
     assert getattr(load({"OPENAI_API_KEY": KEY}, {name: [text] if repeated else text}), name) == value
     assert repeated or getattr(streamproxy.Settings(api_key=KEY, **{name: text}), name) == value  # type: ignore[arg-type]
 
@@ -647,12 +728,14 @@ def test_bad_setting_is_one_line_that_says_what_is_allowed(name: str, text: str)
 
 def test_settings_flag_over_variable_over_default() -> None:
     environ = {"OPENAI_API_KEY": KEY, "STREAMPROXY_MODEL": "from-variable", "STREAMPROXY_PARAM": '{"temperature": 1}'}
-    assert streamproxy.Settings.load({"OPENAI_API_KEY": KEY}).model == "gpt-4.1-mini"
+    assert streamproxy.Settings.load({"OPENAI_API_KEY": KEY}).model == "gpt-6-luna"
     assert streamproxy.Settings.load(environ).model == "from-variable"
     settings = streamproxy.Settings.load(environ, {"model": "from-flag", "param": ["max_tokens=", "top_p=0.5"]})
     assert settings.model == "from-flag"
-    assert settings.param == {"temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0, "top_p": 0.5}
-    assert streamproxy.Settings.load({**environ, "STREAMPROXY_MODEL": ""}).model == "gpt-4.1-mini"
+    assert settings.param == {**{n: SCRIPT[n] for n in SCRIPT if n != "max_tokens"}, "top_p": 0.5}
+    assert settings.param.given == settings.replace(model="x").param.given == {"max_tokens", "top_p"}
+    assert streamproxy.Settings(api_key=KEY, param={"top_p": 1, "seed": None}).param == {"top_p": 1}
+    assert streamproxy.Settings.load({**environ, "STREAMPROXY_MODEL": ""}).model == "gpt-6-luna"
 
 
 def test_settings_an_empty_variable_is_none_and_an_empty_flag_is_a_value() -> None:
@@ -690,12 +773,6 @@ def test_settings_others_are_let_in_only_where_that_is_said(bind: str) -> None:
     with pytest.raises(streamproxy.SettingsError, match="--allow-anonymous"):
         streamproxy.Settings(api_key=KEY, bind=bind)
     assert streamproxy.Settings(api_key=KEY, bind=bind, allow_anonymous=True).bind == bind
-
-
-def test_redactor_is_linear_and_keeps_json_whole() -> None:
-    redact = streamproxy.redactor(KEY)
-    assert redact("x" * 1_000_000) == "x" * 1_000_000  # and the test ends
-    assert redact('{"error":{"message":"Unknown***model","k":"' + KEY + '"}}') == '{"error":{"message":"[redacted]","k":"[redacted]"}}'
 
 
 def test_settings_show_no_key() -> None:
@@ -821,7 +898,7 @@ class Stage(Still):
         near.setblocking(False)
         self.client = Peer(far)
         self.reader = Reader(near, self.hub.loop)
-        call = streamproxy.prompt_call(PROMPT, self.hub.settings)
+        call = streamproxy.prompt_call(streamproxy.Adapted(PROMPT, self.hub.settings, streamproxy.Refusals()))
         self.stream = self.reader.stream = self.hub.stream(call, answer or streamproxy.TextAnswer(), self.reader)
         self.head = head
         self.stream.ask()
@@ -1443,8 +1520,9 @@ def test_post_asks_upstream_as_the_script_did(server: Any, provider: Provider) -
         assert "\r\nContent-Type: application/json\r\n" in upstream.head
         assert "\r\nAccept-Encoding: identity\r\n" in upstream.head
         assert json.loads(upstream.body) == {
-            "model": "gpt-4.1-mini", "messages": [{"role": "user", "content": "ä"}], "stream": True,
-            "max_tokens": 400, "temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0,
+            "model": "gpt-6-luna", "messages": [{"role": "user", "content": "ä"}], "stream": True,
+            "max_tokens": 400, "temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0, "reasoning_effort": "none",
+            "stream_options": {"include_usage": True},
         }  # fmt: skip
 
 
@@ -1459,6 +1537,7 @@ def test_post_asks_upstream_as_the_settings_say(provider: Provider) -> None:
             assert f"\r\napi-key: {KEY}\r\n" in upstream.head and "Authorization" not in upstream.head
             assert json.loads(upstream.body) == {
                 "model": "n", "messages": [{"role": "system", "content": "Be kind."}, *messages], "stream": True, "top_p": 1, "seed": 7,
+                "stream_options": {"include_usage": True},
             }  # fmt: skip
 
 
@@ -1702,6 +1781,149 @@ def test_max_streams_more_get_503_at_once(provider: Provider) -> None:
             assert third.head().status == 200
 
 
+# ---------------------------------------------------------------- defaults that upstream refuses by name
+
+
+def openai_error(message: str, param: str | None = None, code: str | None = None) -> bytes:
+    return json.dumps({"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}).encode()
+
+
+def pydantic_error(place: list[str], kind: str = "extra_forbidden", message: str = "Extra inputs are not permitted") -> list[dict[str, Any]]:
+    return [{"type": kind, "loc": place, "msg": message, "input": "none"}]
+
+
+def vllm_error(message: str, param: str | None = None) -> bytes:
+    return json.dumps({"object": "error", "message": message, "type": "BadRequestError", "param": param, "code": 400}).encode()
+
+
+# As the servers say it: OpenAI, Azure, FastAPI, vLLM, Mistral, Groq, Gemini, Anthropic, Fireworks, LiteLLM, xAI, Moonshot, Bedrock, Cerebras, serde, JSON Schema.
+REFUSED = [
+    ("max_tokens", openai_error("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "max_tokens", "unsupported_parameter")),
+    ("max_tokens", openai_error("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.")),
+    ("temperature", openai_error("Unsupported value: 'temperature' does not support 0.5 with this model. Only the default (1) value is supported.", "temperature", "unsupported_value")),
+    ("temperature", openai_error("Unsupported value: 'temperature' does not support 0.5 with this model. Only the default (1) value is supported.")),
+    ("reasoning_effort", openai_error("Unsupported value: 'none' is not supported with the 'o3' model. Supported values are: 'low'.", "reasoning_effort", "unsupported_value")),
+    ("reasoning_effort", openai_error("Invalid value: 'none'. Supported values are: 'low', 'medium', and 'high'.", "reasoning_effort", "invalid_value")),
+    ("reasoning_effort", openai_error("Unrecognized request argument supplied: reasoning_effort")),
+    ("presence_penalty", openai_error("Unrecognized request arguments supplied: presence_penalty, stop_x")),
+    ("stream_options", openai_error("Unknown parameter: 'stream_options.include_usage'.", "stream_options.include_usage", "unknown_parameter")),
+    ("reasoning_effort", openai_error("'none' is not one of ['minimal', 'low', 'medium', 'high'] - 'reasoning_effort'")),
+    ("reasoning_effort", json.dumps({"detail": pydantic_error(["body", "reasoning_effort"])}).encode()),
+    ("reasoning_effort", json.dumps({"detail": pydantic_error(["body", "reasoning_effort"], "literal_error", "Input should be 'low' or 'high'")}).encode()),
+    ("stream_options", json.dumps({"detail": pydantic_error(["body", "stream_options", "include_usage"], "value_error.extra", "extra fields not permitted")}).encode()),
+    ("frequency_penalty", json.dumps({"object": "error", "message": {"detail": pydantic_error(["body", "frequency_penalty"])}, "type": "x", "param": None}).encode()),
+    ("reasoning_effort", vllm_error("[{'type': 'extra_forbidden', 'loc': ('body', 'reasoning_effort'), 'msg': 'Extra inputs are not permitted', 'input': 'none'}]")),
+    ("reasoning_effort", vllm_error("1 validation error for Request\nreasoning_effort\n  Extra inputs are not permitted [type=extra_forbidden, input_value='none', input_type=str]")),
+    ("reasoning_effort", vllm_error("1 validation error:\n  {'type': 'literal_error', 'loc': ('body', 'reasoning_effort'), 'msg': \"Input should be 'low'\", 'input': 'none'}")),
+    ("presence_penalty", openai_error("property 'presence_penalty' is unsupported")), ("reasoning_effort", openai_error("`reasoning_effort` is not supported with this model")),
+    ("reasoning_effort", openai_error("reasoning_effort must be one of `low`, `medium`, or `high`", "reasoning_effort")), ("max_tokens", b"Unsupported param: max_tokens"),
+    ("frequency_penalty", json.dumps([{"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": 'Invalid JSON payload received. Unknown name "frequency_penalty": Cannot find field.'}}]).encode()),
+    ("presence_penalty", b'{"type":"error","error":{"type":"invalid_request_error","message":"presence_penalty: Extra inputs are not permitted"}}'),
+    ("temperature", b'{"type":"error","error":{"type":"invalid_request_error","message":"`temperature` is deprecated for this model."}}'),
+    ("reasoning_effort", openai_error("Extra inputs are not permitted, field: 'reasoning_effort', value: 'none'", None, "invalid_request_error")),
+    ("reasoning_effort", openai_error("litellm.UnsupportedParamsError: openai does not support parameters: ['reasoning_effort'], for model=gpt-4.1-mini. To drop these, set x")),
+    ("max_tokens", openai_error("litellm.BadRequestError: OpenAIException - Error code: 400 - {'error': {'message': \"Unsupported parameter: 'max_tokens' is not supported\"}}")),
+    ("presence_penalty", b'{"code":"Client specified an invalid argument","error":"Model grok-4 does not support parameter presencePenalty."}'),
+    ("presence_penalty", b'{"code":"x","error":"Argument not supported on this model: presencePenalty"}'), ("temperature", openai_error("invalid temperature: only 1 is allowed for this model")),
+    ("frequency_penalty", b'{"message":"Malformed input request: #: extraneous key [frequency_penalty] is not permitted, please reformat your input and try again."}'),
+    ("frequency_penalty", b'{"message":"body.frequency_penalty: property \'body.frequency_penalty\' is unsupported","param":"frequency_penalty","code":"wrong_api_format"}'),
+    ("reasoning_effort", b"Failed to deserialize the JSON body into the target type: unknown field `reasoning_effort`, expected one of `max_tokens`, `temperature` at line 1"),
+    ("reasoning_effort", b"Failed to deserialize the JSON body into the target type: reasoning_effort: unknown variant `none`, expected `low` at line 1 column 9"),
+    ("reasoning_effort", b'{"errors":[{"message":"Additional properties are not allowed (\'reasoning_effort\' was unexpected)"}]}'), ("reasoning_effort", b'{"error":"invalid request: unknown field: reasoning_effort"}'),
+    ("reasoning_effort", b'{"error":{"message":"Reasoning effort is not enabled for this model"}}'), ("stream_options", b'{"detail":"stream_options is not supported"}'),
+    ("max_completion_tokens", openai_error("Unrecognized request argument supplied: max_completion_tokens")),
+]
+# Errors that say nothing of the kind, or only seem to: about other members, about how large a value is, and what a client wrote.
+NOT_REFUSED = [
+    b"", b"{}", b"[]", b"null", b"\xff", b"Bad Request", openai_error("max_tokens is too large: 400. This model supports at most 100 completion tokens", "max_tokens", "invalid_value"),
+    vllm_error("'max_tokens' or 'max_completion_tokens' is too large: 400. This model's maximum context length is 300 tokens", "max_tokens"), openai_error("This model does not support images.", "messages"),
+    openai_error("Unsupported parameter: 'max_tokens'", "messages[0].role", "invalid_value"), json.dumps({"detail": pydantic_error(["body", "messages", "0", "max_tokens"])}).encode(),
+    openai_error("This model does not support more than 300 max_tokens"), openai_error("max_tokens is not allowed to exceed 300"), openai_error("The value of temperature must be at most 1"),
+    json.dumps({"detail": [{"type": "missing", "loc": ["body", "x"], "msg": "Field required", "input": {"prompt": "Unsupported parameter: max_tokens"}}]}).encode(),
+    vllm_error("[{'type': 'missing', 'loc': ('body', 'x'), 'msg': 'Field required', 'input': \"Unsupported parameter: 'max_tokens'\"}]"), json.dumps({"detail": pydantic_error(["query", "x"])}).encode(),
+    openai_error("Unsupported image. max_tokens: 400"), openai_error("Unknown parameter: 'foo'. Use 'max_tokens' instead."), openai_error("unknown field `foo`, expected one of `max_tokens`, `temperature`"),
+    json.dumps([[[[[[[[[[[[{"error": "Unsupported parameter: max_tokens"}]]]]]]]]]]]]).encode(), b"[" * 100_000, openai_error("x" * 600 + " Unsupported parameter: max_tokens"),
+    openai_error("max_tokens_to_sample: Extra inputs are not permitted"), openai_error("Invalid 'max_tokens': integer below minimum value.", "max_tokens", "integer_below_min_value"),
+]
+SENT = ["max_tokens", "max_completion_tokens", "temperature", "frequency_penalty", "presence_penalty", "reasoning_effort", "stream_options"]
+
+
+@pytest.mark.parametrize(("name", "document"), REFUSED)
+def test_refused_parameter_is_told(name: str, document: bytes) -> None:
+    assert streamproxy.refused_parameter(document, SENT) == name
+    assert streamproxy.refused_parameter(document, [other for other in SENT if other != name]) is None
+
+
+@pytest.mark.parametrize("document", NOT_REFUSED)
+def test_refused_parameter_is_not_seen_where_none_is_refused(document: bytes) -> None:
+    assert streamproxy.refused_parameter(document, SENT) is None
+
+
+def refuse(name: str) -> bytes:
+    return openai_error(f"Unsupported parameter: '{name}' is not supported with this model.", name, "unsupported_parameter")
+
+
+def adapted(refusals: streamproxy.Refusals, asked: dict[str, Any] | None = None, **settings: Any) -> streamproxy.Adapted:
+    return streamproxy.Adapted(asked or PROMPT, streamproxy.Settings(api_key=KEY, **settings), refusals)
+
+
+def members(request: streamproxy.Adapted) -> set[str]:
+    return set(json.loads(request.encode())) - {"model", "messages", "stream"}
+
+
+def test_defaults_that_are_refused_are_left_out_once_each_and_remembered_for_the_model() -> None:
+    refusals = streamproxy.Refusals()
+    request = adapted(refusals)
+    assert members(request) == {*SCRIPT, "stream_options"}
+    for name, left in [("max_tokens", {*SCRIPT, "stream_options", "max_completion_tokens"} - {"max_tokens"}), ("temperature", {*SCRIPT, "stream_options", "max_completion_tokens"} - {"max_tokens", "temperature"}),
+                       ("stream_options", {"max_completion_tokens", "frequency_penalty", "presence_penalty", "reasoning_effort"})]:  # fmt: skip
+        assert request.take_refusal(400, refuse(name)) and members(request) == left
+        assert not request.take_refusal(400, refuse(name))
+    assert json.loads(request.encode())["max_completion_tokens"] == 400
+    assert members(adapted(refusals)) == {*SCRIPT, "stream_options"}  # nothing is remembered of a request that was not taken
+    request.keep()
+    assert members(adapted(refusals)) == left and members(adapted(refusals, model="x")) == {*SCRIPT, "stream_options"}
+
+
+def test_max_tokens_goes_under_its_other_name_and_back() -> None:
+    refusals = streamproxy.Refusals()
+    first = adapted(refusals)
+    assert first.take_refusal(400, refuse("max_tokens"))
+    first.keep()
+    second = adapted(refusals)
+    assert "max_completion_tokens" in members(second) and second.take_refusal(422, refuse("max_completion_tokens")) and "max_tokens" in members(second)
+    assert second.take_refusal(400, refuse("max_tokens")) and not members(second) & {"max_tokens", "max_completion_tokens"}  # both, by now
+    assert not second.take_refusal(400, refuse("max_completion_tokens"))
+
+
+@pytest.mark.parametrize(("name", "settings"), [
+    ("temperature", {"param": ["temperature=0.5"]}), ("temperature", {"client_param": ("temperature",)}), ("max_tokens", {"param": ["max_tokens=400"]}), ("stream_options", {"param": ['stream_options={"x": 1}']}),
+    ("max_completion_tokens", {"param": ["max_completion_tokens=9"]}), ("seed", {"param": ["seed=1"]}), ("model", {}), ("messages", {}), ("stream", {}),
+])
+def test_what_the_operator_set_or_a_client_may_set_stands_and_so_does_its_refusal(name: str, settings: dict[str, Any]) -> None:
+    request = adapted(streamproxy.Refusals(), **settings)
+    assert name in json.loads(request.encode()) and not request.take_refusal(400, refuse(name)) and name in json.loads(request.encode())
+
+
+@pytest.mark.parametrize(("settings", "asked", "gone"), [
+    ({"param": ["stream_options="]}, {}, "stream_options"), ({"param": ["max_tokens="]}, {}, "max_tokens"), ({"param": ["max_tokens="]}, {}, "max_completion_tokens"),
+    ({"param": ["max_completion_tokens=9"]}, {}, "max_tokens"), ({"client_param": ("max_completion_tokens",)}, {"max_completion_tokens": 9}, "max_tokens"),
+])
+def test_defaults_that_are_not_wanted_are_not_sent(settings: dict[str, Any], asked: dict[str, Any], gone: str) -> None:
+    assert gone not in json.loads(adapted(streamproxy.Refusals(), {**PROMPT, **asked}, **settings).encode())
+
+
+def test_refusals_count_with_their_status_alone_and_are_remembered_of_a_thousand_models() -> None:
+    refusals = streamproxy.Refusals()
+    for status in (200, 401, 403, 404, 429, 500):
+        assert not adapted(refusals).take_refusal(status, refuse("temperature"))
+    for number in range(streamproxy.MAX_MODELS + 10):
+        request = adapted(refusals, {**PROMPT, "model": str(number)}, client_param="model")
+        assert request.take_refusal(400, refuse("temperature"))
+        request.keep()
+    assert [bool(refusals.of(str(number))) for number in (0, 9, 10, streamproxy.MAX_MODELS + 9)] == [False, False, True, True]
+
+
 # ---------------------------------------------------------------- access
 
 
@@ -1728,6 +1950,9 @@ def test_token_is_needed_where_it_costs_money(provider: Provider, tmp_path: Path
             assert (head.status, head.fields["WWW-Authenticate"]) == (401, "Bearer")
             client.exactly(int(head.fields["Content-Length"]))
         for name, fields in [("alice", {"Authorization": f"bearer {ALICE}"}), ("bob", {"x-api-key": BOB}), ("alice", {"api-key": ALICE}), ("alice", {"Authorization": "Basic x", "api-key": ALICE})]:
+            if path == "/v1/models":
+                assert client.ask(None, **how, **fields).head().fields["Content-Type"] == "application/json"
+                break
             with Client(server).ask(body, **how, **accept, **fields) as other, provider.take() as upstream:
                 assert ALICE not in upstream.head and BOB not in upstream.head
                 upstream.send(error_answer(404))
@@ -1743,31 +1968,130 @@ def test_token_is_not_needed_for_the_page_and_health(tmp_path: Path) -> None:
             assert client.head().status == 200
 
 
-def test_token_file_is_read_again_and_a_broken_one_is_not_taken(provider: Provider, tmp_path: Path, caplog: Any) -> None:
-    path = Path(token_file(tmp_path, f"alice {ALICE}"))
+class Watched:
+    """A token file, and who looks at it, on a clock of the test's own."""
+
+    def __init__(self, folder: Path, text: str, mode: int = 0o640) -> None:
+        self.now, self.path = 1000.0, Path(token_file(folder, text, mode))
+        self.tokens = streamproxy.Tokens(str(self.path), lambda: self.now)
+
+    def look(self, text: str | bytes | None = None, mode: int = 0o640, later: float = 0.0) -> list[str]:
+        """What is said of the file, after text was written to it, or so many seconds later."""
+        self.now += later
+        if text is not None:
+            self.path.write_bytes(text.encode() if isinstance(text, str) else text)
+            self.path.chmod(mode)
+        return self.tokens.look()
+
+    def known(self) -> list[str]:
+        return [token for token in (ALICE, BOB) if self.tokens.name_of(token)]
+
+
+def test_tokens_of_a_changed_file_count_at_the_next_look(tmp_path: Path) -> None:
+    file = Watched(tmp_path, f"alice {ALICE}")
+    assert file.known() == [ALICE] and file.look() == []
+    for text, known in [(f"alice {ALICE}\nbob {BOB}\n", [ALICE, BOB]), (f"bob {BOB}\n", [BOB]), (f"\n # x\r\nalice {ALICE}\r\n", [ALICE])]:
+        assert file.look(text) == [] and file.known() == known
+    other = tmp_path / "other"
+    other.write_text(f"bob {BOB}\n")
+    other.chmod(0o600)
+    other.rename(file.path)
+    assert file.known() == [ALICE]  # nobody but look touches the file
+    assert file.look() == [] and file.known() == [BOB]
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# alice\n", f"# alice {ALICE}", " \n\t\n"])
+def test_tokens_are_all_revoked_by_a_file_that_names_none_which_is_said_once(tmp_path: Path, text: str) -> None:
+    file = Watched(tmp_path, f"alice {ALICE}\n")
+    assert [("nobody is let in" in line) for line in file.look(text)] == [True] and file.known() == []
+    assert file.look() == file.look(later=100) == []
+    assert file.look(f"bob {BOB}\n") == [] and file.known() == [BOB]
+
+
+BAD_TOKEN_FILES = [
+    ("alice\n", "entry 1"), (f"# x\nbob {BOB}\nbob {BOB} x\n", "entry 2"), (f"a/b {BOB}\n", "entry 1"), (b"\xff\n", "UTF-8"), ("x" * (streamproxy.MAX_TOKEN_FILE_SIZE + 1), "larger"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_TOKEN_FILES)
+def test_tokens_of_a_broken_file_are_not_taken_which_is_said_once_a_minute(tmp_path: Path, text: str | bytes, words: str) -> None:
+    file = Watched(tmp_path, f"alice {ALICE}\n")
+    assert [words in line and "last version counts" in line and BOB not in line for line in file.look(text)] == [True]
+    assert file.look() == file.look(later=59) == [] and len(file.look(later=1)) == 1 and file.known() == [ALICE]
+    assert file.look(f"bob {BOB}\n") == [] and file.known() == [BOB] and len(file.look(text)) == 1
+
+
+@pytest.mark.parametrize("how", ["deleted", "FIFO", "folder", "device"])
+def test_tokens_of_what_is_no_file_are_not_taken_and_nobody_waits(tmp_path: Path, how: str) -> None:
+    file = Watched(tmp_path, f"alice {ALICE}\n")
+    file.path.unlink()
+    make = {"FIFO": os.mkfifo, "folder": os.mkdir, "device": functools.partial(os.symlink, "/dev/zero"), "deleted": str}[how]
+    make(file.path)
+    words = {"deleted": "no such file", "folder": "directory"}.get(how, "not a regular file")
+    assert [words in line for line in file.look()] == [True] and file.look() == [] and len(file.look(later=60)) == 1
+    assert file.known() == [ALICE]
+
+
+def test_tokens_in_a_file_that_others_may_read_count_which_is_said_once_a_minute(tmp_path: Path) -> None:
+    file = Watched(tmp_path, f"alice {ALICE}\n", 0o644)
+    assert ["chmod o-rwx" in line for line in file.look()] == [True] and file.known() == [ALICE]
+    assert file.look(f"bob {BOB}\n", 0o604) == [] and file.known() == [BOB]
+    assert len(file.look(later=60)) == 1 and file.look(f"bob {BOB}\n", 0o600) == []
+    assert len(file.look("", 0o644)) == 2 and file.known() == []  # a revoked token, and who may read
+
+
+def test_token_in_a_last_line_without_its_end_counts_once_it_has_stayed_for_a_second(tmp_path: Path) -> None:
+    file = Watched(tmp_path, f"alice {ALICE}")
+    for half in ("b", "bob", "bob ", f"bob {BOB[:5]}", f"bob {BOB}"):  # as somebody writes it
+        assert file.look(f"alice {ALICE}\n{half}", later=0.9) == [] and file.known() == [ALICE]
+        assert file.tokens.name_of(BOB[:5]) is None
+    assert file.look(later=0.9) == [] and file.known() == [ALICE] and file.look(later=0.1) == [] and file.known() == [ALICE, BOB]
+    assert file.look(f"bob {BOB}") == [] and file.known() == [BOB]  # one that counted goes on
+    assert file.look(f"alice {ALICE}") == [] and file.known() == []  # revoked at once
+    assert file.look(later=1) == [] and file.known() == [ALICE]
+    assert file.look("alice") == [] and "entry 1" in file.look(later=1)[0]
+
+
+def test_looks_at_the_token_file_do_not_overtake_each_other(tmp_path: Path, monkeypatch: Any) -> None:
+    file = Watched(tmp_path, f"alice {ALICE}\n")
+    began, go_on = threading.Event(), threading.Event()
+    real = os.fstat
+
+    def slow(number: int) -> os.stat_result:
+        began.set()
+        assert go_on.wait(DEADLINE)
+        return real(number)
+
+    monkeypatch.setattr(os, "fstat", slow)
+    first = threading.Thread(target=file.tokens.look)
+    first.start()
+    assert began.wait(DEADLINE)
+    second = threading.Thread(target=file.look, args=("# none\n",))
+    second.start()
+    wait_for(lambda: file.path.read_text() == "# none\n")
+    assert file.known() == [ALICE]  # and nobody waits for those who look
+    go_on.set()
+    first.join()
+    second.join()
+    assert file.known() == []
+
+
+def test_token_that_is_revoked_is_refused_by_the_server(provider: Provider, tmp_path: Path, caplog: Any) -> None:
+    path = Path(token_file(tmp_path, f"alice {ALICE}\n"))
     with running(provider, token_file=str(path)) as server, Client(server) as client:
-        def status(token: str) -> int:
-            client.ask(method="GET", path="/v1/models/x", Authorization=f"Bearer {token}")
-            head = client.head()
-            client.exactly(int(head.fields["Content-Length"]))
-            return head.status
-        assert (status(ALICE), status(BOB)) == (403, 401)
-        path.write_text(f"alice {ALICE}\nbob {BOB}\n")
-        assert (status(ALICE), status(BOB)) == (403, 403)
-        for text, mode, words in [("alice\n", 0o640, "entry 1"), (f"bob {BOB} x\n", 0o640, "entry 1"), (f"a/b {BOB}", 0o640, "entry 1"), ("\udcff", 0o640, "UTF-8"), (f"bob {BOB}", 0o644, "others")]:
-            path.write_bytes(text.encode(errors="surrogateescape"))
-            path.chmod(mode)
+        for text, status, words in [(None, 403, ""), ("", 401, "nobody is let in"), (f"alice {ALICE}\n", 403, ""), ("x\n", 403, "entry 1")]:
             caplog.clear()
-            assert (status(ALICE), status(BOB), status("x")) == (403, 403, 401)
-            assert caplog.text.count("the token file was not taken") == 1 and words in caplog.text and BOB not in caplog.text
-        path.unlink()
-        assert status(ALICE) == 403
-        path.write_text(f"bob {BOB}\n")
-        path.chmod(0o600)
-        assert (status(ALICE), status(BOB)) == (401, 403)
+            path.write_text(text) if text is not None else None
+            def told() -> int:
+                client.ask(method="GET", path="/v1/models/x", Authorization=f"Bearer {ALICE}")
+                head = client.head()
+                client.exactly(int(head.fields["Content-Length"]))
+                return head.status
+            wait_for(told, lambda got, status=status: got == status)
+            wait_for(lambda words=words: words in caplog.text)
 
 
-@pytest.mark.parametrize(("text", "mode"), [("", 0o644), ("x", 0o600), ("a b c", 0o600), (None, 0)])
+@pytest.mark.parametrize(("text", "mode"), [("", 0o640), ("x", 0o600), ("a b c", 0o600), ("# a b", 0o600), (None, 0)])
 def test_token_file_that_cannot_be_used_is_a_bad_setting(tmp_path: Path, text: str | None, mode: int) -> None:
     path = token_file(tmp_path, text, mode) if text is not None else str(tmp_path / "none")
     assert run("--demo", "--token-file", path)[::2][0] == 2
@@ -1791,11 +2115,22 @@ def test_host_of_a_server_without_tokens(host: str, settings: dict[str, Any], st
         assert got == status and (status != 403 or "--allow-host" in message)
 
 
-def test_host_does_not_matter_with_tokens_or_over_a_unix_socket(tmp_path: Path) -> None:
-    for settings in ({"token_file": token_file(tmp_path, f"a {ALICE}")}, {"bind": f"unix:{tmp_path}/s"}):
-        with running(None, **settings) as server, Client(server) as client:
-            client.send(b"GET / HTTP/1.1\r\nHost: any.example\r\n\r\n")
-            assert client.head().status == 200
+def test_host_does_not_matter_with_tokens(tmp_path: Path) -> None:
+    with running(None, token_file=token_file(tmp_path, f"a {ALICE}")) as server, Client(server) as client:
+        client.send(b"GET / HTTP/1.1\r\nHost: any.example\r\n\r\n")
+        assert client.head().status == 200
+
+
+@pytest.mark.parametrize(("host", "status"), [
+    ("localhost", 200), ("127.0.0.1", 200), ("chat.example", 200), ("CHAT.example:8080", 200), ("evil.example", 403), ("unix", 403),
+])
+def test_host_of_a_server_without_tokens_matters_behind_a_unix_socket_too(tmp_path: Path, host: str, status: int) -> None:
+    with running(None, bind=f"unix:{tmp_path}/s", allow_host=("chat.example",)) as server, Client(server) as client:
+        for path in ("/", "/v1/models"):
+            client.send(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nSec-Fetch-Site: same-origin\r\n\r\n".encode())
+            head = client.head()
+            client.exactly(int(head.fields["Content-Length"]))
+            assert head.status == status
 
 
 ORIGIN = "https://app.example"
@@ -1821,14 +2156,26 @@ def test_origin_of_a_page(provider: Provider, fields: dict[str, str], ok: bool, 
         assert head.fields.get("Access-Control-Allow-Origin") == (ORIGIN if fields.get("Origin") == ORIGIN else None)
 
 
-def test_cors_preflight_says_exactly_what_is_allowed(tmp_path: Path) -> None:
-    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os,x-evil,cookie"}
+EXPOSED = [
+    "X-Request-Id", "Request-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry", "X-RateLimit-Remaining-Tokens",
+    "X-RateLimit-Reset-Requests", "Anthropic-RateLimit-Input-Tokens-Remaining", "Anthropic-RateLimit-Requests-Limit",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "allowed"), [
+    ("authorization,content-type", "authorization, content-type"), ("X-Stainless-OS, user-agent", "X-Stainless-OS, user-agent"), ("", ""),
+    ("anthropic-dangerous-direct-browser-access,x-own", "anthropic-dangerous-direct-browser-access, x-own"), ("a b, c,\xe4,d", "c, d"),
+])
+def test_cors_preflight_lets_an_allowed_origin_send_any_field(tmp_path: Path, asked: str, allowed: str) -> None:
+    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": asked}
     with running(None, allow_origin=(ORIGIN,), token_file=token_file(tmp_path, f"a {ALICE}")) as server, Client(server) as client:
-        client.ask(method="OPTIONS", path="/v1/chat/completions", Origin=ORIGIN, **wanted)
-        fields = client.head()
-        assert fields.status == 204 and {name: value for name, value in fields.fields.items() if name.startswith("Access") or name == "Vary"} == {
-            "Access-Control-Allow-Origin": ORIGIN, "Access-Control-Expose-Headers": "X-Request-Id, Retry-After", "Access-Control-Allow-Methods": "POST, OPTIONS",
-            "Access-Control-Allow-Headers": "authorization, content-type, x-stainless-os", "Access-Control-Max-Age": "600", "Vary": "Origin"}  # fmt: skip
+        client.send(f"OPTIONS /v1/responses/resp_1 HTTP/1.1\r\nHost: localhost\r\nOrigin: {ORIGIN}\r\n".encode())
+        client.send("".join(f"{name}: {value}\r\n" for name, value in wanted.items()).encode("latin-1"), b"\r\n")
+        head = client.head()
+        assert head.status == 204
+        assert {name: value for name, value in head.fields.items() if name.startswith("Access-Control-Allow") or name == "Vary"} == {
+            "Access-Control-Allow-Origin": ORIGIN, "Access-Control-Allow-Methods": "GET, DELETE, OPTIONS", "Access-Control-Allow-Headers": allowed, "Vary": "Origin",
+        }  # fmt: skip
         client.ask(method="OPTIONS", path="/", Origin="https://evil.example", **wanted)
         status, message = client.error()
         assert status == 403 and "--allow-origin" in message
@@ -1837,12 +2184,16 @@ def test_cors_preflight_says_exactly_what_is_allowed(tmp_path: Path) -> None:
         client.ask(PROMPT, Origin=ORIGIN)
         head = client.head()
         assert (head.status, head.fields["Access-Control-Allow-Origin"]) == (401, ORIGIN)  # the page can read why
+        assert set(EXPOSED) <= set(head.fields["Access-Control-Expose-Headers"].split(", "))
 
 
 @pytest.mark.parametrize(("forwarded", "trusted", "client"), [
     ("", (), "127.0.0.1"), ("192.0.2.7", (), "192.0.2.7"), ("192.0.2.7, 198.51.100.1", (), "198.51.100.1"), ("192.0.2.7, 198.51.100.1", ("198.51.100.0/24",), "192.0.2.7"),
     ("198.51.100.2, 198.51.100.1", ("198.51.100.0/24",), "198.51.100.2"), ("192.0.2.7, nonsense", (), "127.0.0.1"), ("nonsense, 192.0.2.7", ("192.0.2.7",), "192.0.2.7"),
-    ("2001:db8::7", (), "2001:db8::7"), ("192.0.2.7, ", (), "127.0.0.1"), ("192.0.2.7\t", (), "192.0.2.7"), ("127.0.0.1", (), "127.0.0.1"),
+    ("2001:db8::7", (), "2001:db8::7"), ("192.0.2.7:555", (), "192.0.2.7"), ("[2001:db8::1]:443", (), "2001:db8::1"), ('"[2001:db8::1]"', (), "2001:db8::1"),
+    ('"[::ffff:192.0.2.7]:1"', (), "192.0.2.7"), ('"192.0.2.7:1"', (), "192.0.2.7"), ("[2001:db8::1%eth0]", (), "2001:db8::1"), ("192.0.2.7:5, 198.51.100.1:6", ("198.51.100.0/24",), "192.0.2.7"),
+    ("unknown", (), "127.0.0.1"), ("192.0.2.7:x", (), "127.0.0.1"), ("[2001:db8::1", (), "127.0.0.1"), ("192.0.2.7:555555", (), "127.0.0.1"), ("_hidden:1", (), "127.0.0.1"),
+    ("192.0.2.7, ", (), "127.0.0.1"), ("192.0.2.7\t", (), "192.0.2.7"), ("127.0.0.1", (), "127.0.0.1"),
 ])
 def test_forwarded_address_counts_from_trusted_proxies_alone(caplog: Any, forwarded: str, trusted: tuple[str, ...], client: str) -> None:
     settings = streamproxy.Settings.load({"OPENAI_API_KEY": KEY, "STREAMPROXY_TRUSTED_PROXY": ",".join(trusted)})
@@ -1891,6 +2242,8 @@ def test_limits_of_requests_a_minute_say_truly_when_to_come_again() -> None:
     assert (ask("a"), ask("a")) == (0, 10)
     now += 1000
     assert [ask("a") for _ in range(7)] == [0] * 6 + [10]
+    limits.enter("a", counts=False)
+    assert ask("a") == 10
 
 
 class Name(str):
@@ -2771,7 +3124,7 @@ def test_silence_before_the_head_is_filled_with_pings_and_ended_by_an_event(prov
 
 # ---------------------------------------------------------------- /v1: bodies that pass through
 
-ASKED = {"model": "gpt-4.1-mini", "messages": [{"role": "user", "content": "Say hello"}], "stream": True}
+ASKED = {"model": "gpt-6-luna", "messages": [{"role": "user", "content": "Say hello"}], "stream": True}
 API_PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/messages"]
 
 
@@ -2785,7 +3138,7 @@ def api_error(client: Client) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("path", API_PATHS)
 def test_api_bodies_pass_unchanged_and_as_they_arrive(server: Any, provider: Provider, path: str) -> None:
-    asked = b' { "model":"gpt-4.1-mini" , "stream":true, "x": "\xc3\xa4\\u00e4" }'
+    asked = b' { "model":"gpt-6-luna" , "stream":true, "x": "\xc3\xa4\\u00e4" }'
     with Client(server).ask(asked, path=path, Accept="application/json") as client, provider.take() as upstream:
         assert upstream.head.startswith(f"POST {path} HTTP/1.1\r\n") and upstream.body == asked
         upstream.send(STREAM_HEAD)
@@ -2811,14 +3164,16 @@ def test_api_fields_that_pass_and_those_that_do_not(provider: Provider) -> None:
     with running(provider, auth_header="api-key: {key}", upstream=provider.url + "?api-version=7") as server, Client(server) as client:
         sent = {"Authorization": "Bearer theirs", "x-api-key": "theirs", "api-key": "theirs", "Cookie": "a=b", "OpenAI-Organization": "org",
                 "Connection": "keep-alive, x-hop", "x-hop": "1", "Accept-Encoding": "gzip", "Content-Type": "application/json; x=y", "Accept": "application/json",
-                "anthropic-version": "2023-06-01", "anthropic-beta": "b", "OpenAI-Beta": "c", "Idempotency-Key": "d", "User-Agent": "OpenAI/Python 9"}
-        client.ask(ASKED, path="/v1/chat/completions?beta=true", **sent)
+                "anthropic-version": "2023-06-01", "anthropic-beta": "b", "OpenAI-Beta": "c", "Idempotency-Key": "d", "User-Agent": "OpenAI/Python 9",
+                "traceparent": "00-1-2-01", "tracestate": "a=1", "X-Client-Request-Id": "e", "X-Stainless-Retry-Count": "2", "X-Stainless-OS": "Linux"}
+        client.ask(ASKED, path="/v1/chat/completions?beta=true&model=gpt-5&api-version=8", **sent)
         with provider.take() as upstream:
             line, *lines = upstream.head.strip().split("\r\n")
             assert line == "POST /v1/chat/completions?api-version=7&beta=true HTTP/1.1"
             assert {name.lower(): value for name, value in (field.split(": ", 1) for field in lines)} == {
                 "host": provider.url[7:-3], "accept-encoding": "identity", "api-key": KEY, "content-type": "application/json", "accept": "application/json",
                 "anthropic-version": "2023-06-01", "anthropic-beta": "b", "openai-beta": "c", "idempotency-key": "d",
+                "traceparent": "00-1-2-01", "tracestate": "a=1", "x-client-request-id": "e", "x-stainless-retry-count": "2",
                 "user-agent": f"streamproxy/{streamproxy.__version__} OpenAI/Python 9", "content-length": str(len(json.dumps(ASKED)))}
             upstream.send(OK, b"Content-Type: application/json\r\nContent-Length: 2\r\nx-request-id: req_7\r\nRetry-After: 3\r\nx-ratelimit-limit-requests: 9\r\n"
                           b"anthropic-ratelimit-tokens-limit: 8\r\nSet-Cookie: a=b\r\nopenai-organization: org\r\nopenai-project: p\r\nServer: x\r\n"
@@ -2828,15 +3183,27 @@ def test_api_fields_that_pass_and_those_that_do_not(provider: Provider) -> None:
         expected = {"content-type": "application/json", "content-length": "2", "x-request-id": "req_7", "retry-after": "3", "x-ratelimit-limit-requests": "9",
                     "anthropic-ratelimit-tokens-limit": "8"}
         assert expected.items() <= fields.items()
-        assert set(fields) - set(expected) == {"date", "x-content-type-options", "x-accel-buffering", "cache-control", "incremental"}
+        ours = {"date", "x-content-type-options", "x-accel-buffering", "cache-control", "incremental", "keep-alive"}
+        assert set(fields) - set(expected) == ours
+
+
+# Members by which a request of LiteLLM, OpenRouter, OpenAI or Anthropic asks more models, and how they may be spelt.
+MORE_MODELS: list[dict[str, Any]] = [
+    {"models": ["gpt-6-luna", "gpt-5"]}, {"Models": ["gpt-5"]}, {"MODELS": "gpt-5"}, {"model\u017f": ["gpt-5"]}, {"fallbacks": ["gpt-5"]}, {"fallbacks": [{"gpt-5": ["gpt-6-luna"]}]},
+    {"FallBacks": "gpt-5"}, {"fallback_models": ["gpt-5"]}, {"fallback_model": "gpt-5"}, {"context_window_fallbacks": [{"gpt-5": []}]}, {"content_policy_fallbacks": ["gpt-5"]},
+    {"context_window_fallback_dict": {"gpt-5": "gpt-6-luna"}}, {"fallbacks": [{"model": "gpt-5"}]}, {"model_list": [{"x": {"y": "gpt-5"}}]}, {"deployment_id": "gpt-5"},
+    {"engine": "gpt-5"}, {"extra_body": {"models": ["gpt-5"]}}, {"plugins": [{"id": "x", "model": "gpt-5"}]}, {"tools": [{"type": "image_generation", "model": "gpt-5"}]},
+    {"tools": [{"type": "advisor", "Model": "gpt-5"}]}, {"user_config": {"x": "gpt-5"}}, {"route": "fallback", "models": ["gpt-5"]}, {"preset": "gpt-5"}, {"draft_model": "gpt-5"},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("body", "status", "words"), [
-    (b'{"model": "gpt-5"}', 403, "'gpt-5'"), (b"{}", 400, "one"), (b'{"model": "gpt-4.1-mini", "model": "gpt-5"}', 400, "twice"),
-    (b'{"model": "gpt-4.1-mini", "Model": "gpt-5"}', 400, "one"), (b'{"MODEL": "gpt-4.1-mini"}', 400, "one"), (b'{"model": 1}', 400, "string"),
-    (b'{"model": ["gpt-4.1-mini"]}', 400, "string"), (b'[{"model": "gpt-4.1-mini"}]', 400, "object"), (b"x", 400, "JSON"),
-    (b'{"model": "gpt-4.1-mini"} {"model": "gpt-5"}', 400, "JSON"), (b'{"model": "gpt-4.1-mini", "x": NaN}', 400, "JSON"),
-    ('{"model": "gpt-5"}'.encode("utf-16-le"), 400, "JSON"), (b'{"model": "gpt-4.1-mini\\u0000"}', 403, "x00"),
+    (b'{"model": "gpt-5"}', 403, "'gpt-5'"), (b"{}", 400, "one"), (b'{"model": "gpt-6-luna", "model": "gpt-5"}', 400, "twice"),
+    (b'{"model": "gpt-6-luna", "Model": "gpt-5"}', 400, "one"), (b'{"MODEL": "gpt-6-luna"}', 400, "one"), (b'{"model": 1}', 400, "string"),
+    (b'{"model": ["gpt-6-luna"]}', 400, "string"), (b'[{"model": "gpt-6-luna"}]', 400, "object"), (b"x", 400, "JSON"),
+    (b'{"model": "gpt-6-luna"} {"model": "gpt-5"}', 400, "JSON"), (b'{"model": "gpt-6-luna", "x": NaN}', 400, "JSON"),
+    ('{"model": "gpt-5"}'.encode("utf-16-le"), 400, "JSON"), (b'{"model": "gpt-6-luna\\u0000"}', 403, "x00"),
+    *[(json.dumps({"model": "gpt-6-luna", **more}).encode(), 403, "--allow-model") for more in MORE_MODELS],
 ])
 def test_api_model_that_may_not_be_used_is_refused(server: Any, provider: Provider, body: bytes, status: int, words: str) -> None:
     with Client(server).ask(body, path="/v1/chat/completions") as client:
@@ -2845,39 +3212,189 @@ def test_api_model_that_may_not_be_used_is_refused(server: Any, provider: Provid
     assert provider.nobody_came()
 
 
+@pytest.mark.parametrize("more", [
+    {"models": ["gpt-6-luna", "b"]}, {"fallbacks": ["b"], "disable_fallbacks": True}, {"tools": [{"type": "function", "function": {"name": "gpt-5", "model": "gpt-5"}}]},
+    {"tools": [{"name": "x", "input_schema": {"properties": {"model": {"enum": ["gpt-5"]}}}}]}, {"tools": [{"type": "image_generation", "model": "b"}]},
+    {"messages": [{"role": "user", "content": {"model": "gpt-5"}}]}, {"metadata": {"model": "gpt-5"}}, {"response_format": {"json_schema": {"models": ["gpt-5"]}}},
+    {"tools": [{"type": "function", "name": "x", "parameters": {"properties": {"fallback_model": "gpt-5"}}}]}, {"modalities": ["text"]}, {"stop": ["gpt-5"]},
+    {"provider": {"allow_fallbacks": False, "order": ["gpt-5"]}}, {"input": [{"type": "message", "model": "gpt-5"}]}, {"fallbacks": None, "models": ["gpt-6-luna"]},
+    {"fallbacks": [{"model": "b", "messages": [{"role": "user", "content": "gpt-5"}]}, "gpt-6-luna", {"b": ["gpt-6-luna"]}]},
+])
+def test_api_members_that_name_no_other_model_pass(more: dict[str, Any]) -> None:
+    settings, asked = streamproxy.Settings(api_key=KEY, allow_model=("b",)), {"model": "gpt-6-luna", **more}
+    assert streamproxy.check_model(json.dumps(asked).encode(), settings) == asked
+
+
+def test_api_members_nested_without_end_are_looked_through() -> None:
+    nested = b'{"model": "gpt-6-luna", "x": ' + b"[" * 900 + b'{"models": "gpt-5"}' + b"]" * 900 + b"}"
+    with pytest.raises(streamproxy.RequestError):
+        streamproxy.check_model(nested, streamproxy.Settings(api_key=KEY))
+
+
 def test_api_models_that_may_be_used(provider: Provider) -> None:
     for allowed, body in [(("a", "b"), b'{"model": "b"}'), (("*",), b'{"model": "any", "Model": "thing"}'), (("*",), b"no JSON at all")]:
         with running(provider, allow_model=allowed) as server, Client(server).ask(body, path="/v1/completions"), provider.take() as upstream:
             assert upstream.body == body
 
 
-MODELS = json.dumps({"object": "list", "data": [{"id": name, "object": "model"} for name in ("gpt-4.1-mini", "gpt-5", "a/b")]}).encode()
+@pytest.mark.parametrize(("query", "method", "expected"), [
+    ("", "POST", ""), ("beta=true", "POST", "beta=true"), ("model=x", "POST", ""), ("beta=true&model=x", "POST", "beta=true"), ("b%65ta=1", "POST", "b%65ta=1"),
+    ("beta=true;model=x", "POST", ""), ("Beta=1&api-version=2&key=3", "POST", ""), ("limit=2&after=a_b&order=asc", "POST", ""), ("beta=a%3Bmodel%3Dx", "POST", "beta=a%3Bmodel%3Dx"),
+    ("limit=2&after=a_b&before=c&order=asc&include=x", "GET", "limit=2&after=a_b&before=c&order=asc&include=x"), ("stream=true&starting_after=4&beta", "GET", "stream=true&starting_after=4&beta"),
+    ("include[]=a.b&include%5B%5D=c&model=x&m%6fdel=x", "GET", "include[]=a.b&include%5B%5D=c"), ("limit=1&&Limit=2&limit%00=3&limits=4", "GET", "limit=1"), ("beta=1&limit=1", "DELETE", "beta=1"),
+    ("after=YQ==&model", "GET", "after=YQ=="), ("beta=\xe4", "GET", ""),
+])
+def test_harmless_query(query: str, method: str, expected: str) -> None:
+    assert streamproxy.harmless_query(query, method) == expected
+    assert streamproxy.passed_query(query, method, streamproxy.Settings(api_key=KEY, allow_model="*")) == query
 
 
-def test_api_models_shows_what_may_be_used(provider: Provider) -> None:
-    for allowed, expected in [((), ["gpt-4.1-mini"]), (("a/b",), ["gpt-4.1-mini", "a/b"]), (("*",), None)]:
-        with running(provider, allow_model=allowed) as server, Client(server).ask(method="GET", path="/v1/models?limit=9") as client:
+@pytest.mark.parametrize(("asked", "count"), [
+    ({}, 1), ({"n": 2}, 2), ({"n": 2.0}, 2), ({"n": "2"}, 2), ({"n": "2.0"}, 2), ({"N": 3}, 3), ({"n": None}, 1), ({"n": "x"}, 1), ({"n": [2]}, 1), ({"n": True}, 1), ({"n": 0}, 1), ({"n": -2}, 1),
+    ({"n": "nan"}, 1), ({"n": "inf"}, 1), ({"n": 1, "N": "2"}, 2), ({"prompt": ["a", "b"]}, 2), ({"prompt": [[1], [2]], "n": "3"}, 6), ({"prompt": [1, 2]}, 1), ({"prompt": "ab"}, 1), ({"prompt": []}, 1),
+])
+def test_choices_are_counted_as_lenient_servers_do(asked: dict[str, Any], count: int) -> None:
+    assert streamproxy.count_choices(asked) == count
+
+
+@pytest.mark.parametrize(("coding", "status"), [
+    ("gzip", 415), ("zstd", 415), ("br", 415), ("GZIP", 415), ("identity, gzip", 415), ("x", 415), ("identity", 404), ("", 404), ("none", 404), ("utf-8", 404), ("Identity, identity", 404),
+])
+@pytest.mark.parametrize("path", ["/", "/v1/chat/completions", "/v1/images/generations"])
+def test_compressed_body_is_refused_before_it_is_read(provider: Provider, coding: str, status: int, path: str) -> None:
+    with running(provider, allow_path="/v1/images/generations") as server, Client(server) as client:
+        body = ASKED if path != "/" else PROMPT
+        client.ask(body, path=path, Content_Encoding=coding)
+        if status == 404:
             with provider.take() as upstream:
-                assert upstream.head.startswith("GET /v1/models?limit=9 HTTP/1.1\r\n") and "ontent-" not in upstream.head
-                upstream.send(OK + JSON + b"Content-Length: %d\r\n\r\n" % len(MODELS) + MODELS)
+                assert "content-encoding" not in upstream.head.lower()
+                upstream.send(error_answer(404))
+        head = client.head()
+        assert head.status == status
+        answer = client.exactly(int(head.fields["Content-Length"])).decode()
+        assert status == 404 or (head.fields["Accept-Encoding"], coding.rpartition(" ")[2] in answer) == ("identity", True)
+    assert provider.nobody_came()
+
+
+def test_compressed_body_passes_with_its_bytes_where_any_model_may_be_asked(provider: Provider) -> None:
+    body = zlib.compress(json.dumps(ASKED).encode())
+    with running(provider, allow_model="*") as server, Client(server).ask(body, path="/v1/responses", Content_Encoding="deflate"), provider.take() as upstream:
+        assert "\r\nContent-Encoding: deflate\r\n" in upstream.head and upstream.body == body
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "Audio/wav", "image/png"])
+def test_body_in_which_no_model_can_be_seen_needs_that_any_may_be_asked(provider: Provider, kind: str) -> None:
+    path = "/v1/audio/transcriptions"
+    with running(provider, allow_path=path) as server, Client(server).ask(b"--x", path=path, Content_Type=kind) as client:
+        status, message, _ = api_error(client)
+        assert status == 415 and "--allow-model" in message
+    with running(provider, allow_path=path, allow_model="*") as server, Client(server).ask(b"--x", path=path, Content_Type=kind), provider.take() as upstream:
+        assert upstream.head.startswith(f"POST {path} HTTP/1.1\r\n") and f"\r\nContent-Type: {kind}\r\n" in upstream.head and upstream.body == b"--x"
+
+
+@pytest.mark.parametrize(("method", "path", "has_body"), [
+    *[("POST", f"/v1/{name}", True) for name in ("chat/completions", "completions", "responses", "embeddings", "messages", "messages/count_tokens", "responses/input_tokens", "images/generations")],
+    ("POST", "/v1/responses/resp_1/cancel", False), ("GET", "/v1/responses/resp_1", False), ("GET", "/v1/responses/resp_bGl0=", False), ("DELETE", "/v1/responses/resp_1", False),
+    ("GET", "/v1/responses/resp_1/input_items", False),
+])
+def test_api_route_passes_to_the_same_path(provider: Provider, method: str, path: str, has_body: bool) -> None:
+    with running(provider, allow_path="/v1/images/generations") as server, Client(server) as client:
+        client.ask(ASKED if has_body else b"" if method == "POST" else None, path=path + "?limit=2&beta=1&model=x", method=method)
+        with provider.take() as upstream:
+            query = "?limit=2&beta=1" if method == "GET" else "?beta=1"
+            assert upstream.head.startswith(f"{method} {path}{query} HTTP/1.1\r\n")
+            assert json.loads(upstream.body or b"null") == (ASKED if has_body else None)
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("GET", "/v1/responses", 405), ("GET", "/v1/chat/completions", 405), ("DELETE", "/v1/chat/completions/x", 404), ("GET", "/v1/files", 404), ("GET", "/v1/responses/../files", 404), ("GET", "/v1/responses/..", 404),
+    ("POST", "/v1/responses/resp_1", 405), ("GET", "/v1/responses/resp_1/cancel", 405), ("GET", "/v1/responses/input_tokens", 405), ("DELETE", "/v1/models/x", 405), ("POST", "/v1/images/edits", 404),
+    ("GET", "/v1/images/generations", 405), ("GET", "/v1/responses/%2e%2e/files", 404), ("POST", "/v1/responses/a/b/cancel", 404), ("GET", "/v1/responses/a%2Fb", 404), ("PUT", "/v1/responses/resp_1", 405),
+])
+def test_api_has_no_other_routes(provider: Provider, method: str, path: str, status: int) -> None:
+    with running(provider, allow_path="/v1/images/generations") as server, Client(server).ask(b"" if method == "POST" else None, path=path, method=method) as client:
+        assert api_error(client)[0] == status
+    assert provider.nobody_came()
+
+
+@pytest.mark.parametrize(("body", "status"), [
+    (b"", None), (b"{}", None), (b'{"model": "gpt-6-luna"}', None), (b'{"model": "gpt-5"}', 403), (b'{"models": ["gpt-5"]}', 403), (b"x", 400), (b'{"Model": "gpt-6-luna"}', 400),
+])
+def test_api_body_that_needs_no_model_may_name_no_other(body: bytes, status: int | None) -> None:
+    settings = streamproxy.Settings(api_key=KEY)
+    if status is None:
+        streamproxy.check_model(body, settings, needed=False)
+        return
+    with pytest.raises(streamproxy.RequestError) as caught:
+        streamproxy.check_model(body, settings, needed=False)
+    assert caught.value.status == status
+
+
+def test_api_counting_tokens_does_not_count_among_the_requests_of_a_minute(provider: Provider) -> None:
+    with running(provider, requests_per_minute=1) as server, Client(server) as client:
+        for path, status in [("/v1/messages/count_tokens", 404)] * 3 + [("/v1/messages", 404), ("/v1/messages", 429), ("/v1/messages/count_tokens", 404)]:
+            client.ask(ASKED, path=path)
+            if status == 404:
+                upstream = provider.take()
+                upstream.send(error_answer(404, b"", b"Connection: close\r\n"))
             head = client.head()
-            got = client.body() if "Transfer-Encoding" in head.fields else client.exactly(len(MODELS))
-            assert got == MODELS if expected is None else [model["id"] for model in json.loads(got)["data"]] == expected
+            client.exactly(int(head.fields["Content-Length"]))
+            assert head.status == status
+
+
+@pytest.mark.parametrize(("path", "meant"), [
+    ("/chat/completions", "/v1/chat/completions"), ("//v1/chat/completions", "/v1/chat/completions"), ("/v1//chat/completions", "/v1/chat/completions"), ("/v1/messages/", "/v1/messages"),
+    ("/v1/v1/messages", "/v1/messages"), ("/api/v1/responses", "/v1/responses"), ("/V1/Chat/Completions", "/v1/chat/completions"), ("/openai/v1/embeddings/", "/v1/embeddings"),
+    ("/openai/deployments/gpt/chat/completions", "/v1/chat/completions"), ("/v1beta/openai/chat/completions", "/v1/chat/completions"), ("/v2/models", "/v1/models"), ("/models/a/b", "/v1/models/a/b"),
+    ("/responses/resp_A/input_items", "/v1/responses/resp_A/input_items"), ("/v1/chat/completion", "/v1/chat/completions"), ("/healthz/", "/healthz"), ("//readyz", "/readyz"), ("/HEALTHZ", "/healthz"),
+    ("/images/generations", "/v1/images/generations"), ("/v1/models/", "/v1/models"), ("//", "/"), ("/v1", None), ("/v1/", None), ("/x", None), ("/v1/files", None), ("/v1/threads/x/messages", None),
+    ("/v1/../v1/messages", None), ("/v1/images/edits", None), ("*", None), ("", None),
+])
+def test_path_that_is_nearly_one_of_ours_says_which(path: str, meant: str | None) -> None:
+    settings = streamproxy.Settings(api_key=KEY, allow_path="/v1/images/generations")
+    assert streamproxy.meant_path(path, settings) == (meant if path else "/")
+
+
+def test_404_says_which_path_is_meant(server: Any) -> None:
+    with Client(server) as client:
+        client.ask(ASKED, path="/chat/completions")
+        assert client.error() == (404, "There is nothing at this path: /v1/chat/completions is meant.")
+        client.ask(ASKED, path="/v1/v1/messages")
+        assert "/v1/messages is meant" in api_error(client)[1]
+
+
+def test_api_models_are_those_that_may_be_asked_without_upstream(provider: Provider) -> None:
+    for allowed, expected in [((), ["gpt-6-luna"]), (("a/b", "gpt-6-luna"), ["gpt-6-luna", "a/b"])]:
+        with running(provider, allow_model=allowed) as server, Client(server) as client:
+            head = client.ask(method="GET", path="/v1/models?limit=9").head()
+            listed = json.loads(client.exactly(int(head.fields["Content-Length"])))
+            assert head.fields["Content-Type"] == "application/json" and listed["object"] == "list" and listed["has_more"] is False
+            assert [(model["id"], model["object"], model["type"]) for model in listed["data"]] == [(name, "model", "model") for name in expected]
+            assert {type(model["created"]) for model in listed["data"]} == {int} and (listed["first_id"], listed["last_id"]) == (expected[0], expected[-1])
+            head = client.ask(method="GET", path=f"/v1/models/{expected[-1]}").head()
+            assert json.loads(client.exactly(int(head.fields["Content-Length"]))) == listed["data"][-1]
+    assert provider.nobody_came()
+
+
+def test_api_models_are_upstream_s_where_any_may_be_asked(provider: Provider) -> None:
+    with running(provider, allow_model="*") as server, Client(server).ask(method="GET", path="/v1/models?limit=9&x=y") as client, provider.take() as upstream:
+        assert upstream.head.startswith("GET /v1/models?limit=9&x=y HTTP/1.1\r\n") and "ontent-" not in upstream.head
+        upstream.send(OK + JSON + b"Content-Length: 2\r\n\r\n{}")
+        assert client.head().status == 200 and client.exactly(2) == b"{}"
 
 
 @pytest.mark.parametrize(("path", "status"), [
-    ("/v1/models/gpt-4.1-mini", 200), ("/v1/models/a/b", 200), ("/v1/models/a%2Fb", 200), ("/v1/models/gpt-5", 403), ("/v1/models/../files", 404),
+    ("/v1/models/gpt-6-luna", 200), ("/v1/models/a/b", 200), ("/v1/models/a%2Fb", 200), ("/v1/models/gpt-5", 403), ("/v1/models/../files", 404),
     ("/v1/models/a/%2e%2e/files", 404), ("/v1/models/", 404), ("/v1/files", 404), ("/v1/chat/completions/", 404), ("/v1/MODELS", 404), ("/v1//models", 404),
 ])
 @pytest.mark.parametrize("allowed", ["a/b", "*"])
 def test_api_paths_are_matched_exactly(provider: Provider, path: str, status: int, allowed: str) -> None:
     with running(provider, allow_model=(allowed,)) as server, Client(server).ask(method="GET", path=path) as client:
-        if status == 200 or (status == 403 and allowed == "*"):
+        if status in (200, 403) and allowed == "*":
             with provider.take() as upstream:
                 assert upstream.head.startswith(f"GET {path} HTTP/1.1\r\n")
         else:
-            assert api_error(client)[0] == status
-            assert provider.nobody_came()
+            assert client.head().status == status and provider.nobody_came()
 
 
 @pytest.mark.parametrize(("answer", "status", "code"), [
@@ -3142,13 +3659,6 @@ def test_request_with_a_chunked_body_cut_anywhere_is_read_at_once(server: Any, p
                 client.send(part)
                 time.sleep(0.002)  # so that they arrive one by one
             assert client.error() == (400, "The body must be a JSON object.")
-
-
-@pytest.mark.parametrize("body", [b"<html>", b"", b'{"object": "list"}', b'{"data": ["m"]}', b'{"data": 1}', b'{"error": "x"}'])
-def test_api_models_that_upstream_garbles_are_502(server: Any, provider: Provider, body: bytes) -> None:
-    with Client(server).ask(method="GET", path="/v1/models") as client, provider.take() as upstream:
-        upstream.send(OK + JSON + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        assert api_error(client)[0] == 502
 
 
 def test_request_with_a_chunked_body_is_decoded(server: Any, provider: Provider) -> None:
@@ -3573,7 +4083,7 @@ def test_client_that_vanishes_leaves_no_traceback(server: Any, caplog: Any) -> N
 
 
 def test_fault_in_a_request_is_500_with_its_place_in_its_line_of_the_log(server: Any, caplog: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(streamproxy, "encode_request", lambda asked, settings: 1 / 0)
+    monkeypatch.setattr(streamproxy, "encode_request", lambda asked, settings, refused: 1 / 0)
     with Client(server).ask(PROMPT) as client:
         assert client.error() == (500, "Internal error.")
         assert client.ask(method="GET", path="/healthz").head().status == 200
@@ -4688,7 +5198,8 @@ def nginx(folder: Path, config: str) -> Iterator[Front]:
     for old, new in {
         "user www-data;": "",  # given below: only root's own workers can enter a test's folder
         "http {": "http {" + "".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds),
-        "listen 80;": f"listen 127.0.0.1:{port};",
+        "listen 80": f"listen 127.0.0.1:{port}",
+        "server_name chat.example.com;": "server_name chat.example.com localhost 127.0.0.1;",
         "/var/log/nginx/": f"{folder}/",
         "/run/streamproxy/": f"{folder}/",
     }.items():
@@ -4768,7 +5279,7 @@ def test_nginx_example_agrees_with_our_defaults() -> None:
     ours = streamproxy.Settings(api_key=KEY)
     assert int(values["client_max_body_size"]) << 20 == int(values["client_body_buffer_size"]) << 20 == ours.max_body
     assert int(values["proxy_read_timeout"]) > ours.first_byte_timeout > ours.heartbeat
-    assert int(values["keepalive_timeout"]) < ours.client_timeout
+    assert int(values["keepalive_timeout"]) < ours.keep_alive_timeout
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/"), ("GET", "/?prompt=secret")])
@@ -4787,6 +5298,15 @@ def test_nginx_example_streams_and_logs_no_prompt(provider: Provider, tmp_path: 
     log = (tmp_path / "access.log").read_text()
     assert f'{request_id} "{method} /" 200 ' in log and log_entries(caplog, 1)[0]["id"] == request_id
     assert "secret" not in log + (tmp_path / "error.log").read_text()
+
+
+def test_nginx_example_answers_nobody_under_another_name(provider: Provider, tmp_path: Path) -> None:
+    with running(provider, bind=f"unix:{tmp_path}/1.sock", allow_host="chat.example.com"), nginx(tmp_path, EXAMPLE.read_text()) as front:
+        for host, answered in [("chat.example.com", True), ("CHAT.example.com", True), ("evil.example", False), ("chat.example.com.evil.example", False)]:
+            with Client(front) as client:
+                client.send(f"GET / HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\n\r\n".encode())
+                assert client.head().status == 200 if answered else client.rest() == b""
+    assert provider.nobody_came()
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/"), ("GET", "/?prompt=secret")])
@@ -5222,7 +5742,7 @@ def aimock(tmp_path_factory: Any) -> Iterator[str]:
     ("hello", 200, "Hello from aimock, piece by piece."), ("slow", 200, "A slow answer."), ("unicode", 200, "héllo 👋🏽 wörld 👩‍👩‍👧"), ("reason", 200, "Done."),
     ("cut", 200, None), ("limit", 429, "Slow down."), ("broken", 502, "Upstream failed with status 500."),
     ("drop", 502, "Upstream closed the connection without an answer."),
-    ("nothing matches", 502, "Upstream failed with status 503."),
+    ("nothing matches", 503, "Strict mode: no fixture matched"),
 ])
 def test_aimock(aimock: str, prompt: str, status: int, text: str | None) -> None:
     with running(None, upstream=aimock) as server, Client(server).ask({"prompt": prompt}) as client:
@@ -5254,7 +5774,7 @@ def recorded(base: str) -> Iterator[tuple[str, bytes]]:
     for path in KINDS:
         for prompt in ("hello", "unicode", "reason", "slow", "weather"):
             for stream in (False, True):
-                asked = {"model": "gpt-4.1-mini", "messages": [{"role": "user", "content": prompt}], "input": prompt, "prompt": prompt,
+                asked = {"model": "gpt-6-luna", "messages": [{"role": "user", "content": prompt}], "input": prompt, "prompt": prompt,
                          "stream": stream, "max_tokens": 50, "stream_options": {"include_usage": True}}
                 connection = http.client.HTTPConnection(host, int(port), timeout=DEADLINE)
                 connection.request("POST", "/v1" + path, json.dumps(asked), {"Content-Type": "application/json", "Authorization": "Bearer x"})
@@ -5302,7 +5822,7 @@ def name(call):
     except Exception as error:
         return [type(error).__name__, (getattr(error, "body", None) or {}).get("message"), getattr(error, "code", None)]
 def chat(text, **more):
-    return client.chat.completions.create(model="gpt-4.1-mini", messages=say(text), **more)
+    return client.chat.completions.create(model="gpt-6-luna", messages=say(text), **more)
 def streamed(text):
     got = ""
     try:
@@ -5318,14 +5838,14 @@ def tools():
 def usage():
     return [part.usage.total_tokens > 0 for part in chat("hello", stream=True, stream_options={"include_usage": True}) if part.usage]
 def responses():
-    return "".join(event.delta for event in client.responses.create(model="gpt-4.1-mini", input="hello", stream=True) if event.type == "response.output_text.delta")
+    return "".join(event.delta for event in client.responses.create(model="gpt-6-luna", input="hello", stream=True) if event.type == "response.output_text.delta")
 told["chat"] = name(lambda: chat("hello").choices[0].message.content)
 told["stream"] = name(lambda: streamed("unicode"))
 told["tools"] = name(tools)
 told["usage"] = name(usage)
 told["responses"] = name(responses)
-told["response"] = name(lambda: client.responses.create(model="gpt-4.1-mini", input="hello").output_text)
-told["embeddings"] = name(lambda: len(client.embeddings.create(model="gpt-4.1-mini", input="hello").data))
+told["response"] = name(lambda: client.responses.create(model="gpt-6-luna", input="hello").output_text)
+told["embeddings"] = name(lambda: len(client.embeddings.create(model="gpt-6-luna", input="hello").data))
 told["models"] = name(lambda: [model.id for model in client.models.list()])
 told["limit"] = name(lambda: chat("limit", stream=True))
 told["broken"] = name(lambda: chat("broken"))
@@ -5340,7 +5860,7 @@ ANTHROPIC_PYTHON = """
 import json, sys, anthropic
 url, told = sys.argv[1].removesuffix("/v1"), {}
 client = anthropic.Anthropic(base_url=url, api_key="theirs", max_retries=0)
-def ask(text, model="gpt-4.1-mini"):
+def ask(text, model="gpt-6-luna"):
     return dict(model=model, max_tokens=50, messages=[{"role": "user", "content": text}])
 def name(call):
     try:
@@ -5369,7 +5889,7 @@ OPENAI_NODE = """
 import OpenAI from "openai";
 const client = new OpenAI({baseURL: process.argv[2], apiKey: "theirs", maxRetries: 0}), told = {};
 const name = async call => { try { return await call(); } catch (error) { return [error.constructor.name, error.message]; } };
-const chat = (text, more = {}) => client.chat.completions.create({model: "gpt-4.1-mini", messages: [{role: "user", content: text}], ...more});
+const chat = (text, more = {}) => client.chat.completions.create({model: "gpt-6-luna", messages: [{role: "user", content: text}], ...more});
 const streamed = async text => {
   let got = "";
   try { for await (const part of await chat(text, {stream: true})) got += part.choices[0]?.delta?.content ?? ""; }
@@ -5380,7 +5900,7 @@ told["chat"] = await name(async () => (await chat("hello")).choices[0].message.c
 told["stream"] = await name(() => streamed("unicode"));
 told["responses"] = await name(async () => {
   let got = "";
-  for await (const event of await client.responses.create({model: "gpt-4.1-mini", input: "hello", stream: true}))
+  for await (const event of await client.responses.create({model: "gpt-6-luna", input: "hello", stream: true}))
     if (event.type === "response.output_text.delta") got += event.delta;
   return got;
 });
@@ -5421,7 +5941,7 @@ def test_openai_for_python(aimock: str, python_sdks: list[str]) -> None:
     with running(None, upstream=aimock) as server:
         assert run_script(python_sdks, OPENAI_PYTHON, server.url + "/v1") == {
             "chat": HELLO, "stream": UNICODE, "tools": ["get_weather", {"city": "Paris"}], "usage": [True], "responses": HELLO, "response": HELLO,
-            "embeddings": 1, "models": [], "cut": ["This ", "APIConnectionError"],
+            "embeddings": 1, "models": ["gpt-6-luna"], "cut": ["This ", "APIConnectionError"],
             "limit": ["RateLimitError", "Slow down.", None],
             "broken": ["InternalServerError", "Upstream failed with status 500.", "bad_gateway"],
             "wrong model": ["PermissionDeniedError", NO_MODEL, "model_not_found"],
@@ -5440,7 +5960,7 @@ def test_anthropic_for_python(aimock: str, python_sdks: list[str]) -> None:
 def test_openai_for_node(aimock: str, node_sdk: list[str]) -> None:
     with running(None, upstream=aimock) as server:
         assert run_script(node_sdk, OPENAI_NODE, server.url + "/v1") == {
-            "chat": HELLO, "stream": UNICODE, "responses": HELLO, "models": [], "limit": ["RateLimitError", "429 Slow down."],
+            "chat": HELLO, "stream": UNICODE, "responses": HELLO, "models": ["gpt-6-luna"], "limit": ["RateLimitError", "429 Slow down."],
             "broken": ["InternalServerError", "502 Upstream failed with status 500."], "cut": ["This ", "error"],
             "wrong model": ["PermissionDeniedError", f"403 {NO_MODEL}"],
         }  # fmt: skip
@@ -5449,7 +5969,7 @@ def test_openai_for_node(aimock: str, node_sdk: list[str]) -> None:
 OPENAI_CANCELS = """
 import json, sys, openai
 stream = openai.OpenAI(base_url=sys.argv[1], api_key="theirs", max_retries=0).chat.completions.create(
-    model="gpt-4.1-mini", messages=[{"role": "user", "content": "x"}], stream=True)
+    model="gpt-6-luna", messages=[{"role": "user", "content": "x"}], stream=True)
 got = next(iter(stream)).choices[0].delta.content
 stream.close()
 print(json.dumps(got))
@@ -5470,7 +5990,7 @@ def test_openai_for_python_cancels_and_upstream_is_closed(server: Any, provider:
 OPENAI_ASKS_THE_DEMO = """
 import json, sys, openai
 client = openai.OpenAI(base_url=sys.argv[1], api_key="theirs", max_retries=0)
-ask = dict(model="gpt-4.1-mini", messages=[{"role": "user", "content": "Gr\u00fc\u00dfe"}])
+ask = dict(model="gpt-6-luna", messages=[{"role": "user", "content": "Gr\u00fc\u00dfe"}])
 parts = list(client.chat.completions.create(stream=True, **ask))
 print(json.dumps(["".join(part.choices[0].delta.content or "" for part in parts if part.choices),
                   client.chat.completions.create(**ask).choices[0].message.content, [model.id for model in client.models.list()]]))
@@ -5480,4 +6000,4 @@ print(json.dumps(["".join(part.choices[0].delta.content or "" for part in parts 
 def test_openai_for_python_with_the_demo(python_sdks: list[str]) -> None:
     with running(None, demo=True, api_key="") as server:
         streamed, whole, models = run_script(python_sdks, OPENAI_ASKS_THE_DEMO, server.url + "/v1")
-    assert streamed == whole and "Grüße" in whole and models == ["gpt-4.1-mini"]
+    assert streamed == whole and "Grüße" in whole and models == ["gpt-6-luna"]
