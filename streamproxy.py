@@ -4659,7 +4659,9 @@ class Source:
             self.stream.fail(UpstreamError("Upstream closed the connection without an answer."), stale=True)
             return
         self._head, self._body = b"", body
-        self._keeps_alive = body.left is not None and "close" not in fields.get("connection", "").lower()
+        # A refusal may come before a large request was read; then nobody reads a second one behind it.
+        unread = status >= 400 and len(self.stream.call.body) > MAX_DISCARDED
+        self._keeps_alive = not unread and body.left is not None and "close" not in fields.get("connection", "").lower()
         self.answer = self.stream.answer = self.answer.start(status, fields)
         self.stream.on_head()
         self._take(body, rest)
@@ -5110,6 +5112,8 @@ class Server(http.server.ThreadingHTTPServer):
         if self.draining:
             return
         self.state = self.DRAINING
+        if self.limits.total:
+            self.hub.log.info(f"shutting down once {self.limits.total} streams have ended; a second signal cuts them off")
         if self._started:
             self.hub.loop.post(self._drain)
             if not self._wait_until_empty(self.settings.drain_timeout):
@@ -5617,9 +5621,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def describe(settings: Settings) -> str:
+    """Return what is asked of whom, and what protects the port, in one line."""
+    path, host, _ = parse_address(settings.bind)
+    upstream = "the built-in API" if settings.demo else settings.upstream.partition("?")[0]
+    if settings.token_file:
+        guard = "clients need a token"
+    elif path:
+        guard = "no token is needed by whoever reaches the socket"
+    elif is_loopback(host):
+        guard = "no token is needed on this machine, and no other can connect"
+    else:
+        guard = "anybody may ask (--allow-anonymous)"
+    return f"It asks {settings.model} of {upstream}, {'with a' if settings.api_key else 'without a'} key; {guard}."
+
+
 def _announce(server: Server) -> None:
     """Say where the server is.  In a thread of its own, for whoever should read it may not."""
-    lines = [f"streamproxy {__version__} on {server.url}"]
+    lines = [f"streamproxy {__version__} on {server.url}", describe(server.settings)]
     if server.settings.demo:
         to = f"--unix-socket {server.url[5:]} http://localhost" if server.path else server.url
         lines.append(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""")
