@@ -4992,6 +4992,7 @@ class Lookout:
             self._begin()
 
     def close(self) -> None:
+        self._waiting.clear()  # or the look under way would begin another
         self._alarm.close()
 
     def _begin(self) -> None:
@@ -5121,6 +5122,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.hub.loop.post(self._abort)
                 self._wait_until_empty(ABORT_GRACE)
             self.hub.loop.post(self._close_clients)
+            self.hub.loop.post(self.lookout.close)
         self.server_close()
 
     def abort(self) -> None:
