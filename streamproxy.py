@@ -3264,13 +3264,15 @@ class Client(Peer):
         self.drop(Disconnected("The client left."))
 
     def on_fault(self, error: Exception) -> None:
-        try:
-            self.abort(internal_error(error))
-        except Exception:  # noqa: BLE001  (it was in that)
-            self.drop(internal_error(error))
+        failure = internal_error(error)
+        with contextlib.suppress(Exception):  # it may be in that
+            self.abort(failure)
+        if self.exchange and not self.pending:  # nothing came of it
+            self.drop(failure)
 
     def drop(self, failure: ProxyError) -> None:
-        """End at once."""
+        """End at once: nobody is told anything more."""
+        self.lost = True
         if self.state == self.HEAD:
             self._exchange_for(readable_line(self.data))
         if self.exchange:
@@ -3649,7 +3651,6 @@ class Exchange:
 
     def encode_head(self, status: int, fields: Mapping[str, str]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
-        self.status = status
         self.client.keeps_alive = self.client.keeps_alive and not (self.server.draining or self.client.surplus)
         common = {
             "Date": http_date(int(time.time())),
@@ -3661,7 +3662,9 @@ class Exchange:
         elif self.server.settings.keep_alive_timeout:  # for whoever would send the next request just then
             common["Keep-Alive"] = f"timeout={self.server.settings.keep_alive_timeout:.0f}"
         line = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
-        return encode_head(line, {**common, **self.cors, **fields})
+        head = encode_head(line, {**common, **self.cors, **fields})
+        self.status = status
+        return head
 
     def encode_stream_head(self) -> tuple[bytes, bool]:
         """Return the head of the stream's answer, and whether its body is chunked."""
@@ -4798,8 +4801,8 @@ class Viewer:
         self.state, self.intact = self.OVER, False
 
     def _open(self) -> None:
-        self.state = self.OPEN
         self._head, self._chunked = self._encode_head()
+        self.state = self.OPEN
 
 
 # 15 ------------------------------------------------------------------ Streams
@@ -4836,7 +4839,8 @@ class Stream:
         """
         if self.over or self.viewer.state >= Viewer.LAST:
             return
-        if self.answer.state >= Answer.SETTLED and not self.answer.failure:
+        ours = not isinstance(failure, (UpstreamError, Aborted))  # a fault, and text may be lost
+        if self.answer.state >= Answer.SETTLED and not (self.answer.failure or ours):
             self.complete()  # the answer was, and only usage and [DONE] were waited for
             return
         self._close_source()
@@ -4993,6 +4997,7 @@ class Lookout:
             self._begin()
 
     def close(self) -> None:
+        self._waiting.clear()  # or the look under way would begin another
         self._alarm.close()
 
     def _begin(self) -> None:
@@ -5122,6 +5127,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.hub.loop.post(self._abort)
                 self._wait_until_empty(ABORT_GRACE)
             self.hub.loop.post(self._close_clients)
+            self.hub.loop.post(self.lookout.close)
         self.server_close()
 
     def abort(self) -> None:
