@@ -440,10 +440,9 @@ def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-load_json = functools.partial(
-    json.loads, parse_constant=_refuse_constant, parse_int=_parse_number, parse_float=_parse_number,
-    object_pairs_hook=_unique_members,
-)
+load_json = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_int=_parse_number, parse_float=_parse_number, object_pairs_hook=_unique_members
+).decode
 
 # What servers send beside JSON, such as NaN, is null.  For what is as short as an event, a decoder that leaves
 # integers to the interpreter is twice as fast.
@@ -1369,13 +1368,14 @@ _VALUE = r"[\t \x21-\x7e\x80-\xff]*"  # section 5.5: no CR, LF or NUL
 _VALUES = re.compile(_VALUE)
 
 # Lines of RFC 9112, matched whole: int() would also take "+5", "0x5" and "1_0".
-_FIELD_LINE = re.compile(f"({_TOKEN}):({_VALUE})")  # section 5: no space before the colon, no folding
+_FIELD_LINE = f"{_TOKEN}:{_VALUE}"  # section 5: no space before the colon, no folding
+_FIELD_LINES = re.compile(f"(?:{_FIELD_LINE}(?:\r\n{_FIELD_LINE})*)?")
 _STATUS_LINE = re.compile(f"HTTP/1\\.([01]) ([1-5][0-9][0-9])(?: {_VALUE})?")  # section 4
 _CHUNK_LINE = re.compile(  # section 7.1
     f"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|{_QUOTED}))?)*".encode("latin-1")
 )
-_TRAILER_LINE = re.compile(_FIELD_LINE.pattern.encode("latin-1"))
-_BLANK_BEFORE_COLON = re.compile(f"^({_TOKEN})[ \t]+:")  # harmless in an answer; section 5.1 has it dropped
+_TRAILER_LINE = re.compile(_FIELD_LINE.encode("latin-1"))
+_BLANK_BEFORE_COLON = re.compile(f"^({_TOKEN})[ \t]+:", re.MULTILINE)  # harmless in an answer; section 5.1 has it dropped
 
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -1401,15 +1401,17 @@ def parse_head(head: bytes, lenient: bool = False) -> tuple[str, dict[str, str]]
     Fields of one name are joined with ", " (RFC 9110 section 5.3).  Raises ValueError for what
     is not in the grammar of RFC 9112 section 5, or too much.
     """
-    first, *lines = head.decode("latin-1").split("\r\n")
-    if len(lines) > MAX_FIELDS:
+    first, _, text = head.decode("latin-1").partition("\r\n")
+    if lenient and not _FIELD_LINES.fullmatch(text):
+        text = _BLANK_BEFORE_COLON.sub(r"\1:", text)
+    if text.count("\r\n") >= MAX_FIELDS:
         raise ValueError("too many header fields")
+    if not _FIELD_LINES.fullmatch(text):
+        raise ValueError("a header field is not in HTTP's grammar")
     fields: dict[str, str] = {}
-    for line in lines:
-        match = _FIELD_LINE.fullmatch(_BLANK_BEFORE_COLON.sub(r"\1:", line) if lenient else line)
-        if not match:
-            raise ValueError("a header field is not in HTTP's grammar")
-        name, value = match[1].lower(), match[2].strip(" \t")
+    for line in text.split("\r\n") if text else ():
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return first, fields
 
@@ -2059,7 +2061,7 @@ def encode_request(asked: Mapping[str, Any], settings: Settings, refused: Contai
     request = {**_chosen(asked, settings), "messages": messages, "stream": True}
     request.update(default_params(request, settings, refused))
     try:
-        return json.dumps(request, ensure_ascii=False).encode()
+        return _encode_json(request).encode()
     except UnicodeEncodeError:
         raise RequestError("The text holds half of a surrogate pair.") from None
     except RecursionError:
@@ -2074,18 +2076,21 @@ def _chosen(asked: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     return {"model": settings.model, **members}
 
 
-# Names of which the second is OpenAI's newer one for the first, which most servers know.
-_OTHER_NAMES = {"max_tokens": ("max_completion_tokens",)}
+# Names of one thing, for those that have several: the second is OpenAI's newer one, the first is known to most servers.
+_NAMES = {"max_tokens": ("max_tokens", "max_completion_tokens")}
+_ASK_FOR_USAGE = ("stream_options", {"include_usage": True})
 
 
 def default_params(request: Mapping[str, Any], settings: Settings, refused: Container[str]) -> dict[str, Any]:
     """Return the members that nobody has set, under the first of their names that upstream has not refused."""
     defaults: dict[str, Any] = {}
-    for name, value in {**settings.param, "stream_options": {"include_usage": True}}.items():
-        names = (name, *_OTHER_NAMES.get(name, ()))
-        if not any(other in request for other in names):
-            good = [other for other in names if other not in refused and other not in settings.param.given]
-            defaults.update((other, value) for other in good[:1])
+    for name, value in (*settings.param.items(), _ASK_FOR_USAGE):
+        names = _NAMES.get(name) or (name,)
+        if request.keys().isdisjoint(names):
+            for known in names:
+                if known not in refused and known not in settings.param.given:
+                    defaults[known] = value
+                    break
     return defaults
 
 
@@ -2151,7 +2156,7 @@ class Adapted:
         if name is None or name in self._told:
             return False
         self._told |= {name}
-        alike = next(({first, *others} for first, others in _OTHER_NAMES.items() if name in (first, *others)), {name})
+        alike = next((set(names) for names in _NAMES.values() if name in names), {name})
         self._refused = (self._refused - alike) | self._told  # what is only remembered of them may be over
         return True
 
@@ -2783,13 +2788,17 @@ class Loop:
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
         self.watch(self._bell, READ, self._on_bell)
 
+    @property
+    def started(self) -> bool:
+        return self._thread.ident is not None
+
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread, after all that was posted."""
         self.post(self._stop)
-        if self._thread.ident:
+        if self.started:
             self._thread.join()
 
     def close(self) -> None:
@@ -5062,7 +5071,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.max_clients = 2 * settings.max_streams + SPARE_CONNECTIONS if settings.max_streams else sys.maxsize
         self.limits = Limits(settings)
         self._changed = threading.Condition()  # of what stop() waits for
-        self._hurried = self._listening = self._started = False
+        self._hurried = self._listening = False
         self._resources = contextlib.ExitStack()
         try:
             self.settings = self._resources.enter_context(demo_upstream(settings))
@@ -5108,7 +5117,6 @@ class Server(http.server.ThreadingHTTPServer):
         """Serve, in threads of its own."""
         self._listen()
         self.hub.loop.start()
-        self._started = True
 
     def stop(self) -> None:
         """Stop accepting, let what is open end for up to drain_timeout seconds, abort the rest, close.
@@ -5120,7 +5128,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.state = self.DRAINING
         if self.limits.total:
             self.hub.log.info(f"shutting down once {self.limits.total} streams have ended; a second signal cuts them off")
-        if self._started:
+        if self.hub.loop.started:
             self.hub.loop.post(self._drain)
             if not self._wait_until_empty(self.settings.drain_timeout):
                 self._hurried = False
