@@ -161,7 +161,7 @@ MAX_SURPLUS = 256  # connections beyond those, which are answered that there are
 MAX_WORKERS = 4  # threads that are parked; more of them starve the loop of the interpreter
 MAX_BEGINNINGS = 8  # new connections, and requests, of a turn of the loop
 MAX_READY = 1024  # sockets seen to in a turn
-MAX_LOG_LINES = 1000  # that wait to be written
+MAX_LOG_LINES = 4000  # that wait to be written
 
 # Upstream statuses that are about the request or about load, so that the client may see them with their
 # message.  Any other failure is between upstream and us: 502.
@@ -3072,12 +3072,16 @@ class LogWriter:
 
     def _write(self, count: int) -> None:
         for _ in range(count):
-            self._guard(1, log.log, *self._lines.popleft())
+            self._guard(1, self._emit, *self._lines.popleft())
         lost = self._lost
-        if lost and self._guard(0, log.error, "%d lines of log were lost", lost):
+        if lost and self._guard(0, self._emit, logging.ERROR, f"{lost} lines of log were lost"):
             self._lost -= lost
         for handler in log.handlers:
             self._guard(count, handler.flush)
+
+    def _emit(self, level: int, line: object) -> None:
+        if log.isEnabledFor(level):  # log.log would look for the line of code, too
+            log.handle(log.makeRecord(log.name, level, __file__, 0, line, (), None))
 
     def _guard(self, lines: int, call: Callable[..., object], *args: object) -> bool:
         """Make a call of somebody's handlers and filters; so many lines are lost if it raises."""
