@@ -218,7 +218,7 @@ def encode_error(error: ProxyError, path: str) -> bytes:
         other = ("invalid_request_error" if error.status < 500 else "api_error", None)
         type, code = _API_ERRORS.get(error.status, other)
         payload = {"error": {"message": error.message, "type": type, "param": None, "code": error.code or code}}
-        if path == "/v1/messages":  # Anthropic's
+        if path.startswith("/v1/messages"):  # Anthropic's
             payload["type"] = "error"
     return json.dumps(payload).encode() + b"\n"
 
@@ -490,7 +490,8 @@ def find_error(payload: object, type: str = "message") -> object:
     if not isinstance(payload, dict):
         return None
     names = [payload.get(name) for name in ("type", "object", "event")]
-    if not is_nothing(payload.get("error")) or any(isinstance(name, str) and _ERROR_NAME.search(name) for name in names):
+    named = any(isinstance(name, str) and _ERROR_NAME.search(name) for name in names)
+    if named or not is_nothing(payload.get("error")):
         return payload
     choices = dicts_in(payload.get("choices"))
     parts = [part for choice in choices for part in (choice.get("delta"), choice.get("message"))]
@@ -564,7 +565,7 @@ def kinds_of(error: object, depth: int = 3) -> list[str]:
     if isinstance(error, str):
         return ["a page of HTML"] if error.lstrip()[:1] == "<" else []
     if isinstance(error, list):
-        return kinds_of(error[0], depth) if error else []
+        return kinds_of(error[0], depth - 1) if error and depth else []
     if not isinstance(error, dict):
         return []
     said = fold(error)
@@ -634,7 +635,8 @@ def conceal(text: str, redact: Callable[[str], str]) -> str:
     return text if hidden == plain else hidden
 
 
-_ESCAPED = re.compile(r"\\(?:u00(2[013-9a-f]|[346][0-9a-f]|5[0-9abd-f]|7[0-9a-e])|(/)|.)", re.IGNORECASE | re.DOTALL)  # not " and \
+# JSON's escapes of visible ASCII, but for the quote and the backslash, which it must escape.
+_ESCAPED = re.compile(r"\\(?:u00(2[013-9a-f]|[346][0-9a-f]|5[0-9abd-f]|7[0-9a-e])|(/)|.)", re.IGNORECASE | re.DOTALL)
 
 
 def conceal_bytes(data: bytes, redact: Callable[[str], str]) -> bytes:
@@ -672,8 +674,7 @@ def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
     except Garbled:
         said = text
         if text.lstrip()[:1] in ("{", "["):  # cut off, perhaps for its length: the first sentence in it
-            match = _TOLD.search(text)
-            said = match[1] if match else ""
+            said = json.loads(next(iter(_TOLD.findall(text)), '"') + '"', strict=False)
     words = f"Upstream failed with status {status}."
     if status == 401:
         words = "Upstream refused our API key with status 401."
@@ -690,7 +691,7 @@ def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
     return failure
 
 
-_TOLD = re.compile(r'"(?:message|msg|detail|error)"\s*:\s*"((?:[^"\\]|\\.){1,1000})', re.DOTALL)
+_TOLD = re.compile(r'"(?:message|msg|detail|error)"\s*:\s*("(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\["\\/bfnrt]){1,1000})')
 
 
 # Text.
@@ -716,7 +717,8 @@ def parse_part(part: dict[str, Any]) -> tuple[str, str]:
     """Return (text, reasoning) of a delta or a message.  Raises AttributeError and TypeError for what is none."""
     text, reasoning = part.get("content") or "", ""
     if not isinstance(text, str):  # typed parts: [{"type": "text", "text": "..."}, ...]
-        items = [item if isinstance(item, dict) else {"text": item} for item in ([text] if isinstance(text, dict) else text)]
+        parts = [text] if isinstance(text, dict) else text
+        items = [item if isinstance(item, dict) else {"text": item} for item in parts]
         kinds = [(str(item.get("type", "")), item) for item in items]
         text = "".join([words_in(item) for kind, item in kinds if kind in _TEXT_PARTS])
         reasoning = "".join([words_in(item) for kind, item in kinds if "thinking" in kind or "reasoning" in kind])
@@ -892,9 +894,9 @@ class Answer:
             if self.model is None and model and isinstance(model, str):
                 self.model = self._redact(model[:100])
             if usage and isinstance(usage, dict):
-                with contextlib.suppress(RecursionError):
-                    json.dumps(usage)  # which the log and the client are to have
-                    self.usage = {**(self.usage or {}), **usage}
+                with contextlib.suppress(RecursionError, ValueError):
+                    told = conceal(json.dumps(usage, allow_nan=False), self._redact)  # to the log and the client
+                    self.usage = {**(self.usage or {}), **json.loads(told)}
 
     def _fail(self, error: UpstreamError) -> None:
         if isinstance(error, Garbled) and self.state >= self.SETTLED:
@@ -1131,7 +1133,7 @@ class PassedAnswer(Answer):
 
     # What ends a stream, beside [DONE]: Anthropic's messages, OpenAI's responses.
     _LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
-    _EVENT = re.compile(rb"(?:[^\n]+\n)*?\r?\n|(?:[^\r]+\r)*\r|.+", re.DOTALL)  # lines and a blank one, or what is left
+    _EVENT = re.compile(rb"(?:[^\n]+\n)*?\r?\n|(?:[^\r]+\r)*\r|.+", re.DOTALL)  # lines and a blank one, or the rest
     _WHOLE_AT_CLOSE = re.compile("(?:audio|image|video)/|application/octet-stream")
     _SKIMMED = re.compile(rb'"(model|usage)"\s*:\s*("[^"\\]*"|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 
@@ -3856,6 +3858,9 @@ function addReasoning(message) {
   return add(details, "p", "text", "");
 }
 
+// What is said of answers that did not end by themselves.
+const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."};
+
 // The events of an event stream, wherever its bytes were cut on the way.
 async function* readEvents(body) {
   const reader = body.getReader(), decoder = new TextDecoder();
@@ -3892,7 +3897,7 @@ async function ask(question) {
       if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
       if (type === "error") error = data.error;
       if (type === "done") error = "";
-      note = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."}[data.finish_reason] || note;
+      note = ENDINGS[data.finish_reason] || note;
     }
   } catch {}   // a lost connection or a body that is not JSON: error already says it
   if (controller.signal.aborted) [error, note] = ["", "Stopped."];

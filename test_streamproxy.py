@@ -411,6 +411,55 @@ def test_parser_limit_is_for_one_event_not_for_the_stream() -> None:
         assert parser.feed(b": comment\n\ndata: " + b"x" * 90 + b"\n\n") == [message("x" * 90)]
 
 
+STRAYS = {
+    "field": (b"error: x\n\n", [message("x", "error")]), "field behind data": (b"data: a\nerror: x\n\n", [message("a\nx", "error")]),
+    "bare lines": (b'{"a":\n1}\n\n', [message('{"a":\n1}', "")]), "no field": (b"x: y\n\ndata: a\n\n", [message("x: y", ""), message("a")]),
+    "before the data of its block": (b"data: [DONE]\n{}\n\n", [message("{}", ""), message("[DONE]")]), "event without data": (b"event: error\n\n", [message("", "error")]),
+    "fields of the standard": (b": a\nid: \0\nretry: x\nevent: b\nid\n\n", []), "at the end": (b"{}", [message("{}", "")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRAYS)
+def test_parser_gives_what_is_no_field_where_it_is_not_strict(name: str) -> None:
+    data, expected = STRAYS[name]
+    for parts in cuts(data):
+        parser = streamproxy.EventParser(strict=False)
+        assert [event for part in parts for event in parser.feed(part)] + parser.close() == expected
+    strict = streamproxy.EventParser()
+    assert all(event.type in ("message", "b") for event in strict.feed(data) + strict.close())
+    with pytest.raises(streamproxy.Garbled):
+        for _ in range(100):
+            streamproxy.EventParser(max_event_size=100, strict=False).feed(b"{}\n" * 60)
+
+
+def test_parser_counts_comments_and_blank_lines_as_signs_of_life() -> None:
+    parser = streamproxy.EventParser()
+    parser.feed(b": a\n\n:\ndata: b\n\nretry: 3\n\n\n")
+    assert parser.idle == 5
+
+
+@pytest.mark.parametrize("stream", [b"data: a\n\n: c\n\n", b"data: a\r\n\r\nevent: b\r\ndata: c\r\n\r\n", b"data: a\r\rdata: b\r\r", b"\n\n\ndata: a\n\n\n"])
+def test_cutter_gives_all_bytes_and_each_event_when_it_is_whole(stream: bytes) -> None:
+    for parts in cuts(stream):
+        cutter, events = streamproxy.EventCutter(), b""
+        for part in parts:
+            events += cutter.feed(part)
+            assert not cutter.rest or not re.search(rb"\n\n|\n\r\n|\r\r", cutter.rest[:-1])
+        assert events + cutter.rest == stream
+
+
+@pytest.mark.parametrize(("rest", "passes"), [
+    (b"event: x\n", True), (b"event: x\r\nid: 3\r\n", True), (b": comm", True), (b"data: {", True), (b"data: {\"err", False), (b"event: x\ndata: abc", False),
+    (b'{"error": 1', False), (b"error: sk-x", False), (b"d", True),
+])  # fmt: skip
+def test_cutter_passes_on_what_says_nothing_yet(rest: bytes, passes: bool) -> None:
+    cutter = streamproxy.EventCutter()
+    assert cutter.feed(rest) == b"" and cutter.pass_on(0) == (rest if passes else b"")
+    assert cutter.passed == (len(rest) if passes else 0)
+    if passes:
+        assert cutter.feed(b"\n\n" if rest.startswith(b"d") else b"z\n\n") and cutter.pass_on(0) == b""
+
+
 @pytest.mark.parametrize("data", ["", "a", "a\nb", "a\r\nb", "a\rb", "\n", "data: x\n\nevent: y", " a", "ä👋"])
 def test_encoded_event_parses_back(data: str) -> None:
     encoded = streamproxy.encode_event(data, "kind", "7")
@@ -466,6 +515,36 @@ def test_chunked_strict_grammar(name: str) -> None:
         decoder = streamproxy.ChunkedDecoder()
         assert b"".join(map(decoder.feed, parts)).startswith(b"ok")  # what came before still counts
         assert decoder.broken and not decoder.complete
+
+
+@pytest.mark.parametrize(("wire", "strict"), [
+    (b"1 \r\na\r\n0\r\n\r\n", False), (b"1\t \r\na\r\n0 \r\n\r\n", False), (b"0" * 30 + b"1\r\na\r\n000\r\n\r\n", False), (b"1;x=y \r\na\r\n0\r\n\r\n", False),
+    (b"1\r\na\r\n0\r\nTrailer : x\r\n\r\n", False), (b"01\r\na\r\n00\r\n\r\n", True), (b"0" * 30 + b" \r\n\r\n", False),
+])  # fmt: skip
+def test_chunked_from_upstream_zeros_and_blanks_are_harmless(wire: bytes, strict: bool) -> None:
+    for parts in cuts(wire):
+        decoder = streamproxy.ChunkedDecoder(lenient=True)
+        assert b"".join(map(decoder.feed, parts)) == (b"a" if b"a" in wire else b"") and decoder.complete and not decoder.broken
+        decoder = streamproxy.ChunkedDecoder()
+        _ = [decoder.feed(part) for part in parts]
+        assert decoder.complete == strict
+
+
+@pytest.mark.parametrize("wire", [b" 1\r\na\r\n", b"+1\r\na\r\n", b"0x1\r\na\r\n", b"1 1\r\na\r\n", b"\r\na\r\n", b"1\r\na \r\n", b" \r\n", b"1\x0b\r\na\r\n"])
+def test_chunked_from_upstream_other_faults_are_faults(wire: bytes) -> None:
+    decoder = streamproxy.ChunkedDecoder(lenient=True)
+    decoder.feed(wire)
+    assert decoder.broken
+
+
+def test_head_of_upstream_may_have_blanks_before_a_colon() -> None:
+    data = b"HTTP/1.1 200 OK\r\nContent-Type : a\r\nX\t: b:c\r\n\r\nrest"
+    assert streamproxy.parse_answer_head(data) == (200, {"content-type": "a", "x": "b:c"}, b"rest")
+    for bad in (b"HTTP/1.1 200 OK\r\n A: b\r\n\r\n", b"HTTP/1.1 200 OK\r\nA b: c\r\n\r\n", b"HTTP/1.1 200 OK\r\n : c\r\n\r\n"):
+        with pytest.raises(ValueError, match="grammar"):
+            streamproxy.parse_answer_head(bad)
+    with pytest.raises(ValueError, match="grammar"):
+        streamproxy.parse_head(b"GET / HTTP/1.1\r\nHost : a")
 
 
 def test_chunk_of_no_data_is_nothing_since_it_would_end_the_body() -> None:
@@ -1052,7 +1131,7 @@ def test_refusal_is_told_in_upstream_s_words_and_passes_whole_in_v1(name: str) -
     (b"model 'llama3' not found, try pulling it first", "model 'llama3' not found, try pulling it first"), (b"x" * 3000, "x" * 1000), (b" \n", ""),
     (b"<html>\r\n<head><title>413 Request Entity Too Large</title></head>\r\n<body>nginx", "413 Request Entity Too Large"), (b"", ""),
     (b"<html>", "Upstream refused the request with status 404 (a page of HTML)."), (b"<?xml?><Error><Code>x</Code><Message>Sorry</Message></Error>", "Sorry"),
-    (b'{"error": {"message": "So\\u0072ry", "input": "cut', "So\\u0072ry"), (b"\xff\xfe", "\ufffd\ufffd"),
+    (b'{"error": {"message": "So\\u0072ry", "input": "cut', "Sorry"), (b"\xff\xfe", "\ufffd\ufffd"),
 ])  # fmt: skip
 def test_refusal_that_is_no_json_is_told_too(document: bytes, words: str) -> None:
     failure = refused_with(404, document)
@@ -1204,6 +1283,34 @@ def test_stream_that_was_asked_for_may_be_open_before_upstream_s_head_and_its_re
         asked.start(200, {"content-type": "application/json"})
         assert asked.feed(document) + asked.close(None) == b"" and asked.failure and words in asked.failure.message
         assert asked.encode("error", error=asked.failure.message)
+
+
+def random_json(rng: random.Random, depth: int = 5) -> Any:
+    """A value that is like those of servers in its names, and in nothing else."""
+    if depth and rng.random() < 0.6:
+        names = ["error", "message", "choices", "delta", "content", "finish_reason", "usage", "detail", "code", "msg", "type", "text", "errors", "model", "index",
+                 "status", "x_groq", "reasoning", "reasoning_details", "refusal", "loc", "object", "response", "stop_reason", "incomplete_details", "event"]
+        members = {rng.choice(names): random_json(rng, depth - 1) for _ in range(rng.randrange(4))}
+        return members if rng.random() < 0.7 else list(members.values())
+    return rng.choice([None, True, False, 0, 1, -1, 500, 1.5, float("nan"), float("inf"), "", "x", "error", "null", "\ud83d", "[DONE]", [], {}, "\u00e9" * 9, 10**400])
+
+
+def test_answers_never_raise_whatever_json_comes() -> None:
+    rng = random.Random(12)
+    for _ in range(4000):
+        payload = random_json(rng)
+        payload = {"choices": [payload, *rng.choices([payload, random_json(rng, 2)], k=rng.randrange(2))]} if rng.random() < 0.5 else payload
+        data = json.dumps(payload, ensure_ascii=rng.random() < 0.9).encode("utf-8", "surrogatepass")
+        for answer in (streamproxy.TextAnswer(), streamproxy.EventAnswer("id"), streamproxy.PassedAnswer()):
+            asked = answer.start(rng.choice([200, 200, 200, 400, 500]), {"content-type": rng.choice(["text/event-stream", "application/json", ""])})
+            body = rng.choice([data, event(data), b"event: error\n" + event(data), data + b"\n\n", STOP + event(data) + DONE])
+            out = asked.feed(body[: len(body) // 2]) + asked.feed(body[len(body) // 2 :]) + asked.close(None)
+            assert (asked.state == asked.DONE) != bool(asked.failure)
+            if asked.failure:
+                json.loads(streamproxy.encode_error(asked.failure, "/"))
+            elif answer.pings and not isinstance(answer, streamproxy.PassedAnswer):
+                for told in streamproxy.EventParser().feed(out + answer.end()):
+                    json.loads(told.data, parse_constant=pytest.fail)
 
 
 def random_stream(rng: random.Random) -> bytes:
