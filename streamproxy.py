@@ -2882,20 +2882,19 @@ class Loop:
                     watched[1](events)
                 except Exception as error:  # noqa: BLE001
                     self._on_fault(watched[1], error)
-        for _ in range(len(self._posts)):  # what these post is for the next turn: other streams come first
-            self._call(self._posts.popleft())
-        for _ in range(min(len(self._begun), MAX_BEGINNINGS)):
-            self._call(self._begun.popleft())
-        while len(ready) < MAX_READY and self._alarms and self._alarms[0][0] <= self.now:
-            when, _, alarm = heapq.heappop(self._alarms)
-            if alarm.at == when:
-                alarm.at = math.inf
-                if alarm.call:
-                    self._call(alarm.call)
+        if self._posts:
+            for _ in range(len(self._posts)):  # what these post is for the next turn: other streams come first
+                self._call(self._posts.popleft())
+        if self._begun:
+            for _ in range(min(len(self._begun), MAX_BEGINNINGS)):
+                self._call(self._begun.popleft())
+        if self._alarms and self._alarms[0][0] <= self.now and len(ready) < MAX_READY:
+            self._ring()
 
     def _poll(self, timeout: float) -> list[tuple[int, int]]:
         if self._alarms:
-            timeout = min(timeout, max(0.0, self._alarms[0][0] - self.clock()))
+            due = self._alarms[0][0] - self.clock()
+            timeout = due if 0 < due < timeout else timeout if due > 0 else 0
         self._asleep = True  # from here on, a post rings the bell; those before are seen here
         ready: list[tuple[int, int]] = self._epoll.poll(0 if self._posts or self._begun else timeout, MAX_READY)
         self._asleep = False
@@ -2905,6 +2904,15 @@ class Loop:
             # comes before the clocks, or streams that are well would be too late.
             ready = self._epoll.poll(0, MAX_READY)
         return ready
+
+    def _ring(self) -> None:
+        """Have the alarms go off whose time has come."""
+        while self._alarms and self._alarms[0][0] <= self.now:
+            when, _, alarm = heapq.heappop(self._alarms)
+            if alarm.at == when:
+                alarm.at = math.inf
+                if alarm.call:
+                    self._call(alarm.call)
 
     def _run(self) -> None:
         while self._running:
@@ -4614,7 +4622,8 @@ class Source:
 
     def conclude(self) -> None:
         """Wait no longer for what follows the last event: the answer is what it is."""
-        self._pass(self.answer, self.answer.close(None), False)
+        self.stream.record.append(self.answer.close(None))
+        self._conclude(self.answer)
 
     def late(self) -> UpstreamError:
         """Return the failure for a state that has lasted too long."""
@@ -4719,34 +4728,44 @@ class Source:
         """Pass on what data adds to the answer; closed: it is the last of the connection."""
         answer, life = self.answer, self.answer.life
         out = answer.feed(body.feed(data))
-        if body.complete:
-            out += answer.close(None)
-        elif body.broken:
-            out += answer.close(Garbled("Upstream broke the chunked coding of its answer."))
-        elif closed:
-            out += answer.close(UpstreamError("Upstream closed the connection within its answer.", ending="truncated"))
-        self._pass(answer, out, answer.life != life)
-
-    def _pass(self, answer: Answer, out: bytes, alive: bool) -> None:
-        """Pass on what an answer has become; alive: it was seen that upstream is."""
+        if body.complete or body.broken or closed:
+            out += answer.close(self._cut(body))
         stream = self.stream
         if out:
             stream.record.append(out)
+        if answer.state == Answer.DONE or answer.failure:
+            self._conclude(answer)
+        elif out:
             if stream.first_text_at is None and answer.pieces:
                 stream.first_text_at = self.hub.loop.now
-        if answer.state == answer.DONE:
+            stream.viewer.more()
+            if stream.viewer.client.pending:
+                self.watch()
+        if answer.life != life and self.state != self.OVER:
+            self.since = self.hub.loop.now
+            if self.state < self.FLOWING or (self.state == self.ENDING) != (answer.state == Answer.ENDING):
+                self._flow(answer)
+
+    @staticmethod
+    def _cut(body: BodyDecoder) -> UpstreamError | None:
+        """What is wrong with the end of a body."""
+        if body.complete:
+            return None
+        if body.broken:
+            return Garbled("Upstream broke the chunked coding of its answer.")
+        return UpstreamError("Upstream closed the connection within its answer.", ending="truncated")
+
+    def _conclude(self, answer: Answer) -> None:
+        """End the stream with an answer that is done, or that failed and of which nothing more passes."""
+        stream = self.stream
+        if stream.first_text_at is None and answer.pieces:
+            stream.first_text_at = self.hub.loop.now
+        if answer.state == Answer.DONE:
             stream.complete()
             return
-        if out:
-            stream.viewer.more()
-            if stream.viewer.blocked:
-                self.watch()
-        if answer.failure and answer.state != answer.ENDING:
+        stream.viewer.more()
+        if answer.failure and answer.state != Answer.ENDING:
             stream.fail(answer.failure)
-        elif alive:
-            self.since = self.hub.loop.now
-            if self.state < self.FLOWING or (self.state == self.ENDING) != (answer.state == answer.ENDING):
-                self._flow(answer)
 
     def _flow(self, answer: Answer) -> None:
         if answer.state == answer.ENDING:
