@@ -3202,7 +3202,7 @@ class Client(Peer):
             self._read_body()
         elif self.state != self.ANSWERING:
             self.loop.begin(self.begin)
-        elif len(self.data) > MAX_PIPELINED and self.exchange:
+        elif self.exchange and len(self.data) > MAX_PIPELINED + self.exchange.body_room():
             self.exchange.drop(Aborted("The client sent too much while its answer was on its way."))
 
     def begin(self) -> None:
@@ -3470,6 +3470,10 @@ class Exchange:
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.expect_body()
 
+    def body_room(self) -> int:
+        """Return how much of its body may come before the exchange is ready for it."""
+        return 0 if self.request.body.complete else self.server.settings.max_body
+
     def on_body(self, part: bytes) -> None:
         """Take a part of the body; go on once it is whole."""
         self.received += part
@@ -3606,7 +3610,7 @@ class Exchange:
         if self.stream and not self.stream.over:
             self.stream.drop(failure)
         else:
-            self.failure, self.client.keeps_alive = self.failure or failure, False
+            self.failure = self.failure or failure
             self.status = self.status or failure.status
             self._end(cut=True)
 
@@ -3638,11 +3642,10 @@ class Exchange:
             return
         if self.failure:
             self.status = self.status or self.failure.status
-        if not stream.viewer.intact:
-            client.keeps_alive = False
-            if not self.request.http11:
-                client.reset()  # its body ends where the connection does
-        self._end(cut=not stream.viewer.intact)
+        cut = not stream.viewer.intact
+        if cut and not self.request.http11:
+            client.reset()  # its body ends where the connection does
+        self._end(cut)
 
     def encode_head(self, status: int, fields: Mapping[str, str]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
