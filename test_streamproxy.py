@@ -4416,7 +4416,7 @@ class PlayedClient(Wire):
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)
         self.asked: list[Asked] = []
-        self.is_garbage = False
+        self.is_garbage = self.half = False
 
 
 class PlayedUpstream(Wire):
@@ -4447,6 +4447,7 @@ class Play:
         self.clients: list[PlayedClient] = []
         self.upstreams: list[PlayedUpstream] = []
         self.requests: dict[str, Asked] = {}
+        self.nears: list[socket.socket] = []
         self.faulty, self.hit = False, ""
         self.alive: dict[str, weakref.WeakSet[Any]] = {}
         self.begun = 0  # exchanges
@@ -4548,6 +4549,7 @@ class Play:
         elif choice < 0.965:
             with contextlib.suppress(OSError):
                 client.sock.shutdown(socket.SHUT_WR)
+                client.half = True
         elif choice < 0.98:
             client.close(reset=self.rng.random() < 0.5)
 
@@ -4603,6 +4605,7 @@ class Play:
         else:
             near, far = socket.socketpair()
         narrow(near).setblocking(False)
+        self.nears.append(near)
         self.upstreams.append(PlayedUpstream(narrow(far)))
         return streamproxy.Connection(near, self.server.hub.upstream.target.key)
 
@@ -4779,6 +4782,7 @@ class Play:
         assert list(self.server.hub.loop.owners.values()) == [self.server.hub.loop]  # who listens to its bell
         self.server.hub.loop.alarms.clear()
         self.server.hub.loop.owners.clear()
+        assert all(near.fileno() < 0 for near in self.nears)  # closed, not only forgotten
         counts = self.server.snapshot()
         assert counts == {"connections": 0, "streams": 0, "threads": 0, "warm connections": 0}, counts
         lines = self.still.lines.requests
@@ -4788,7 +4792,8 @@ class Play:
         for client in self.clients:
             if not client.closed:
                 client.read(10**9)
-                self.check_answers(client, {str(line["id"]): line for line in lines})
+                left = self.check_answers(client, {str(line["id"]): line for line in lines})
+                assert not left or how != "clients read on" or self.faulty, f"{left} were not answered"
 
     def play_on(self, seconds: float, reads: bool) -> bool:
         """Let the clock go on; whether all is over then."""
@@ -4816,14 +4821,14 @@ class Play:
             self.turn()
         return self.play_on(timeout, reads=self.rng.random() < 0.5)
 
-    def check_answers(self, client: PlayedClient, lines: dict[str, Any]) -> None:
-        """What a client got is what it asked for, in order, and what looks complete is."""
+    def check_answers(self, client: PlayedClient, lines: dict[str, Any]) -> list[Asked]:
+        """What a client got is what it asked for, in order, and what looks complete is; what should have been answered."""
         data, asked = bytes(client.got), list(client.asked)
         while data and not client.is_garbage:
             head, end, data = data.partition(b"\r\n\r\n")
             if not end:
                 assert client.end
-                return
+                return []
             line, *fields = head.decode("latin-1").split("\r\n")
             status = int(re.fullmatch(r"HTTP/1\.1 (\d{3}) [A-Za-z -]+", line)[1])  # type: ignore[index]
             known = dict(field.split(": ", 1) for field in fields)
@@ -4832,8 +4837,7 @@ class Play:
             request = asked.pop(0)
             if known["X-Request-Id"] != request.id:
                 assert status in (408, 503) or self.faulty, (status, request)  # of one whose head was not read
-                return
-            entry = lines[request.id]
+                return []
             body, whole = b"", True
             if request.method == "HEAD" or status == 204:
                 pass
@@ -4847,12 +4851,13 @@ class Play:
                 whole, data = decoder.complete, decoder.rest
                 assert not decoder.broken
             else:
-                body, data, whole = data, b"", client.end == "end" and (self.over_tcp or entry["ending"] == "complete")
-            self.check_body(request, status, body, whole, entry)
-            if not whole:
+                sure = self.over_tcp or lines[request.id]["ending"] == "complete"
+                body, data, whole = data, b"", sure and client.end == "end"
+            self.check_body(request, status, body, whole, lines[request.id])
+            if not whole or known.get("Connection") == "close":
                 assert not data
-                return
-            assert known.get("Connection") != "close" or not data
+                return []
+        return [] if client.is_garbage or client.left or client.reset or client.half else asked
 
     def check_body(self, request: Asked, status: int, body: bytes, whole: bool, entry: Any) -> None:
         said = f"{request} {status} {body[-300:]!r} {whole=} {entry}"
