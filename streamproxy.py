@@ -3279,7 +3279,7 @@ class Client(Peer):
         """Close a connection that has asked nothing; its last words are heard before."""
         if self.state == self.IDLE:
             self.on_ready(READ)
-        if self.state == self.IDLE and not self.data:
+        if self.state == self.IDLE and not self.data.strip(b"\r\n"):
             self.close()
 
     def abort(self, failure: ProxyError) -> None:
@@ -3444,11 +3444,13 @@ class Exchange:
         counts: among the requests of a minute.
         """
         self.server.access.check_origin(self.request.fields)
+        if self.server.state == self.server.ABORTING:  # it came behind one that was
+            raise Aborted("The server is shutting down.")
         self._then, self._counts = then, counts
         self.server.lookout.look(self._on_looked)
 
     def _on_looked(self) -> None:
-        if self.client.exchange is self:  # or it has left meanwhile
+        if self.client.exchange is self and not self.status:  # or it has left meanwhile, or was refused
             self._step(self._enter)
 
     def _enter(self) -> None:
