@@ -4304,6 +4304,139 @@ def test_ipv6(provider: Provider) -> None:
             assert client.head().status == 200
 
 
+def read_call(still: Still, upstream: Peer) -> tuple[str, bytes]:
+    """Head and body of the request that upstream got."""
+    upstream.sock.setblocking(False)
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            upstream.more()
+        head, end, body = upstream.seen.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: ([0-9]+)", head)
+        if end and len(body) >= int(length[1] if length else 0):
+            upstream.sock.settimeout(DEADLINE)
+            upstream.seen = b""
+            return head.decode(), body
+        still.turn()
+
+
+@pytest.mark.parametrize("coding", ["length", "chunked"])
+def test_large_body_that_comes_while_the_token_file_is_looked_at_is_taken(tmp_path: Path, coding: str) -> None:
+    body = json.dumps({"prompt": "x" * 300_000}).encode()
+    with StillServer(token_file=token_file(tmp_path, "a token-a\n")) as still, still.client() as client:
+        fields = f"Content-Length: {len(body)}" if coding == "length" else "Transfer-Encoding: chunked"
+        client.sock.setblocking(False)
+        left = f"POST / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer token-a\r\n{fields}\r\n\r\n".encode()
+        left += body if coding == "length" else chunk(body) + b"0\r\n\r\n"
+        while left:
+            left = left[client.sock.send(left) :]
+            still.turn()
+        still.jobs.popleft()()  # the look
+        still.turn(3)
+        sent = json.loads(read_call(still, still.connect())[1])
+        assert sent["messages"] == [{"role": "user", "content": "x" * 300_000}]
+
+
+@pytest.mark.parametrize("more", [b"", b"\r\n", b"GET / HTTP/1.0\r\n\r\n"], ids=["nothing", "an empty line", "a request"])
+@pytest.mark.parametrize("how", ["upstream is cut", "abort"])
+def test_http_1_0_cut_answer_is_a_reset_whatever_the_client_sent_behind_its_request(
+    provider: Provider, how: str, more: bytes
+) -> None:
+    with running(provider) as server, Client(server).ask(PROMPT, version="1.0") as client, provider.take() as upstream:
+        client.send(more)
+        upstream.start(A)
+        assert client.head().status == 200 and client.exactly(1) == b"a"
+        caught_up(server)
+        if how == "abort":
+            server.stop()
+        else:
+            upstream.sock.close()
+        with pytest.raises(ConnectionResetError):
+            client.rest()
+
+
+def test_connection_that_lingers_has_its_clock_also_behind_a_long_stream() -> None:
+    with StillServer(client_timeout=20.0, keep_alive_timeout=75.0) as still, still.client() as client:
+        client.ask(PROMPT, Connection="close").ask(PROMPT)
+        still.turn(2)
+        upstream = still.connect()
+        upstream.send(STREAM_HEAD, chunk(A))
+        for second in (50, 100):
+            still.at(second)
+            upstream.send(chunk(A))
+            still.turn()
+        upstream.send(chunk(DONE))
+        still.turn(2)
+        assert client.head().status == 200 and client.body() == b"aaa"
+        assert client.rest() == b"" and len(still.server.clients) == 1  # it lingers: the second request was not read
+        still.at(119.9)
+        assert still.server.clients
+        still.at(120)
+        assert not still.server.clients
+
+
+def stop(still: StillServer) -> threading.Thread:
+    """Begin to stop the server, whose loop the test goes on turning."""
+    stopping = threading.Thread(target=still.server.stop)
+    stopping.start()
+    wait_for(lambda: still.server.draining)
+    return stopping
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n"])
+def test_drain_waits_for_nobody_who_has_asked_nothing(provider: Provider, sent: bytes) -> None:
+    with running(provider, drain_timeout=DEADLINE) as server, Client(server) as client:
+        client.ask(method="GET", path="/healthz").send(sent)
+        assert client.head().status == 200 and client.exactly(3) == b"ok\n"
+        caught_up(server)
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() < began + DEADLINE / 2 and client.rest() == b""
+
+
+def test_request_behind_an_aborted_answer_is_refused_at_once_and_upstream_not_asked(provider: Provider, caplog: Any) -> None:
+    with running(provider, drain_timeout=0.0) as server, Client(server).ask(PROMPT, **EVENTS) as client:
+        with provider.take() as upstream:
+            upstream.start(A)
+            client.head()
+            client.ask({"prompt": "second"})
+            caught_up(server)
+            began = time.monotonic()
+            server.stop()
+            assert b"event: error" in client.body()
+            assert client.error() == (503, "The server is shutting down.") and client.rest() == b""
+            assert time.monotonic() < began + streamproxy.ABORT_GRACE / 2
+    assert provider.nobody_came() and [entry["ending"] for entry in log_entries(caplog, 3)].count("aborted") == 2
+
+
+def test_looked_at_token_file_admits_nobody_who_was_refused_meanwhile(tmp_path: Path) -> None:
+    with StillServer(token_file=token_file(tmp_path, "a token-a\n")) as still, still.client() as client:
+        client.ask(PROMPT, Authorization="Bearer token-a")
+        still.turn(2)
+        asking = next(iter(still.server.clients))
+        near, asking.sock = asking.sock, Full(asking.sock)  # type: ignore[assignment]
+        asking.abort(streamproxy.Aborted("The server is shutting down."))
+        assert asking.pending
+        still.jobs.popleft()()
+        still.turn(3)
+        assert not still.jobs and still.server.snapshot()["streams"] == 0
+        asking.sock = near
+        still.turn(3)
+        client.sock.shutdown(socket.SHUT_WR)
+        still.turn(3)
+        got = client.rest()
+        assert got.startswith(b"HTTP/1.1 503 ") and got.count(b"HTTP/1.1 ") == 1 and len(still.lines.requests) == 1
+
+
+class Full:
+    """A socket that takes nothing as yet."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.fileno, self.recv, self.close = sock.fileno, sock.recv, sock.close
+
+    def send(self, data: bytes) -> int:
+        raise BlockingIOError
+
+
 # ---------------------------------------------------------------- all of it, in thousands of orders
 
 ORDERS = int(os.environ.get("STREAMPROXY_TEST_ORDERS", "1000"))
