@@ -5649,9 +5649,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"streamproxy: cannot listen at {settings.bind}: {reason_of(error)}", file=sys.stderr)
         return 1
-    output = _Output(sys.stderr)
-    output.setFormatter(_LogFormatter(settings.log_format))
-    log.addHandler(output)
+    if sys.stderr:  # or it was closed
+        output = _Output(sys.stderr)
+        output.setFormatter(_LogFormatter(settings.log_format))
+        log.addHandler(output)
     log.setLevel(logging.INFO)
     _raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -5697,7 +5698,7 @@ def _announce(server: Server) -> None:
     if server.settings.demo:
         to = f"--unix-socket {server.url[5:]} http://localhost" if server.path else server.url
         lines.append(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # the latter: it was closed
         _write_all(sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode())
 
 
