@@ -5203,6 +5203,356 @@ class Full:
         raise BlockingIOError
 
 
+# ---------------------------------------------------------------- what is stuck, short or over
+
+
+def stuck_pipe(stack: contextlib.ExitStack) -> int:
+    """The end to write to of a pipe that is full, and that nobody reads."""
+    reader, writer = os.pipe()
+    stack.callback(os.close, reader)
+    stack.callback(os.close, writer)
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x")
+    os.set_blocking(writer, True)
+    return writer
+
+
+def orphaned_pipe(stack: contextlib.ExitStack) -> int:
+    """One whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stack.callback(os.close, writer)
+    return writer
+
+
+def full_disk(stack: contextlib.ExitStack) -> int:
+    if not os.path.exists("/dev/full"):
+        missing("there is no /dev/full")
+    return stack.enter_context(open("/dev/full", "wb", buffering=0)).fileno()
+
+
+OUTPUTS = {"nobody reads it": stuck_pipe, "its reader is gone": orphaned_pipe, "its disk is full": full_disk, "it is closed": None}
+
+
+@contextlib.contextmanager
+def launched_into(name: str, kind: str, *flags: str, **environ: str) -> Iterator[tuple[Any, Front]]:
+    """The program, of whose standard output or error a kind of trouble is made."""
+    front = Front(f"http://127.0.0.1:{free_port()}")
+    command = [sys.executable, str(PROGRAM), "--bind", front.url[7:], *flags]
+    with contextlib.ExitStack() as stack:
+        outputs: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        make = OUTPUTS[kind]
+        if make:
+            outputs[name] = make(stack)
+        else:
+            command = ["sh", "-c", f'exec "$@" {1 + (name == "stderr")}>&-', "sh", *command]
+        process = subprocess.Popen(command, **outputs, env={**os.environ, "OPENAI_API_KEY": KEY, **environ})
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        wait_for(lambda: process.poll() is not None or not refused(front))
+        assert process.poll() is None
+        yield process, front
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_output_that_cannot_be_written_touches_no_request_and_not_the_end(provider: Provider, name: str, kind: str) -> None:
+    with launched_into(name, kind, OPENAI_BASE_URL=provider.url) as (process, front):
+        with Client(front).ask(PROMPT) as client, provider.take() as upstream:
+            upstream.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+            with Client(front) as other:
+                for _ in range(streamproxy.MAX_LOG_LINES + 100):
+                    other.ask(method="GET", path="/healthz")
+                    assert other.head().status == 200 and other.exactly(3) == b"ok\n"
+            upstream.event(delta("b"))
+            assert client.chunk() == b"b"
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: refused(front))
+            upstream.finish()
+            assert client.chunk() == b""
+        assert process.wait(DEADLINE) == 0
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_output_that_is_stuck_does_not_keep_a_second_signal_from_ending_all(provider: Provider, name: str) -> None:
+    with launched_into(name, "nobody reads it", OPENAI_BASE_URL=provider.url) as (process, front):
+        with Client(front).ask(PROMPT) as client, provider.take() as upstream:
+            upstream.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: refused(front))
+            process.send_signal(signal.SIGTERM)
+            assert client.rest() == b"" and upstream.gone()
+            assert process.wait(DEADLINE / 2) == 0
+
+
+@contextlib.contextmanager
+def logging_through(emit: Callable[[logging.LogRecord], object], as_filter: bool = False) -> Iterator[None]:
+    """The log with a handler, or a filter, of an embedding program's."""
+    handler = logging.Handler()
+    if as_filter:
+        streamproxy.log.addFilter(emit)  # type: ignore[arg-type]
+    else:
+        handler.emit = emit  # type: ignore[assignment,method-assign]
+        streamproxy.log.addHandler(handler)
+    try:
+        yield
+    finally:
+        streamproxy.log.removeFilter(emit)  # type: ignore[arg-type]
+        streamproxy.log.removeHandler(handler)
+
+
+@pytest.mark.parametrize("as_filter", [False, True], ids=["a handler", "a filter"])
+@pytest.mark.parametrize("trouble", ["raises", "raises once", "exits", "blocks"])
+def test_logging_of_somebody_s_touches_no_request_and_not_the_end(
+    server: Any, provider: Provider, trouble: str, as_filter: bool
+) -> None:
+    calls, go = [], threading.Event()
+
+    def emit(record: logging.LogRecord) -> bool:
+        calls.append(record)
+        if trouble == "blocks":
+            go.wait(DEADLINE)
+        elif trouble == "exits":
+            raise SystemExit
+        elif trouble == "raises" or len(calls) == 1:
+            raise ValueError("the log's server is away")
+        return True
+
+    with logging_through(emit, as_filter), Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        upstream.start(A)
+        assert client.head().status == 200 and client.chunk() == b"a"
+        for _ in range(20):
+            caught_up(server)
+        server.hub.log.error("an error of the loop's own")
+        wait_for(lambda: calls)
+        caught_up(server)
+        upstream.event(delta("b"))
+        upstream.finish()
+        assert client.chunk() == b"b" and client.chunk() == b""
+        if trouble == "raises once":
+            wait_for(lambda: len(calls) > 20)
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() < began + streamproxy.CLOSE_TIMEOUT + 2
+        go.set()
+
+
+def test_lines_of_log_that_were_lost_are_counted(caplog: Any) -> None:
+    go, writer, count = threading.Event(), streamproxy.LogWriter(), streamproxy.MAX_LOG_LINES + 250
+    with logging_through(lambda record: go.wait(DEADLINE)):
+        writer.info("first")
+        wait_for(lambda: caplog.records)  # it is stuck in that one
+        for number in range(count):
+            writer.info(f"line {number}")
+        go.set()
+        wait_for(lambda: "lines of log were lost" in caplog.text)
+        writer.info("last")
+        writer.close(DEADLINE)
+    told = [record.getMessage() for record in caplog.records]
+    lost = sum(int(words.split()[0]) for words in told if words.endswith("lines of log were lost"))
+    kept = [words for words in told if words.startswith("line ")]
+    assert kept == [f"line {number}" for number in range(len(kept))] and len(kept) + lost == count and told[-1] == "last"
+
+
+def test_error_is_said_at_once_and_then_once_a_second_with_how_often_it_was(caplog: Any) -> None:
+    now = 100.0
+    writer = streamproxy.LogWriter(lambda: now)
+    for second in range(30):
+        now = 100.0 + second / 10
+        writer.error("no room")
+        if second == 15:
+            writer.error("another")
+    writer.close(DEADLINE)
+    assert [record.getMessage() for record in caplog.records] == ["no room", "no room (10 times)", "another", "no room (10 times)"]
+
+
+# Requests that are refused before their body, which never comes.
+NEVER_COMING = {
+    "404": b"POST /nothing HTTP/1.1\r\n" + H + b"Content-Length: 50000\r\n\r\n",
+    "405": b"PUT / HTTP/1.1\r\n" + H + b"Content-Length: 50000\r\n\r\n",
+    "403": b"POST / HTTP/1.1\r\n" + H + b"Origin: http://other.example\r\nContent-Length: 50000\r\n\r\n",
+    "413": b"POST / HTTP/1.1\r\n" + H + b"Content-Length: 50000000\r\n\r\n",
+    "408": b"POST / HTTP/1.1\r\n" + H + b"Content-Length: 50000\r\n\r\n{",
+    "400": b"POST / HTTP/1.1\r\n" + H + b"Transfer-Encoding: chunked\r\n\r\nx\r\n",
+}
+
+
+@pytest.mark.parametrize("status", NEVER_COMING)
+def test_refused_request_whose_body_never_comes_holds_no_thread_and_ends(provider: Provider, status: str) -> None:
+    with running(provider, client_timeout=0.5) as server:
+        caught_up(server)
+        before = threading.active_count()
+        clients = [Client(server) for _ in range(200)]
+        for client in clients:
+            client.send(NEVER_COMING[status])
+        for client in clients:
+            assert client.error()[0] == int(status)
+        assert threading.active_count() <= before + 1 and server.snapshot()["threads"] == 0  # that of the log
+        caught_up(server)
+        wait_for(lambda: not server.snapshot()["connections"])
+    assert provider.nobody_came()
+
+
+def drip(client: Client, data: bytes, size: int) -> None:
+    """Send without a look at what comes, as a client does that reads once all is sent."""
+    for at in range(0, len(data), size):
+        client.send(data[at : at + size])
+
+
+@pytest.mark.parametrize("status", ["404", "403", "413"])
+def test_refusal_reaches_a_client_that_sends_all_of_a_large_body_first(server: Any, provider: Provider, status: str) -> None:
+    with Client(server) as client:
+        head = NEVER_COMING[status].replace(b"50000000", b"30000000").replace(b"50000\r", b"30000000\r")
+        drip(client, head + b"x" * 30_000_000, 1_000_000)
+        assert client.error()[0] == int(status)
+        client.sock.shutdown(socket.SHUT_WR)
+        assert client.rest() == b""
+
+
+@pytest.mark.parametrize("status", ["404", "403", "413"])
+def test_nginx_passes_the_refusal_of_a_large_body_on(provider: Provider, tmp_path: Path, status: str) -> None:
+    with running(provider, bind=f"unix:{tmp_path}/streamproxy.sock"), nginx(tmp_path, large_bodies()) as front:
+        with Client(front) as client:
+            head = NEVER_COMING[status].replace(b"50000000", b"30000000").replace(b"50000\r", b"30000000\r")
+            drip(client, head + b"x" * 30_000_000, 1_000_000)
+            assert client.head().status == int(status)
+
+
+def large_bodies() -> str:
+    """The example, for bodies larger than ours, which it passes on as they come."""
+    text = (HERE / "nginx.conf.example").read_text(encoding="utf-8")
+    assert "client_max_body_size" in text
+    text = re.sub(r"client_max_body_size [^;]+;", "client_max_body_size 0;", text)
+    return text
+
+
+@pytest.mark.parametrize("then", ["leaves the connection open", "closes", "resets"])
+def test_refusal_of_upstream_that_reads_no_more_of_a_large_body_is_heard_at_once(provider: Provider, then: str) -> None:
+    with running(provider, max_body=50_000_000, first_byte_timeout=DEADLINE) as server:
+        with Client(server) as client:
+            sender = threading.Thread(target=client.ask, args=({"prompt": "x" * 30_000_000},))
+            sender.start()
+            with Peer(provider.listener.accept()[0]) as upstream:
+                upstream.until(b"\r\n\r\n")
+                upstream.send(error_answer(413, b'{"error": {"message": "It is too large"}}'))
+                if then == "closes":
+                    upstream.sock.shutdown(socket.SHUT_WR)
+                elif then == "resets":
+                    wait_for(lambda: client.sock.recv(1, socket.MSG_PEEK))
+                    upstream.reset()
+                assert client.error() == (413, "It is too large")
+            sender.join()
+            assert server.snapshot()["warm connections"] == 0  # which has half a request on it
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no SIGSTOP")
+def test_process_that_was_stopped_goes_on_with_what_came_meanwhile(provider: Provider) -> None:
+    with launched("--idle-timeout", "0.5", "--client-timeout", "0.5", OPENAI_BASE_URL=provider.url) as (process, front):
+        with Client(front).ask(PROMPT) as client, provider.take() as upstream, Client(front) as slow:
+            upstream.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+            slow.send(b"GET /healthz HTTP/1.1\r\n")
+            caught_up(front)
+            process.send_signal(signal.SIGSTOP)
+            upstream.event(delta("b"))
+            slow.send(b"Host: localhost\r\n\r\n")
+            time.sleep(0.8)  # longer than any clock of these
+            process.send_signal(signal.SIGCONT)
+            assert client.chunk() == b"b" and slow.head().status == 200
+            upstream.finish()
+            assert client.chunk() == b""
+
+
+resource = pytest.importorskip("resource") if os.name == "posix" else None
+
+
+def test_lack_of_descriptors_is_told_to_who_asks_and_said_in_the_log_once_a_second(provider: Provider) -> None:
+    limited = 'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
+    front = Front(f"http://127.0.0.1:{free_port()}")
+    process = subprocess.Popen([sys.executable, "-c", limited, str(PROGRAM), "--bind", front.url[7:]], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, env={**os.environ, "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": provider.url})  # fmt: skip
+    try:
+        wait_for(lambda: process.poll() is not None or not refused(front))
+        with Client(front) as first:
+            first.ask(method="GET", path="/healthz")
+            assert first.head().status == 200 and first.exactly(3) == b"ok\n"
+            others = [Client(front) for _ in range(60)]
+            time.sleep(1.5)  # how often it is said in that time counts
+            first.ask(PROMPT)  # the first of the process's that needs upstream
+            status, sentence = first.error()
+            assert status in (500, 502, 503) and "too many open files" in sentence, (status, sentence)
+            for client in others:
+                client.sock.close()
+            first.ask(PROMPT)
+            with provider.take() as upstream:
+                upstream.start(A)
+                assert first.head().status == 200 and first.chunk() == b"a"
+                upstream.finish()
+                assert first.chunk() == b""
+    finally:
+        process.terminate()
+        errors = process.communicate()[1].decode()
+    lines = [line for line in errors.splitlines() if "a connection was not accepted" in line]
+    assert 1 <= len(lines) <= 4 and all("too many open files" in line for line in lines), errors
+    assert re.search(r"\(\d+ times\)", errors) and "Traceback" not in errors and "The client left" not in errors, errors
+
+
+# What becomes of a large request, or answer.
+LARGE = ["answered", "not JSON", "refused by upstream", "cut by upstream", "garbled by upstream", "a large document", "a large error", "left"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm") or sys.implementation.name != "cpython", reason="needs /proc and CPython")
+@pytest.mark.parametrize("fate", LARGE)
+def test_memory_of_what_is_over_is_given_back_without_a_collector(server: Any, provider: Provider, fate: str) -> None:
+    prompt = b'{"prompt": "' + b"x" * 1_000_000 + (b'"}' if fate != "not JSON" else b"")
+    document = json.dumps({"choices": [{"index": 0, "message": {"content": "y" * 1_000_000}, "finish_reason": "stop"}]}).encode()
+    answers = {
+        "answered": STREAM_HEAD + chunk(A) + chunk(DONE) + b"0\r\n\r\n",
+        "refused by upstream": error_answer(400, b'{"error": {"message": "no"}}'),
+        "cut by upstream": STREAM_HEAD + chunk(A),
+        "garbled by upstream": OK + JSON + b"Content-Length: 1000000\r\n\r\n" + b"{" * 1_000_000,
+        "a large document": OK + JSON + b"Content-Length: %d\r\n\r\n" % len(document) + document,
+        "a large error": error_answer(422, b'{"error": {"message": "' + b"z" * 1_000_000 + b'"}}'),
+    }
+
+    def memory() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # type: ignore[union-attr]
+
+    def once() -> None:
+        with Client(server).ask(prompt, Connection="close") as client:
+            if fate == "not JSON":
+                assert client.error()[0] == 400
+                return
+            with UpstreamPeer(provider.listener.accept()[0]) as upstream:
+                if fate == "left":
+                    client.sock.close()
+                    assert upstream.gone()
+                    return
+                upstream.send(answers[fate])
+                upstream.sock.shutdown(socket.SHUT_WR)
+                client.rest()
+        Peer.opened.clear()
+
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            once()
+        before, count = memory(), 1000 if fate == "answered" else 100
+        for _ in range(count):
+            once()
+        assert memory() < before + 30_000_000, f"{(memory() - before) / count:.0f} bytes a request"
+    finally:
+        gc.enable()
+
+
 # ---------------------------------------------------------------- all of it, in thousands of orders
 
 ORDERS = int(os.environ.get("STREAMPROXY_TEST_ORDERS", "1000"))
