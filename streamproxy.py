@@ -151,7 +151,6 @@ FOREVER = 86400.0  # where a wait needs a number and there is no limit
 # Counts.
 MAX_FIELDS = 100  # of a head; 40 are seen in practice
 MAX_INTERIM = 10  # answers (100, 103) before the one that counts
-MAX_SESSIONS = 8  # of TLS, to resume on new connections
 MAX_IDLE_CONNECTIONS = 128  # to upstream, between two requests
 MAX_MODELS = 1000  # of which it is remembered which defaults upstream refuses
 MAX_QUIET_CLIENTS = 10_000  # remembered for their limits although they have no stream
@@ -2882,20 +2881,19 @@ class Loop:
                     watched[1](events)
                 except Exception as error:  # noqa: BLE001
                     self._on_fault(watched[1], error)
-        for _ in range(len(self._posts)):  # what these post is for the next turn: other streams come first
-            self._call(self._posts.popleft())
-        for _ in range(min(len(self._begun), MAX_BEGINNINGS)):
-            self._call(self._begun.popleft())
-        while len(ready) < MAX_READY and self._alarms and self._alarms[0][0] <= self.now:
-            when, _, alarm = heapq.heappop(self._alarms)
-            if alarm.at == when:
-                alarm.at = math.inf
-                if alarm.call:
-                    self._call(alarm.call)
+        if self._posts:
+            for _ in range(len(self._posts)):  # what these post is for the next turn: other streams come first
+                self._call(self._posts.popleft())
+        if self._begun:
+            for _ in range(min(len(self._begun), MAX_BEGINNINGS)):
+                self._call(self._begun.popleft())
+        if self._alarms and self._alarms[0][0] <= self.now and len(ready) < MAX_READY:
+            self._ring()
 
     def _poll(self, timeout: float) -> list[tuple[int, int]]:
         if self._alarms:
-            timeout = min(timeout, max(0.0, self._alarms[0][0] - self.clock()))
+            due = self._alarms[0][0] - self.clock()
+            timeout = due if 0 < due < timeout else timeout if due > 0 else 0
         self._asleep = True  # from here on, a post rings the bell; those before are seen here
         ready: list[tuple[int, int]] = self._epoll.poll(0 if self._posts or self._begun else timeout, MAX_READY)
         self._asleep = False
@@ -2905,6 +2903,15 @@ class Loop:
             # comes before the clocks, or streams that are well would be too late.
             ready = self._epoll.poll(0, MAX_READY)
         return ready
+
+    def _ring(self) -> None:
+        """Have the alarms go off whose time has come."""
+        while self._alarms and self._alarms[0][0] <= self.now:
+            when, _, alarm = heapq.heappop(self._alarms)
+            if alarm.at == when:
+                alarm.at = math.inf
+                if alarm.call:
+                    self._call(alarm.call)
 
     def _run(self) -> None:
         while self._running:
@@ -4012,13 +4019,14 @@ class Resolver:
 
     def _wait(self, address: tuple[str, int], deadline: Deadline) -> list[Any]:
         news: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        deadline.lifeline.hold(news, functools.partial(news.put, (ConnectionAbortedError, (errno.ECONNABORTED, "cut"))))
+        with self._lock:
+            is_first = address not in self._waiting
+            self._waiting.setdefault(address, set()).add(news)
         try:
-            with self._lock:
-                is_first = address not in self._waiting
-                self._waiting.setdefault(address, set()).add(news)
             if is_first:
                 self._start(address)
+            cut = ConnectionAbortedError, (errno.ECONNABORTED, "cut")
+            deadline.lifeline.hold(news, functools.partial(news.put, cut))
             found = news.get(timeout=deadline.left())
         except queue.Empty:
             raise socket.timeout("timed out") from None
@@ -4180,6 +4188,23 @@ class Connection:
         self.sock.close()
 
 
+class Trust:
+    """Whom to trust over TLS, and what was agreed with whom, to be resumed on the next connection."""
+
+    def __init__(self, ca_file: str) -> None:
+        """Raises SettingsError for certificates that cannot be read."""
+        try:
+            self.context = ssl.create_default_context(cafile=ca_file or None)
+        except OSError:
+            raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {ca_file!r}") from None
+        self.context.set_alpn_protocols(["http/1.1"])
+        # Set by Python 3.11.2, for one: it takes a connection that is cut for one that is closed (CPython gh-95494).
+        self.context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+        # As in Go: while keys are negotiated anew, to write would have to wait for what is to be read.
+        self.context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+        self.sessions: dict[str, ssl.SSLSession | None] = {}  # by host; None: it gives none that can be resumed
+
+
 class TlsConnection(Connection):
     """TLS over another connection, which may be one of TLS, to a proxy.
 
@@ -4187,20 +4212,17 @@ class TlsConnection(Connection):
     learns nothing from a socket of what was taken from it, so that all of it is decrypted at once.
     """
 
-    def __init__(
-        self, inner: Connection, context: ssl.SSLContext, host: str, sessions: collections.deque[ssl.SSLSession]
-    ) -> None:
-        """sessions: those to resume, the newest last; this connection's is added.  Raises ValueError for a bad name."""
+    def __init__(self, inner: Connection, trust: Trust, host: str) -> None:
+        """Raises ValueError for a name that cannot be one."""
         super().__init__(inner.sock, inner.key)
         self._inner = inner
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        session = None
-        with contextlib.suppress(IndexError):
-            session = sessions.pop()
-            if not sessions:  # one is for one connection (RFC 8446 appendix C.4), but better that than none
-                sessions.append(session)
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host, session=session)
-        self._sessions: collections.deque[ssl.SSLSession] | None = sessions  # until it is there
+        self._trust, self._host = trust, host
+        self._offered = trust.sessions.get(host)
+        self._tls = trust.context.wrap_bio(
+            self._incoming, self._outgoing, server_hostname=host, session=self._offered
+        )
+        self._is_new = True
 
     def handshake(self, deadline: Deadline, data: bytes = b"") -> None:
         """Blocks until it is done.  data: what has come.  Raises OSError."""
@@ -4232,9 +4254,9 @@ class TlsConnection(Connection):
         if plain:
             if self._incoming.pending:
                 plain = self._read_on(plain)
-            if self._sessions is not None:  # a session of TLS 1.3 comes after the handshake
+            if self._is_new:
                 self._keep_session()
-        if self._outgoing.pending:  # the answer to an update of keys, or to a bad record
+        if self._outgoing.pending:  # an alert
             with contextlib.suppress(OSError):
                 self._push()
         return plain
@@ -4266,38 +4288,45 @@ class TlsConnection(Connection):
 
     def _decrypt(self) -> bytes | None:
         try:
-            return self._tls.read(READ_SIZE)
+            plain = self._tls.read(READ_SIZE)
         except ssl.SSLWantReadError:
             return None
         except OSError:
             self.broken = True
-            return b""
+            plain = b""
+        if not plain:  # TLS has ended, maybe not what is below: a selector sees this end behind the last text, too
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RD)
+        return plain
 
     def _read_on(self, plain: bytes) -> bytes:
         """Decrypt the records behind the first."""
         pieces = [plain]
-        while self._incoming.pending:
-            more = self._decrypt()
-            if not more:
-                if more is not None:  # TLS has ended, maybe not the connection: a selector has to see it
-                    with contextlib.suppress(OSError):
-                        self.sock.shutdown(socket.SHUT_RD)
-                break
-            pieces.append(more)
+        while self._incoming.pending and pieces[-1]:
+            pieces.append(self._decrypt() or b"")
         return b"".join(pieces)
 
     def _keep_session(self) -> None:
-        sessions, self._sessions = self._sessions, None
-        if sessions is not None and self._tls.session:
-            sessions.append(self._tls.session)
+        """Keep the session for others, unless it was theirs, or one of them was quicker.
+
+        With the first data: in TLS 1.3 it comes after the handshake.  Its copy costs as much as a request, so one
+        is taken for many, though RFC 8446 appendix C.4 would have a new one for each.
+        """
+        self._is_new = False
+        sessions, offered = self._trust.sessions, self._offered
+        if self._host not in sessions or (offered and sessions[self._host] is offered and not self._tls.session_reused):
+            session = self._tls.session
+            sessions[self._host] = session if session and session.id else None
 
 
 def receive(connection: Connection, deadline: Deadline) -> bytes:
-    """Return what comes next on a connection; b"" at its end.  Blocks.  Raises socket.timeout."""
+    """Return what comes next on a connection; b"" at its end.  Blocks.  Raises OSError."""
     data = connection.read()
     while data is None:
         deadline.wait([connection.sock], selectors.EVENT_READ)
         data = connection.read()
+    if connection.broken:
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
     return data
 
 
@@ -4355,16 +4384,9 @@ class DialHandler(urllib.request.BaseHandler):
         """Raises SettingsError for certificates that cannot be read."""
         self._target = target
         self._resolver = Resolver()
-        self._sessions: dict[str, collections.deque[ssl.SSLSession]] = collections.defaultdict(
-            functools.partial(collections.deque, maxlen=MAX_SESSIONS)
-        )
         # Made only where it is needed: reading the system's certificates takes time and memory.
-        self._context: ssl.SSLContext | None = None
-        if "https" in (target.scheme, target.proxy and target.proxy.scheme):
-            try:
-                self._context = _make_context(ca_file)
-            except OSError:
-                raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {ca_file!r}") from None
+        needs_trust = "https" in (target.scheme, target.proxy and target.proxy.scheme)
+        self._trust = Trust(ca_file) if needs_trust else None
 
     def add_parent(self, parent: object) -> None:
         """The parent holds this: no cycle."""
@@ -4393,20 +4415,10 @@ class DialHandler(urllib.request.BaseHandler):
     https_open = http_open
 
     def _secure(self, inner: Connection, host: str, deadline: Deadline, data: bytes = b"") -> TlsConnection:
-        assert self._context
-        connection = TlsConnection(inner, self._context, host, self._sessions[host])
+        assert self._trust
+        connection = TlsConnection(inner, self._trust, host)
         connection.handshake(deadline, data)
         return connection
-
-
-def _make_context(ca_file: str) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=ca_file or None)
-    context.set_alpn_protocols(["http/1.1"])
-    # Set by Python 3.11.2, for one: it takes a connection that is cut for one that is closed (CPython gh-95494).
-    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-    # As in Go: while keys are negotiated anew, to write would have to wait for what is to be read.
-    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    return context
 
 
 class Upstream:
@@ -4431,14 +4443,17 @@ class Upstream:
 
         Blocks until it is there, its time is over, or lifeline is cut.  Raises UpstreamError.
         """
-        request = urllib.request.Request(self.target.url)
-        request.deadline = Deadline(lifeline, self._timeout)  # type: ignore[attr-defined]
         try:
-            return self._opener.open(request)  # type: ignore[no-any-return]
+            return self._open(Deadline(lifeline, self._timeout))
         except (OSError, ValueError) as error:  # the last for a name like a..b
             reason = str(error) if isinstance(error, Refused) else reason_of(error)
             status = 504 if isinstance(error, socket.timeout) else 502
         raise UpstreamError(f"Upstream cannot be reached: {reason}.", status)  # here: it keeps no frames of error's
+
+    def _open(self, deadline: Deadline) -> Connection:
+        request = urllib.request.Request(self.target.url)
+        request.deadline = deadline  # type: ignore[attr-defined]
+        return self._opener.open(request)  # type: ignore[no-any-return]
 
 
 class Spare:
@@ -4619,7 +4634,8 @@ class Source:
 
     def conclude(self) -> None:
         """Wait no longer for what follows the last event: the answer is what it is."""
-        self._pass(self.answer, self.answer.close(None), False)
+        self.stream.record.append(self.answer.close(None))
+        self._conclude(self.answer)
 
     def late(self) -> UpstreamError:
         """Return the failure for a state that has lasted too long."""
@@ -4724,34 +4740,44 @@ class Source:
         """Pass on what data adds to the answer; closed: it is the last of the connection."""
         answer, life = self.answer, self.answer.life
         out = answer.feed(body.feed(data))
-        if body.complete:
-            out += answer.close(None)
-        elif body.broken:
-            out += answer.close(Garbled("Upstream broke the chunked coding of its answer."))
-        elif closed:
-            out += answer.close(UpstreamError("Upstream closed the connection within its answer.", ending="truncated"))
-        self._pass(answer, out, answer.life != life)
-
-    def _pass(self, answer: Answer, out: bytes, alive: bool) -> None:
-        """Pass on what an answer has become; alive: it was seen that upstream is."""
+        if body.complete or body.broken or closed:
+            out += answer.close(self._cut(body))
         stream = self.stream
         if out:
             stream.record.append(out)
+        if answer.state == Answer.DONE or answer.failure:
+            self._conclude(answer)
+        elif out:
             if stream.first_text_at is None and answer.pieces:
                 stream.first_text_at = self.hub.loop.now
-        if answer.state == answer.DONE:
+            stream.viewer.more()
+            if stream.viewer.client.pending:
+                self.watch()
+        if answer.life != life and self.state != self.OVER:
+            self.since = self.hub.loop.now
+            if self.state < self.FLOWING or (self.state == self.ENDING) != (answer.state == Answer.ENDING):
+                self._flow(answer)
+
+    @staticmethod
+    def _cut(body: BodyDecoder) -> UpstreamError | None:
+        """What is wrong with the end of a body."""
+        if body.complete:
+            return None
+        if body.broken:
+            return Garbled("Upstream broke the chunked coding of its answer.")
+        return UpstreamError("Upstream closed the connection within its answer.", ending="truncated")
+
+    def _conclude(self, answer: Answer) -> None:
+        """End the stream with an answer that is done, or that failed and of which nothing more passes."""
+        stream = self.stream
+        if stream.first_text_at is None and answer.pieces:
+            stream.first_text_at = self.hub.loop.now
+        if answer.state == Answer.DONE:
             stream.complete()
             return
-        if out:
-            stream.viewer.more()
-            if stream.viewer.blocked:
-                self.watch()
-        if answer.failure and answer.state != answer.ENDING:
+        stream.viewer.more()
+        if answer.failure and answer.state != Answer.ENDING:
             stream.fail(answer.failure)
-        elif alive:
-            self.since = self.hub.loop.now
-            if self.state < self.FLOWING or (self.state == self.ENDING) != (answer.state == answer.ENDING):
-                self._flow(answer)
 
     def _flow(self, answer: Answer) -> None:
         if answer.state == answer.ENDING:
