@@ -234,7 +234,8 @@ def place_of(error: BaseException) -> str:
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    return f"{type(error).__name__} in line {trace.tb_lineno if trace else '?'}"
+    reason = f" ({reason_of(error)})" if isinstance(error, OSError) else ""  # as of a lack of descriptors
+    return f"{type(error).__name__} in line {trace.tb_lineno if trace else '?'}{reason}"
 
 
 def internal_error(error: BaseException) -> ProxyError:
@@ -791,6 +792,9 @@ def parse_reason(choice: dict[str, Any]) -> str:
     return reason
 
 
+_Joiner = codecs.getincrementaldecoder("utf-16-le")  # which imports a module: later there may be no descriptor for it
+
+
 def join_halves(joiner: codecs.IncrementalDecoder, text: str) -> str:
     """Return text with the surrogate pairs whole that upstream split over two events.
 
@@ -1020,8 +1024,7 @@ class TextAnswer(Answer):
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         super().__init__(redact)
         self._parser = EventParser(strict=False)
-        joiner = codecs.getincrementaldecoder("utf-16-le")
-        self._joiners = {"reasoning": joiner("replace"), "message": joiner("replace")}
+        self._joiners = {"reasoning": _Joiner("replace"), "message": _Joiner("replace")}
         self._messages: str | None = ""  # what messages have told; None: deltas tell, and a message would repeat it
 
     def encode(self, type: str, **payload: Any) -> bytes:
