@@ -5347,13 +5347,14 @@ def test_logging_of_somebody_s_touches_no_request_and_not_the_end(
 
 def test_lines_of_log_that_were_lost_are_counted(caplog: Any) -> None:
     go, writer, count = threading.Event(), streamproxy.LogWriter(), streamproxy.MAX_LOG_LINES + 250
-    with logging_through(lambda record: go.wait(DEADLINE)):
+    stuck = threading.Event()
+    with logging_through(lambda record: (stuck.set(), go.wait(DEADLINE))):
         writer.info("first")
-        wait_for(lambda: caplog.records)  # it is stuck in that one
+        assert stuck.wait(DEADLINE)
         for number in range(count):
             writer.info(f"line {number}")
         go.set()
-        wait_for(lambda: "lines of log were lost" in caplog.text)
+        wait_for(lambda: len(caplog.records) >= count - 250 + 2)
         writer.info("last")
         writer.close(DEADLINE)
     told = [record.getMessage() for record in caplog.records]
@@ -5419,7 +5420,7 @@ def test_refusal_reaches_a_client_that_sends_all_of_a_large_body_first(server: A
 
 @pytest.mark.parametrize("status", ["404", "403", "413"])
 def test_nginx_passes_the_refusal_of_a_large_body_on(provider: Provider, tmp_path: Path, status: str) -> None:
-    with running(provider, bind=f"unix:{tmp_path}/streamproxy.sock"), nginx(tmp_path, large_bodies()) as front:
+    with running(provider, bind=f"unix:{tmp_path}/1.sock"), nginx(tmp_path, large_bodies()) as front:
         with Client(front) as client:
             head = NEVER_COMING[status].replace(b"50000000", b"30000000").replace(b"50000\r", b"30000000\r")
             drip(client, head + b"x" * 30_000_000, 1_000_000)
@@ -5536,9 +5537,10 @@ def test_memory_of_what_is_over_is_given_back_without_a_collector(server: Any, p
                     client.sock.close()
                     assert upstream.gone()
                     return
-                upstream.send(answers[fate])
-                upstream.sock.shutdown(socket.SHUT_WR)
-                client.rest()
+                with contextlib.suppress(OSError):  # it may have heard enough
+                    upstream.send(answers[fate])
+                    upstream.sock.shutdown(socket.SHUT_WR)
+                assert client.gone()
         Peer.opened.clear()
 
     gc.collect()
@@ -5546,7 +5548,7 @@ def test_memory_of_what_is_over_is_given_back_without_a_collector(server: Any, p
     try:
         for _ in range(10):
             once()
-        before, count = memory(), 1000 if fate == "answered" else 100
+        before, count = memory(), 300 if fate == "answered" else 100
         for _ in range(count):
             once()
         assert memory() < before + 30_000_000, f"{(memory() - before) / count:.0f} bytes a request"
