@@ -3125,7 +3125,7 @@ class LogWriter:
         """Make a call of somebody's handlers and filters; so many lines are lost if it raises."""
         try:
             call(*args)
-        except Exception:  # noqa: BLE001
+        except BaseException:  # noqa: BLE001  (SystemExit would end this thread)
             self._lost += lines
             return False
         return True
