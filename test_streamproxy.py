@@ -719,6 +719,7 @@ ERRORS_IN_STREAMS = {
     "Responses": event({"type": "error", "code": "server_error", "message": "Sorry", "param": None}),
     "DashScope": b'event:error\n:HTTP_STATUS/400\ndata:{"code": "InvalidParameter", "message": "Sorry"}\n\n',
     "vLLM": event({"object": "error", "message": "Sorry", "type": "BadRequestError", "code": 400}),
+    "flat, of a type that says it": event({"message": "Sorry", "type": "bad_request"}),
     "flat, typed": event({"message": "Sorry", "type": "invalid_request_error"}),
     "llama.cpp's field": b'error: {"code": 500, "message": "Sorry", "type": "server_error"}\n\n',
     "field of text": b"error: Sorry\n\n",
@@ -836,6 +837,13 @@ HARMLESS = {
     "annotations": choice(delta={"content": "x", "annotations": [{"type": "error", "error": "no"}]}),
     "role": choice(delta={"role": "error", "content": None}),
     "queue": event({"object": "queue", "message": "2 before you"}),
+    "news of another type": b'event: status\ndata: {"message": "Searching", "detail": "the web"}\n\n',
+    "text of another type": b"event: log\ndata: Error: cache miss\n\n",
+    "news, typed": event({"type": "progress", "message": "Searching", "detail": "the web"}),
+    "tool that failed": event({"type": "response.output_item.done", "item": {"status": "failed", "error": "no"}}),
+    "code that ran": event({"type": "response.code_interpreter_call_code.done", "code": "print(1)"}),
+    "tool result": event({"type": "content_block_start", "content_block": {"content": {"error_code": "unavailable"}}}),
+    "code of a vendor": event({"choices": [], "x_meta": {"code": "abc", "error": None}, "usage": {"total_tokens": 3}}),
 }  # fmt: skip
 
 
