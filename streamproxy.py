@@ -357,7 +357,7 @@ class EventParser:
             self._held += len(line)
         elif not self._strict and name != b"retry":
             self._strays.append(line)
-            self._held += len(line)
+            self._held += len(line) + 50  # as in memory: nobody sends many
 
 
 class EventCutter:
@@ -778,7 +778,7 @@ def form_of(begin: bytes, label: int) -> int:
     """Return what a body is, of which begin has come and which label says what; _UNTOLD: more has to come."""
     text = begin.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
     if not text or codecs.BOM_UTF8.startswith(text):
-        return _UNTOLD
+        return _UNTOLD if len(begin) < READ_SIZE else label
     if text[:1] in (b"{", b"["):
         return _EVENTS if _FIELD_IN_DOCUMENT.search(text) else _DOCUMENT
     if label == _EVENTS or _FIELD.match(text):
@@ -1216,7 +1216,8 @@ class PassedAnswer(Answer):
             out.append(data)
 
     def _just_goes_on(self, block: bytes) -> int:
-        count = goes_on(block) if self.events and block and self.state < Answer.ENDING else 0
+        looked = self.events and 0 < len(block) < MAX_SKIMMED and self.state < Answer.ENDING
+        count = goes_on(block) if looked else 0
         self.events += count
         self.life += count
         return count
@@ -1232,7 +1233,7 @@ class PassedAnswer(Answer):
     def _take_piece(self, piece: bytes, passed: int) -> bytes:
         """Take one event; return what the client is to have of it."""
         counts = self.state < self.ENDING
-        if self.events and counts and is_dull(piece):
+        if self.events and counts and len(piece) < MAX_SKIMMED and is_dull(piece):
             self.events += 1
             self.life += 1
             return piece[passed:]
