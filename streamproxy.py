@@ -1066,8 +1066,9 @@ class TextAnswer(Answer):
         reason = choice.get("finish_reason") and parse_reason(choice)
         if reason:
             self.finish_reason = self._redact(reason)
-            # One that comes before any text came early: then nothing is hurried.
-            self.state = self.ENDING if self.pieces else self.SETTLED
+            # Beside a role or reasoning, before any text, it came early: then nothing is hurried.
+            early = not self.pieces and any(part[name] for name in part if name != "content")
+            self.state = self.SETTLED if early else self.ENDING
 
 
 class EventAnswer(TextAnswer):

@@ -914,12 +914,15 @@ def test_finish_reason_may_be_any_other_and_is_told(reason: str) -> None:
 
 def test_finish_reason_may_come_early_or_in_every_chunk_and_what_follows_counts() -> None:
     answer = streamproxy.TextAnswer()
-    assert answer.feed(choice(delta={"reasoning_content": "hm"}, finish_reason="stop")) == b""
-    assert answer.state == answer.SETTLED  # no text yet: it is not in a hurry
+    for first in ({"role": "assistant", "content": ""}, {"reasoning_content": "hm"}):
+        assert answer.feed(choice(delta=first, finish_reason="stop")) == b""
+        assert answer.state == answer.SETTLED  # it is not in a hurry
     assert answer.feed(delta("a", "stop")) == b"a" and answer.state == answer.ENDING
     life = answer.life
     assert answer.feed(b": ping\n\n") == b"" and answer.life == life  # only an event starts the moment anew
     assert answer.feed(delta("b", "stop")) == b"b" and answer.life > life
+    empty = streamproxy.TextAnswer()
+    assert empty.feed(ROLE + STOP) == b"" and empty.state == empty.ENDING  # an answer may have no text
     assert answer.close(None) == b"" and answer.state == answer.DONE
 
 
@@ -4137,13 +4140,14 @@ def test_log_line_of_a_stream(server: Any, provider: Provider, caplog: Any) -> N
         client.head()
         client.body()
     entry = log_entries(caplog, 1)[0]
-    assert list(entry) == ["time", "id", "client", "method", "path", "status", "ending", "error", "seconds", "ttft", "pieces", "bytes", "usage", "upstream_id"]
+    assert list(entry) == ["time", "id", "client", "method", "path", "status", "ending", "error", "seconds", "ttft", "pieces", "bytes",
+                           "model", "finish_reason", "usage", "upstream_id"]
     fixed = {name: entry[name] for name in ("id", "client", "method", "path", "status", "ending", "error", "pieces", "bytes", "usage")}
     assert fixed == {"id": "id-7", "client": "127.0.0.1", "method": "POST", "path": "/", "status": 200, "ending": "complete",
                      "error": None, "pieces": 2, "bytes": 3, "usage": {"total_tokens": 3}}  # fmt: skip
     assert 0 <= entry["ttft"] <= entry["seconds"] < DEADLINE
     assert re.match(r"time=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z id=id-7 client=127.0.0.1 method=POST path=/ status=200 ending=complete seconds=", str(entry))
-    assert str(entry).endswith(' pieces=2 bytes=3 usage={"total_tokens":3}')
+    assert str(entry).endswith(' pieces=2 bytes=3 finish_reason=stop usage={"total_tokens":3}')
     assert "secret" not in caplog.text
 
 
