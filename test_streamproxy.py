@@ -1468,6 +1468,47 @@ def test_stream_that_was_asked_for_may_be_open_before_upstream_s_head_and_its_re
         assert asked.encode("error", error=asked.failure.message)
 
 
+def compact(text: str = "a", reason: str | None = None, **more: object) -> bytes:
+    payload = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": reason}], **more}
+    return event(json.dumps(payload, separators=(",", ":")).encode())
+
+
+C = compact()
+
+
+@pytest.mark.parametrize(("block", "count"), [
+    (C, 1), (C * 3, 3), (C + compact("", "stop"), 0), (compact("", "stop"), 0), (compact("error"), 0),
+    (C + compact("error"), 0),
+    (C + event({"detail": "x"}), 0), (event({"detail": "x"}), 0), (C + DONE, 0), (DONE, 0), (C + b"event: x\n" + C, 0),
+    (b"event: x\n" + C, 0),
+    (b": " + C[6:], 0), (C + b": x\n\n", 0), (C + b"\n", 0), (C + C.replace(b"\n\n", b"\r\rdata: x\n\n"), 0),
+    (delta("a"), 0), (b"\n\n", 0),
+    (event(b'{"choices":[{"finish_reason":null},{"finish_reason":"stop"}]}'), 0),
+    (event(b'{"choices":[],"finish_reason":null}'), 0),
+    (C.replace(b"data: ", b"data:") * 2, 2), (C + event(b'{"choices":[{"delta":{}}]}'), 2),
+])  # fmt: skip
+def test_events_in_which_a_completion_just_goes_on(block: bytes, count: int) -> None:
+    assert streamproxy.goes_on(block) == count
+
+
+@pytest.mark.parametrize(("piece", "dull"), [
+    (C, True), (delta("a"), True), (delta("a").replace(b"\n", b"\r\n"), True),
+    (event({"choices": [{"delta": {}}]}), True), (delta("a", "stop"), False),
+    (delta('"error"'), False), (delta("an error"), True), (compact(usage=None), True), (compact(usage={"x": 1}), False),
+    (DONE, False), (event({}), False),
+    (event({"choices": []}), False), (b"event: content_block_delta\ndata: {}\n\n", True),
+    (b"event: message_delta\ndata: {}\n\n", False),
+    (b"event: response.output_text.delta\r\ndata: {}\r\n\r\n", True),
+    (event({"type": "response.output_text.delta"}), True), (event({"type": "message_stop"}), False),
+    (event({"type": "message_delta"}), False), (b"event: x.partial_image\ndata: {}\n\n", True),
+    (b"event: error\ndata: {}\n\n", False),
+    (delta("a").replace(b"\n\n", b"\rdata: [DONE]\n\n"), False), (b": x\n\n", False),
+    (b"event: delta\ndata: {}\ndata: {}\n\n", False),
+])  # fmt: skip
+def test_event_that_need_not_be_looked_at(piece: bytes, dull: bool) -> None:
+    assert streamproxy.is_dull(piece) == dull
+
+
 def random_json(rng: random.Random, depth: int = 5) -> Any:
     """A value that is like those of servers in its names, and in nothing else."""
     if depth and rng.random() < 0.6:
