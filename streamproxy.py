@@ -131,7 +131,6 @@ MAX_PIPELINED = 64 * 1024
 # Seconds.
 LINGER_TIMEOUT = 30.0  # for what a client still sends that was refused: nginx's lingering_time
 END_GRACE = 1.0  # for usage and [DONE] to follow a finish_reason
-EARLY_GRACE = 5.0  # for text to follow one that came before any
 ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is over
 KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
 STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
@@ -405,7 +404,7 @@ class EventParser:
             self._held += len(line)
         elif not self._strict and name != b"retry":
             self._strays.append(line)
-            self._held += len(line)
+            self._held += len(line) + 50  # as in memory: nobody sends many
 
 
 class EventCutter:
@@ -508,6 +507,10 @@ def dicts_in(values: object) -> list[dict[str, Any]]:
 
 _WELL = frozenset(("", "0", "200", "null", "none", "nil", "undefined", "false", "ok", "success", "succeeded"))
 _ERROR_NAME = re.compile("(?:error|exception)s?$", re.IGNORECASE)  # error, overloaded_error, ThrottlingException
+_EVENT_NAME = re.compile(  # of an event that may have news of its own to tell
+    "(?!message$)(?!.*(?:bad|invalid|fail|denied|forbid|unauth|limit|exceed|missing|unsupported|found|unavail))"
+    "[a-z]+(?:[._][a-z]+)*"
+)
 _ERROR_WORDS = re.compile(r"\W*\w*(?:error|exception)\b", re.IGNORECASE)  # of a text that is not JSON
 _FAILED = re.compile(
     "error|abort|fail|cancel|insufficient|time.?d?.?out|interrupt|exception|unavailable|overload|disconnect|malformed"
@@ -536,39 +539,45 @@ def find_error(payload: object, type: str = "message") -> object:
         return next(filter(None, map(find_error, dicts_in(payload))), None)
     if not isinstance(payload, dict):
         return None
-    names = [payload.get(name) for name in ("type", "object", "event")]
-    named = any(isinstance(name, str) and _ERROR_NAME.search(name) for name in names)
-    if named or not is_nothing(payload.get("error")):
+    names = [name for name in (type, *map(payload.get, ("type", "object", "event"))) if isinstance(name, str)]
+    if any(map(_ERROR_NAME.search, names)) or not is_nothing(payload.get("error")):
         return payload
     choices = dicts_in(payload.get("choices"))
     parts = [part for choice in choices for part in (choice.get("delta"), choice.get("message"))]
     # A vendor's members, but not in an event of a typed protocol: there items have errors that end nothing.  Azure's
     # filters have some, too.
-    members = {} if isinstance(names[0], str) else {name: payload[name] for name in payload if "filter" not in name}
+    typed = isinstance(payload.get("type"), str)
+    members = {} if typed else {name: payload[name] for name in payload if "filter" not in name}
     for holder in [*choices, *map(fold, dicts_in(parts) + dicts_in(members))]:
         error = holder.get("error")
         if not is_nothing(error):
             return error if isinstance(error, (str, dict, list)) else holder
     if choices:
         return None
-    return payload if is_bad_news(payload) else next(filter(has_bad_code, dicts_in(members)), None)
+    if is_bad_news(payload, named=any(map(_EVENT_NAME.fullmatch, names))):
+        return payload
+    return next(filter(has_bad_code, dicts_in(members)), None)
 
 
-def is_bad_news(payload: dict[str, Any]) -> bool:
-    """Tell of a payload without choices whether it is itself an error: error_code, detail, success, message, ..."""
+def is_bad_news(payload: dict[str, Any], named: bool) -> bool:
+    """Tell of a payload without choices whether it is itself an error: error_code, detail, success, message, ...
+
+    named: it is an event of some type, which may have a message or a detail that is none.
+    """
     said = fold(payload)
     for code in ("errorcode", "errcode"):
         if code in said:
             return not is_nothing(said[code])
-    if not all(is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "errors", "fault")):
-        return True
-    if sentence_of(said.get("detail")) or has_bad_code(payload) or False in (said.get("success"), said.get("ok")):
-        return True
     status = str(said.get("status") or said.get("statuscode") or said.get("httpstatus") or "")
-    if re.fullmatch("[45][0-9][0-9]", status) or (_FAILED.search(status) and "object" not in said):
+    if (
+        not all(is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "errors", "fault"))
+        or has_bad_code(payload) or said.get("success") is False or said.get("ok") is False
+        or re.fullmatch("[45][0-9][0-9]", status) or (_FAILED.search(status) and "object" not in said)
+    ):  # fmt: skip
         return True
-    about = said.keys() & {"code", "status", "success", "ok", "usage", "model", "object", "role", "content", "delta"}
-    return not about and bool(sentence_of(said.get("message")) or sentence_of(said.get("msg")))
+    about = said.keys() & {"code", "status", "success", "ok", "usage", "model", "role", "content", "delta"}
+    words = said.get("detail"), *(said.get(name) for name in ("message", "msg") if not about)
+    return not named and any(map(sentence_of, words))
 
 
 def has_bad_code(members: dict[str, Any]) -> bool:
@@ -655,7 +664,8 @@ def load_event(event: Event) -> Any:
     try:
         return {} if event.type == "ping" else load_payload(event.data)
     except Garbled:
-        if _ERROR_NAME.search(event.type) or _ERROR_WORDS.match(event.data):
+        named = event.type not in ("message", "")
+        if _ERROR_NAME.search(event.type) if named else _ERROR_WORDS.match(event.data):
             raise quoting("Upstream reported an error.", 502, event.data) from None
         if event.type != "message":
             return {}  # somebody's own event
@@ -814,7 +824,7 @@ def form_of(begin: bytes, label: int) -> int:
     """Return what a body is, of which begin has come and which label says what; _UNTOLD: more has to come."""
     text = begin.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
     if not text or codecs.BOM_UTF8.startswith(text):
-        return _UNTOLD
+        return _UNTOLD if len(begin) < READ_SIZE else label
     if text[:1] in (b"{", b"["):
         return _EVENTS if _FIELD_IN_DOCUMENT.search(text) else _DOCUMENT
     if label == _EVENTS or _FIELD.match(text):
@@ -849,7 +859,6 @@ class Answer:
         self.model: str | None = None
         self.usage: dict[str, Any] | None = None
         self.finish_reason: str | None = None
-        self.grace = END_GRACE  # seconds that what follows is waited for where the state is ENDING
         self.life = 0  # grows with all that says that upstream is alive and not about to end
         self.events = self.pieces = self.size = 0  # pieces and size: of what was passed on, in bytes
         self._redact = redact
@@ -868,7 +877,7 @@ class Answer:
             self.failure = Garbled("Upstream compressed its answer, although asked not to.")
         label = fields.get("content-type", "").partition(",")[0].partition(";")[0].strip().lower()
         self._label = _EVENTS if label == "text/event-stream" else _DOCUMENT if label.endswith("json") else _OTHER
-        self._form = _OTHER if _AS_IT_COMES.match(label) else _UNTOLD
+        self._form = _OTHER if self.passes and _AS_IT_COMES.match(label) else _UNTOLD
         self._start(status, fields, label)
         return self
 
@@ -1104,7 +1113,9 @@ class TextAnswer(Answer):
         reason = choice.get("finish_reason") and parse_reason(choice)
         if reason:
             self.finish_reason = self._redact(reason)
-            self.state, self.grace = self.ENDING, END_GRACE if self.pieces else EARLY_GRACE
+            # Beside a role or reasoning, before any text, it came early: then nothing is hurried.
+            early = not self.pieces and any(part[name] for name in part if name != "content")
+            self.state = self.SETTLED if early else self.ENDING
         elif text:
             self.state = min(self.state, self.SETTLED)  # a finish_reason before it came early
 
@@ -1255,7 +1266,8 @@ class PassedAnswer(Answer):
             out.append(data)
 
     def _just_goes_on(self, block: bytes) -> int:
-        count = goes_on(block) if self.events and block and self.state < Answer.ENDING else 0
+        looked = self.events and 0 < len(block) < MAX_SKIMMED and self.state < Answer.ENDING
+        count = goes_on(block) if looked else 0
         self.events += count
         self.life += count
         return count
@@ -1271,7 +1283,7 @@ class PassedAnswer(Answer):
     def _take_piece(self, piece: bytes, passed: int) -> bytes:
         """Take one event; return what the client is to have of it."""
         counts = self.state < self.ENDING
-        if self.events and counts and is_dull(piece):
+        if self.events and counts and len(piece) < MAX_SKIMMED and is_dull(piece):
             self.events += 1
             self.life += 1
             return piece[passed:]
@@ -4634,7 +4646,7 @@ class Source:
     def due(self) -> float:
         """When this state has lasted too long."""
         if self.state == self.ENDING:
-            return self.since + self.answer.grace
+            return self.since + END_GRACE
         limit: float = getattr(self.hub.settings, self._CLOCKS[self.state][0])
         return self.since + limit if limit else math.inf
 

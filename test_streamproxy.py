@@ -425,10 +425,14 @@ def test_parser_limit_is_for_one_event_not_for_the_stream() -> None:
 
 
 STRAYS = {
-    "field": (b"error: x\n\n", [message("x", "error")]), "field behind data": (b"data: a\nerror: x\n\n", [message("a\nx", "error")]),
-    "bare lines": (b'{"a":\n1}\n\n', [message('{"a":\n1}', "")]), "no field": (b"x: y\n\ndata: a\n\n", [message("x: y", ""), message("a")]),
-    "before the data of its block": (b"data: [DONE]\n{}\n\n", [message("{}", ""), message("[DONE]")]), "event without data": (b"event: error\n\n", [message("", "error")]),
-    "fields of the standard": (b": a\nid: \0\nretry: x\nevent: b\nid\n\n", []), "at the end": (b"{}", [message("{}", "")]),
+    "field": (b"error: x\n\n", [message("x", "error")]),
+    "field behind data": (b"data: a\nerror: x\n\n", [message("a\nx", "error")]),
+    "bare lines": (b'{"a":\n1}\n\n', [message('{"a":\n1}', "")]),
+    "no field": (b"x: y\n\ndata: a\n\n", [message("x: y", ""), message("a")]),
+    "before the data of its block": (b"data: [DONE]\n{}\n\n", [message("{}", ""), message("[DONE]")]),
+    "event without data": (b"event: error\n\n", [message("", "error")]),
+    "fields of the standard": (b": a\nid: \0\nretry: x\nevent: b\nid\n\n", []),
+    "at the end": (b"{}", [message("{}", "")]),
 }  # fmt: skip
 
 
@@ -451,7 +455,10 @@ def test_parser_counts_comments_and_blank_lines_as_signs_of_life() -> None:
     assert parser.idle == 5
 
 
-@pytest.mark.parametrize("stream", [b"data: a\n\n: c\n\n", b"data: a\r\n\r\nevent: b\r\ndata: c\r\n\r\n", b"data: a\r\rdata: b\r\r", b"\n\n\ndata: a\n\n\n"])
+@pytest.mark.parametrize("stream", [
+    b"data: a\n\n: c\n\n", b"data: a\r\n\r\nevent: b\r\ndata: c\r\n\r\n", b"data: a\r\rdata: b\r\r",
+    b"\n\n\ndata: a\n\n\n",
+])  # fmt: skip
 def test_cutter_gives_all_bytes_and_each_event_when_it_is_whole(stream: bytes) -> None:
     for parts in cuts(stream):
         cutter, events = streamproxy.EventCutter(), b""
@@ -462,7 +469,8 @@ def test_cutter_gives_all_bytes_and_each_event_when_it_is_whole(stream: bytes) -
 
 
 @pytest.mark.parametrize(("rest", "passes"), [
-    (b"event: x\n", True), (b"event: x\r\nid: 3\r\n", True), (b": comm", True), (b"data: {", True), (b"data: {\"err", False), (b"event: x\ndata: abc", False),
+    (b"event: x\n", True), (b"event: x\r\nid: 3\r\n", True), (b": comm", True), (b"data: {", True),
+    (b"data: {\"err", False), (b"event: x\ndata: abc", False),
     (b'{"error": 1', False), (b"error: sk-x", False), (b"d", True),
 ])  # fmt: skip
 def test_cutter_passes_on_what_says_nothing_yet(rest: bytes, passes: bool) -> None:
@@ -531,19 +539,24 @@ def test_chunked_strict_grammar(name: str) -> None:
 
 
 @pytest.mark.parametrize(("wire", "strict"), [
-    (b"1 \r\na\r\n0\r\n\r\n", False), (b"1\t \r\na\r\n0 \r\n\r\n", False), (b"0" * 30 + b"1\r\na\r\n000\r\n\r\n", False), (b"1;x=y \r\na\r\n0\r\n\r\n", False),
+    (b"1 \r\na\r\n0\r\n\r\n", False), (b"1\t \r\na\r\n0 \r\n\r\n", False),
+    (b"0" * 30 + b"1\r\na\r\n000\r\n\r\n", False), (b"1;x=y \r\na\r\n0\r\n\r\n", False),
     (b"1\r\na\r\n0\r\nTrailer : x\r\n\r\n", False), (b"01\r\na\r\n00\r\n\r\n", True), (b"0" * 30 + b" \r\n\r\n", False),
 ])  # fmt: skip
 def test_chunked_from_upstream_zeros_and_blanks_are_harmless(wire: bytes, strict: bool) -> None:
     for parts in cuts(wire):
         decoder = streamproxy.ChunkedDecoder(lenient=True)
-        assert b"".join(map(decoder.feed, parts)) == (b"a" if b"a" in wire else b"") and decoder.complete and not decoder.broken
+        assert b"".join(map(decoder.feed, parts)) == (b"a" if b"a" in wire else b"")
+        assert decoder.complete and not decoder.broken
         decoder = streamproxy.ChunkedDecoder()
         _ = [decoder.feed(part) for part in parts]
         assert decoder.complete == strict
 
 
-@pytest.mark.parametrize("wire", [b" 1\r\na\r\n", b"+1\r\na\r\n", b"0x1\r\na\r\n", b"1 1\r\na\r\n", b"\r\na\r\n", b"1\r\na \r\n", b" \r\n", b"1\x0b\r\na\r\n"])
+@pytest.mark.parametrize("wire", [
+    b" 1\r\na\r\n", b"+1\r\na\r\n", b"0x1\r\na\r\n", b"1 1\r\na\r\n", b"\r\na\r\n", b"1\r\na \r\n", b" \r\n",
+    b"1\x0b\r\na\r\n",
+])  # fmt: skip
 def test_chunked_from_upstream_other_faults_are_faults(wire: bytes) -> None:
     decoder = streamproxy.ChunkedDecoder(lenient=True)
     decoder.feed(wire)
@@ -553,9 +566,9 @@ def test_chunked_from_upstream_other_faults_are_faults(wire: bytes) -> None:
 def test_head_of_upstream_may_have_blanks_before_a_colon() -> None:
     data = b"HTTP/1.1 200 OK\r\nContent-Type : a\r\nX\t: b:c\r\n\r\nrest"
     assert streamproxy.parse_answer_head(data) == (200, {"content-type": "a", "x": "b:c"}, b"rest")
-    for bad in (b"HTTP/1.1 200 OK\r\n A: b\r\n\r\n", b"HTTP/1.1 200 OK\r\nA b: c\r\n\r\n", b"HTTP/1.1 200 OK\r\n : c\r\n\r\n"):
+    for bad in (b" A: b", b"A b: c", b" : c"):
         with pytest.raises(ValueError, match="grammar"):
-            streamproxy.parse_answer_head(bad)
+            streamproxy.parse_answer_head(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % bad)
     with pytest.raises(ValueError, match="grammar"):
         streamproxy.parse_head(b"GET / HTTP/1.1\r\nHost : a")
 
@@ -652,7 +665,10 @@ def test_answer_is_never_complete_after_an_error_event(data: bytes, status: int,
 
 
 def test_answer_joins_surrogate_pairs_split_over_events() -> None:
-    halves = [b'{"choices":[{"delta":{"content":"%b"}}]}' % text for text in (b"a\\ud83d", b"\\udc4b", b"b\\ud83d", b"c\\udc4b")]
+    halves = [
+        b'{"choices":[{"delta":{"content":"%b"}}]}' % text
+        for text in (b"a\\ud83d", b"\\udc4b", b"b\\ud83d", b"c\\udc4b")
+    ]
     assert answer_to(*map(event, halves), DONE)[1].decode() == "a👋b\ufffdc\ufffd"
     assert answer_to(event(halves[0]), DONE)[1].decode() == "a\ufffd"
     assert answer_to(event(halves[0]), ROLE, STOP, event(halves[1]), DONE)[1].decode() == "a👋"
@@ -660,7 +676,14 @@ def test_answer_joins_surrogate_pairs_split_over_events() -> None:
 
 def test_answer_as_events_of_our_own() -> None:
     usage = event({"choices": [], "usage": {"total_tokens": 3}})
-    events = (delta("a\n"), delta(None, reasoning_content="h"), delta("", reasoning="m"), delta("ä", "length"), usage, DONE)
+    events = (
+        delta("a\n"),
+        delta(None, reasoning_content="h"),
+        delta("", reasoning="m"),
+        delta("ä", "length"),
+        usage,
+        DONE,
+    )
     answer, out = answer_to(*events, answer=streamproxy.EventAnswer("id7"))
     assert out.decode() == (
         'id: id7\ndata: {"text": "a\\n"}\n\n'
@@ -684,8 +707,16 @@ def stray(payload: object) -> bytes:
     return json.dumps(payload).encode() + b"\n\n"
 
 
-def choice(**members: object) -> bytes:
-    return event({"choices": [{"index": 0, **members}]})
+def choice(index: int = 0, **members: object) -> bytes:
+    return event({"choices": [{"index": index, **members}]})
+
+
+def part(type: str, text: object) -> dict[str, object]:
+    """A typed part of a message: its text stands under what its type ends with."""
+    return {"type": type, re.split(r"[._]", type)[-1]: text}
+
+
+EMPTY = {"index": 0, "delta": {}, "finish_reason": None}
 
 
 # What servers send to say that they failed, after a status of 200.
@@ -701,6 +732,7 @@ ERRORS_IN_STREAMS = {
     "Responses": event({"type": "error", "code": "server_error", "message": "Sorry", "param": None}),
     "DashScope": b'event:error\n:HTTP_STATUS/400\ndata:{"code": "InvalidParameter", "message": "Sorry"}\n\n',
     "vLLM": event({"object": "error", "message": "Sorry", "type": "BadRequestError", "code": 400}),
+    "flat, of a type that says it": event({"message": "Sorry", "type": "bad_request"}),
     "flat, typed": event({"message": "Sorry", "type": "invalid_request_error"}),
     "llama.cpp's field": b'error: {"code": 500, "message": "Sorry", "type": "server_error"}\n\n',
     "field of text": b"error: Sorry\n\n",
@@ -732,11 +764,11 @@ ERRORS_IN_STREAMS = {
     "array, later": event([{}, {"error": "Sorry"}]),
     "no choices": event({"id": "x", "object": "chat.completion.chunk", "choices": [], "error": {"message": "Sorry"}}),
     "null choices": event({"choices": None, "base_resp": {"status_code": 1008, "status_msg": "Sorry"}}),
-    "beside choices": event({"choices": [{"index": 0, "delta": {}, "finish_reason": None}], "error": {"message": "Sorry"}}),
+    "beside choices": event({"choices": [EMPTY], "error": {"message": "Sorry"}}),
     "within the choice": choice(delta={}, error={"code": 502, "message": "Sorry"}, finish_reason="error"),
     "within the choice that goes on": choice(delta={}, finish_reason=None, error={"message": "Sorry"}),
     "within the delta": choice(delta={"content": "", "error": "Sorry"}, finish_reason=None),
-    "Groq": event({"choices": [{"index": 0, "delta": {}, "finish_reason": None}], "x_groq": {"id": "r", "error": "Sorry"}}),
+    "Groq": event({"choices": [EMPTY], "x_groq": {"id": "r", "error": "Sorry"}}),
     "vendor's member alone": event({"data": {"error": {"message": "Sorry"}}}),
     "Tencent": event({"Response": {"Error": {"Code": "AuthFailure", "Message": "Sorry"}, "RequestId": "x"}}),
     "true": event({"error": True, "message": "Sorry"}),
@@ -780,29 +812,31 @@ def test_error_in_any_clothes_is_heard_without_its_blank_line(name: str) -> None
         assert answer.failure and answer.failure.ending == "error"
 
 
+FILTER_DOWN = {"error": {"code": "content_filter_error", "message": "The contents are not filtered"}}
 GOOD = {"index": 0, "delta": {"content": "x"}, "finish_reason": None}
 # What looks like an error and is none; each says "x", or nothing.
 HARMLESS = {
     **{f"error: {json.dumps(error)}": event({"error": error, "choices": [GOOD]}) for error in (
-        None, {}, "", [], False, 0, {"message": "", "code": None}, {"message": None, "type": "", "code": 0}, "null", "None",
+        None, {}, "", [], False, 0, {"message": "", "code": None}, {"message": None, "type": "", "code": 0}, "null",
+        "None",
         {"code": 0, "message": "success"}, {"code": "0", "message": "ok"}, {"code": 200}, [{}], {"details": {}},
     )},
     "null error without choices": event({"id": "x", "object": "chat.completion.chunk", "error": None}),
-    "code and message of success": event({"choices": [GOOD], "code": 0, "message": "success", "error_code": 0, "error_msg": ""}),
+    "code and message of success": event({"choices": [GOOD], "code": 0, "message": "success", "error_code": 0}),
     "the same without choices": event({"code": 200, "msg": "success", "data": None}),
     "base_resp": event({"choices": [GOOD], "base_resp": {"status_code": 0, "status_msg": "success"}}),
     "error_code 0": event({"text": "", "error_code": 0, "error_msg": "Success!", "usage": {"total_tokens": 3}}),
     "detail of usage": event({"choices": [], "usage": {"total_tokens": 3}, "detail": {"reasoning_tokens": 0}}),
     "usage": event({"choices": [], "usage": {"total_tokens": 3, "completion_tokens_details": {"reasoning_tokens": 0}}}),
-    "Azure's first": event({"choices": [], "model": "", "prompt_filter_results": [{"content_filter_results": {"hate": {"filtered": False}}}]}),
-    "Azure's filter was down": choice(delta={"content": "x"}, content_filter_results={"error": {"code": "content_filter_error", "message": "The contents are not filtered"}}),
-    "Azure's filter of the prompt": event({"choices": [], "prompt_filter_results": {"error": {"code": "content_filter_error", "message": "no"}}}),
+    "Azure's first": event({"choices": [], "model": "", "prompt_filter_results": [{"content_filter_results": {}}]}),
+    "Azure's filter was down": choice(delta={"content": "x"}, content_filter_results=FILTER_DOWN),
+    "Azure's filter of the prompt": event({"choices": [], "prompt_filter_results": FILTER_DOWN}),
     "errors are none": event({"choices": [], "success": True, "errors": [], "messages": ["fine"], "usage": None}),
     "status": event({"status": "processing", "message": "Your request is queued", "progress": 3}),
     "null detail": event({"choices": [GOOD], "detail": None}),
     "logprobs": choice(delta={"content": "x"}, logprobs={"content": [{"token": "error", "logprob": -0.1}]}),
     "NaN": b'data: {"choices": [{"delta": {"content": "x"}, "logprobs": {"x": [NaN, Infinity, -Infinity]}}]}\n\n',
-    "large number": b'data: {"created": 1e999, "choices": [{"delta": {"content": "x"}}], "seed": 123456789012345678901234567890}\n\n',
+    "large number": b'data: {"created": 1e999, "choices": [{"delta": {"content": "x"}}], "seed": 1234567890123456}\n\n',
     "ping": b'event: ping\ndata: {"type": "ping"}\n\n',
     "ping of text": b"event: ping\ndata: 2026-01-01 error\n\n",
     "ping of an error": b'event: ping\ndata: {"error": "no"}\n\n',
@@ -811,11 +845,18 @@ HARMLESS = {
     "unknown field": b"foo: bar\n\nnonsense\n\n:\n\nretry: x\nid: 3\n\n",
     "bare JSON": stray({"status": "alive"}),
     "blank data": b"data:\n\ndata: \n\n",
-    "tool call": choice(delta={"tool_calls": [{"index": 0, "function": {"arguments": '{"error": {"message": "no"}}'}}]}),
+    "tool call": choice(delta={"tool_calls": [{"function": {"arguments": '{"error": {"message": "no"}}'}}]}),
     "tool call named error": choice(delta={"tool_calls": [{"index": 0, "id": "error", "function": {"name": "error"}}]}),
     "annotations": choice(delta={"content": "x", "annotations": [{"type": "error", "error": "no"}]}),
     "role": choice(delta={"role": "error", "content": None}),
     "queue": event({"object": "queue", "message": "2 before you"}),
+    "news of another type": b'event: status\ndata: {"message": "Searching", "detail": "the web"}\n\n',
+    "text of another type": b"event: log\ndata: Error: cache miss\n\n",
+    "news, typed": event({"type": "progress", "message": "Searching", "detail": "the web"}),
+    "tool that failed": event({"type": "response.output_item.done", "item": {"status": "failed", "error": "no"}}),
+    "code that ran": event({"type": "response.code_interpreter_call_code.done", "code": "print(1)"}),
+    "tool result": event({"type": "content_block_start", "content_block": {"content": {"error_code": "unavailable"}}}),
+    "code of a vendor": event({"choices": [], "x_meta": {"code": "abc", "error": None}, "usage": {"total_tokens": 3}}),
 }  # fmt: skip
 
 
@@ -831,11 +872,14 @@ def test_what_is_harmless_is_no_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("text", [
-    '"error": {"message": "no"}', "event: error", "\n\nevent: error\ndata: x\n\n", '{"error": "x"}', "Error: x", "data: [DONE]",
+    '"error": {"message": "no"}', "event: error", "\n\nevent: error\ndata: x\n\n", '{"error": "x"}', "Error: x",
+    "data: [DONE]",
     '","finish_reason":"error"', '"choices":[{"error":"x"}]', "error: x", '"finish_reason":null', '\\"error\\": 1',
 ])  # fmt: skip
 def test_a_model_may_talk_of_errors(text: str) -> None:
-    compact = json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": None}]}, separators=(",", ":")).encode()
+    compact = json.dumps(
+        {"choices": [{"delta": {"content": text}, "finish_reason": None}]}, separators=(",", ":")
+    ).encode()
     for payload in (delta(text), delta(None, reasoning=text), choice(message={"content": text}), event(compact)):
         stream = ROLE + payload + STOP + DONE
         answer, out = answer_to(stream)
@@ -845,13 +889,20 @@ def test_a_model_may_talk_of_errors(text: str) -> None:
 
 
 @pytest.mark.parametrize("reason", [
-    "error", "ERROR", "abort", "aborted", "insufficient_system_resource", "network_error", "failed", "cancelled", "timeout", "timed_out",
+    "error", "ERROR", "abort", "aborted", "insufficient_system_resource", "network_error", "failed", "cancelled",
+    "timeout", "timed_out",
     "engine_error", "server_error", "error_toxic", "interrupted", "MALFORMED_FUNCTION_CALL", {"type": "abort"},
 ])  # fmt: skip
 def test_finish_reason_may_say_that_the_answer_failed(reason: Any) -> None:
-    for stream in (delta("a") + delta("b", reason), delta("a") + delta("b", reason) + DONE, delta("ab", "stop") + delta("", reason) + STOP):
+    for stream in (
+        delta("a") + delta("b", reason),
+        delta("a") + delta("b", reason) + DONE,
+        delta("ab", "stop") + delta("", reason) + STOP,
+    ):
         for answer, out in (answer_to(stream), passed_to(stream)):
-            assert answer.failure and answer.failure.message.startswith("Upstream says that its answer failed (finish_reason ")
+            assert answer.failure and answer.failure.message.startswith(
+                "Upstream says that its answer failed (finish_reason "
+            )
             assert answer.state != answer.DONE and out in (b"ab", stream)
 
 
@@ -863,7 +914,10 @@ def test_finish_reason_may_say_nothing(reason: Any) -> None:
         assert answer.state == answer.DONE and answer.finish_reason in (None, "stop")
 
 
-@pytest.mark.parametrize("reason", ["stop", "length", "content_filter", "tool_calls", "eos", "end_turn", "SAFETY", "sensitive", "x", "repetition"])
+@pytest.mark.parametrize(
+    "reason",
+    ["stop", "length", "content_filter", "tool_calls", "eos", "end_turn", "SAFETY", "sensitive", "x", "repetition"],
+)
 def test_finish_reason_may_be_any_other_and_is_told(reason: str) -> None:
     answer, out = answer_to(delta("a"), delta("", reason), answer=streamproxy.EventAnswer("id"))
     assert json.loads(out.split(b"event: done\ndata: ")[1]) == {"finish_reason": reason, "usage": None}
@@ -873,45 +927,50 @@ def test_finish_reason_may_be_any_other_and_is_told(reason: str) -> None:
 
 def test_finish_reason_may_come_early_or_in_every_chunk_and_what_follows_counts() -> None:
     answer = streamproxy.TextAnswer()
-    assert answer.feed(choice(delta={"reasoning_content": "hm"}, finish_reason="stop")) == b""
-    assert (answer.state, answer.grace) == (answer.ENDING, streamproxy.EARLY_GRACE)  # no text yet: it is not in a hurry
+    for first in ({"role": "assistant", "content": ""}, {"reasoning_content": "hm"}):
+        assert answer.feed(choice(delta=first, finish_reason="stop")) == b""
+        assert answer.state == answer.SETTLED  # it is not in a hurry
     assert answer.feed(delta("a", "stop")) == b"a" and answer.state == answer.ENDING
     life = answer.life
     assert answer.feed(b": ping\n\n") == b"" and answer.life == life  # only an event starts the moment anew
     assert answer.feed(delta("b", "stop")) == b"b" and answer.life > life
+    empty = streamproxy.TextAnswer()
+    assert empty.feed(ROLE + STOP) == b"" and empty.state == empty.ENDING  # an answer may have no text
     assert answer.close(None) == b"" and answer.state == answer.DONE
 
 
+DETAIL = part("reasoning.text", "r")
 # Where servers put text and reasoning: events, what is told.
 TEXT_ELSEWHERE = {
-    "other indexes": ([choice(delta={"reasoning_content": "r"}), event({"choices": [{"index": 1, "delta": {"content": "a"}}]}), event({"choices": [{"index": 2, "delta": {"content": "b"}}]}), STOP], "ab", "r"),
-    "index -1": ([event({"choices": [{"index": -1, "delta": {"content": "a"}, "finish_reason": "stop"}]})], "a", ""),
-    "two choices in one": ([event({"choices": [{"index": 0, "delta": {"content": "a"}}, {"index": 1, "delta": {"content": "b"}}]}), STOP], "ab", ""),
-    "refusal": ([delta(None, refusal="I cannot"), delta(None, refusal=" help."), STOP], "I cannot help.", ""),
+    "other indexes": ([delta(None, reasoning="r"), *(choice(1, delta={"content": x}) for x in "ab")], "ab", "r"),
+    "several indexes": ([choice(index, delta={"content": "ab"[index]}) for index in (0, 1)], "ab", ""),
+    "index -1": ([choice(-1, delta={"content": "a"}, finish_reason="stop")], "a", ""),
+    "two in one": ([event({"choices": [{"index": x, "delta": {"content": "ab"[x]}} for x in (0, 1)]})], "ab", ""),
+    "refusal": ([delta(None, refusal="I cannot"), delta(None, refusal=" help.")], "I cannot help.", ""),
     "message in an event": ([choice(message={"role": "assistant", "content": "a"}, finish_reason="stop")], "a", ""),
-    "message with reasoning": ([choice(message={"content": "a", "reasoning_content": "r"}, finish_reason="stop")], "a", "r"),
-    "message behind deltas": ([delta("a"), delta("b"), choice(delta={}, message={"content": "ab"}, finish_reason="stop")], "ab", ""),
-    "message beside each delta": ([choice(delta={"content": t}, message={"content": all}) for t, all in (("a", "a"), ("b", "ab"))] + [STOP], "ab", ""),
-    "messages in pieces": ([choice(message={"content": "a"}), choice(message={"content": "b"}), STOP], "ab", ""),
-    "messages that grow": ([choice(message={"content": "a"}), choice(message={"content": "ab"}), choice(message={"content": "ab"}, finish_reason="stop")], "ab", ""),
+    "message with reasoning": ([choice(message={"content": "a", "reasoning_content": "r"})], "a", "r"),
+    "message behind deltas": ([delta("a"), delta("b"), choice(delta={}, message={"content": "ab"})], "ab", ""),
+    "message beside deltas": ([choice(delta={"content": x}, message={"content": "ab"}) for x in "ab"], "ab", ""),
+    "messages in pieces": ([choice(message={"content": x}) for x in "ab"], "ab", ""),
+    "messages that grow": ([choice(message={"content": x}) for x in ("a", "ab", "ab")], "ab", ""),
     "message of bare text": ([choice(message="a", finish_reason="stop")], "a", ""),
     "completion": ([choice(text="a", finish_reason=None), choice(text="a", finish_reason="stop")], "aa", ""),
-    "output_text": ([delta([{"type": "output_text", "text": "a"}]), STOP], "a", ""),
-    "one part": ([delta({"type": "text", "text": "a"}), STOP], "a", ""),
-    "parts of text": ([delta(["a", {"text": "b"}]), STOP], "ab", ""),
-    "part of a refusal": ([delta([{"type": "refusal", "refusal": "a"}]), STOP], "a", ""),
-    "other parts": ([delta([{"type": "image_url", "image_url": {"url": "data:"}}, {"type": "text", "text": "a"}]), STOP], "a", ""),
-    "Mistral's thinking": ([delta([{"type": "thinking", "thinking": [{"type": "text", "text": "r"}]}, {"type": "text", "text": "a"}]), STOP], "a", "r"),
-    "Anthropic's thinking": ([delta([{"type": "thinking", "thinking": "r", "signature": "s"}]), delta("a"), STOP], "a", "r"),
-    "redacted thinking": ([delta([{"type": "redacted_thinking", "data": "x"}]), delta("a"), STOP], "a", ""),
-    "reasoning": ([delta("", reasoning="r"), delta("a"), STOP], "a", "r"),
-    "reasoning_content": ([delta(None, reasoning_content="r"), delta("a"), STOP], "a", "r"),
-    "reasoning_text": ([delta(None, reasoning_text="r"), delta("a"), STOP], "a", "r"),
-    "reasoning_details": ([delta("", reasoning_details=[{"type": "reasoning.text", "text": "r"}, {"type": "reasoning.encrypted", "data": "x"}]), delta("a"), STOP], "a", "r"),
-    "reasoning twice": ([delta("", reasoning="r", reasoning_details=[{"type": "reasoning.text", "text": "r"}]), delta("a"), STOP], "a", "r"),
-    "summary": ([delta("", reasoning_details=[{"type": "reasoning.summary", "summary": "r"}]), delta("a"), STOP], "a", "r"),
-    "LiteLLM's blocks": ([delta("", reasoning_content="r", thinking_blocks=[{"type": "thinking", "thinking": "r"}]), delta("a"), STOP], "a", "r"),
-    "thinking": ([delta("", thinking="r"), delta("a"), STOP], "a", "r"),
+    "output_text": ([delta([{"type": "output_text", "text": "a"}])], "a", ""),
+    "one part": ([delta(part("text", "a"))], "a", ""),
+    "parts of text": ([delta(["a", {"text": "b"}])], "ab", ""),
+    "part of a refusal": ([delta([part("refusal", "a")])], "a", ""),
+    "other parts": ([delta([part("image_url", {"url": "data:"}), part("text", "a")])], "a", ""),
+    "Mistral's thinking": ([delta([part("thinking", [part("text", "r")]), part("text", "a")])], "a", "r"),
+    "Anthropic's thinking": ([delta([{**part("thinking", "r"), "signature": "s"}]), delta("a")], "a", "r"),
+    "redacted thinking": ([delta([{"type": "redacted_thinking", "data": "x"}]), delta("a")], "a", ""),
+    "reasoning": ([delta("", reasoning="r"), delta("a")], "a", "r"),
+    "reasoning_content": ([delta(None, reasoning_content="r"), delta("a")], "a", "r"),
+    "reasoning_text": ([delta(None, reasoning_text="r"), delta("a")], "a", "r"),
+    "details": ([delta("", reasoning_details=[DETAIL, part("reasoning.encrypted", "x")]), delta("a")], "a", "r"),
+    "reasoning twice": ([delta("", reasoning="r", reasoning_details=[DETAIL]), delta("a")], "a", "r"),
+    "summary": ([delta("", reasoning_details=[part("reasoning.summary", "r")]), delta("a")], "a", "r"),
+    "blocks": ([delta("", reasoning_content="r", thinking_blocks=[part("thinking", "r")]), delta("a")], "a", "r"),
+    "thinking": ([delta("", thinking="r"), delta("a")], "a", "r"),
     "bare JSON": ([stray({"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}), DONE], "a", ""),
 }  # fmt: skip
 
@@ -920,7 +979,7 @@ TEXT_ELSEWHERE = {
 def test_answer_finds_text_and_reasoning_wherever_they_are(name: str) -> None:
     events, text, reasoning = TEXT_ELSEWHERE[name]
     for answer in (streamproxy.TextAnswer(), streamproxy.EventAnswer("id")):
-        answer, out = answer_to(ROLE, *events, answer=answer)
+        answer, out = answer_to(ROLE, *events, STOP, answer=answer)
         assert answer.state == answer.DONE and answer.finish_reason in ("stop", None)
         if answer.pings:
             told = streamproxy.EventParser().feed(out)[:-1]
@@ -937,8 +996,10 @@ def test_answer_takes_the_first_choice_where_several_were_asked_for() -> None:
 
 
 @pytest.mark.parametrize("payload", [
-    {"choices": [], "usage": {"total_tokens": 3}}, {"choices": [{"index": 0, "delta": {}, "usage": {"total_tokens": 3}}]},
-    {"choices": [], "x_groq": {"id": "x", "usage": {"total_tokens": 3}}}, {"choices": [{"delta": {}, "usage": {"total_tokens": 3}}], "usage": None},
+    {"choices": [], "usage": {"total_tokens": 3}},
+    {"choices": [{"index": 0, "delta": {}, "usage": {"total_tokens": 3}}]},
+    {"choices": [], "x_groq": {"id": "x", "usage": {"total_tokens": 3}}},
+    {"choices": [{"delta": {}, "usage": {"total_tokens": 3}}], "usage": None},
     {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": {"total_tokens": 3}},
 ])  # fmt: skip
 def test_usage_stands_where_it_likes(payload: dict[str, Any]) -> None:
@@ -950,11 +1011,19 @@ def typed(type: str, **members: object) -> bytes:
     return event({"type": type, **members})
 
 
-RESPONSE = {"id": "r", "object": "response", "model": "m", "status": "completed", "error": None, "usage": {"total_tokens": 3}}
+RESPONSE = {
+    "id": "r",
+    "object": "response",
+    "model": "m",
+    "status": "completed",
+    "error": None,
+    "usage": {"total_tokens": 3},
+}
 TYPED_ENDS = {
-    "response.completed": typed("response.completed", response=RESPONSE), "response.cancelled": typed("response.cancelled", response={"status": "cancelled"}),
-    "response.incomplete": typed("response.incomplete", response={**RESPONSE, "status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}),
-    "response.failed": typed("response.failed", response={**RESPONSE, "status": "failed", "error": {"code": "server_error", "message": "x"}}),
+    "response.completed": typed("response.completed", response=RESPONSE),
+    "response.cancelled": typed("response.cancelled", response={"status": "cancelled"}),
+    "response.incomplete": typed("response.incomplete", response={**RESPONSE, "incomplete_details": {"reason": "x"}}),
+    "response.failed": typed("response.failed", response={**RESPONSE, "error": {"code": "x", "message": "x"}}),
     "message_stop": typed("message_stop"), "type last": event({"response": RESPONSE, "type": "response.completed"}),
 }  # fmt: skip
 
@@ -962,19 +1031,36 @@ TYPED_ENDS = {
 @pytest.mark.parametrize("name", TYPED_ENDS)
 @pytest.mark.parametrize("done", [b"", DONE])
 @pytest.mark.parametrize("named", [b"", b"event: %b\n"])
-def test_typed_streams_are_whole_after_their_end_whether_the_type_is_in_the_json_alone(name: str, done: bytes, named: bytes) -> None:
+def test_typed_streams_are_whole_after_their_end_whether_the_type_is_in_the_json_alone(
+    name: str, done: bytes, named: bytes
+) -> None:
     last = (named and named % name.encode()) + TYPED_ENDS[name]
     begin = typed("response.created", response={**RESPONSE, "status": "in_progress", "usage": None})
-    begin += typed("response.output_text.delta", delta="error") + typed("response.output_item.done", item={"type": "mcp_call", "error": "tool failed"})
-    for parts in ([begin, last, done], list(re.split(b"(?<=\n\n)", begin + last + done)), [begin + last[:-2]], [begin + last + done]):
+    begin += typed("response.output_text.delta", delta="error") + typed(
+        "response.output_item.done", item={"type": "mcp_call", "error": "tool failed"}
+    )
+    for parts in (
+        [begin, last, done],
+        list(re.split(b"(?<=\n\n)", begin + last + done)),
+        [begin + last[:-2]],
+        [begin + last + done],
+    ):
         answer, out = passed_to(*parts)
         assert (answer.failure, answer.state, out) == (None, answer.DONE, b"".join(parts))
-    assert answer.model == "m" and (answer.usage == {"total_tokens": 3}) == ("cancelled" not in name and "message" not in name)
+    assert answer.model == "m" and (answer.usage == {"total_tokens": 3}) == (
+        "cancelled" not in name and "message" not in name
+    )
     answer, _ = passed_to(begin, last[: len(last) // 2], done)
     assert answer.failure or done
 
 
-@pytest.mark.parametrize("wrong", [typed("error", code="server_error", message="x"), b"event: error\n" + typed("error", error={"type": "overloaded_error"})])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        typed("error", code="server_error", message="x"),
+        b"event: error\n" + typed("error", error={"type": "overloaded_error"}),
+    ],
+)
 def test_typed_streams_are_cut_after_an_error(wrong: bytes) -> None:
     for after in (b"", DONE):
         answer, out = passed_to(typed("response.created"), wrong, after)
@@ -983,25 +1069,50 @@ def test_typed_streams_are_cut_after_an_error(wrong: bytes) -> None:
 
 def test_messages_tell_model_usage_and_stop_reason() -> None:
     answer, _ = passed_to(
-        b"event: message_start\n" + typed("message_start", message={"model": "claude", "usage": {"input_tokens": 3, "output_tokens": 1}}),
+        b"event: message_start\n" + typed("message_start", message={"model": "claude", "usage": {"input_tokens": 3}}),
         b"event: content_block_delta\n" + typed("content_block_delta", delta={"type": "text_delta", "text": "a"}),
-        b"event: message_delta\n" + typed("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 9}),
+        typed("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 9}),
         b"event: message_stop\n" + typed("message_stop"), messages=True)  # fmt: skip
-    assert (answer.model, answer.finish_reason, answer.usage) == ("claude", "max_tokens", {"input_tokens": 3, "output_tokens": 9})
+    assert (answer.model, answer.finish_reason, answer.usage) == (
+        "claude",
+        "max_tokens",
+        {"input_tokens": 3, "output_tokens": 9},
+    )
 
 
-JSON_ANSWER = json.dumps({"model": "m", "choices": [{"message": {"content": "ab"}, "finish_reason": "stop"}], "usage": {"total_tokens": 3}}).encode()
+JSON_ANSWER = json.dumps(
+    {"model": "m", "choices": [{"message": {"content": "ab"}, "finish_reason": "stop"}], "usage": {"total_tokens": 3}}
+).encode()
 STREAMED = ROLE + delta("a") + delta("b", "stop") + DONE
-LABELS = ["text/event-stream", "", "text/event-stream, text/event-stream", "text/plain", "application/octet-stream", "application/json", "text/html; charset=x"]
+LABELS = [
+    "text/event-stream",
+    "",
+    "text/event-stream, text/event-stream",
+    "text/plain",
+    "application/octet-stream",
+    "application/json",
+    "text/html; charset=x",
+]
 
 
 @pytest.mark.parametrize("label", LABELS)
-@pytest.mark.parametrize("body", [STREAMED, b"\xef\xbb\xbf" + STREAMED, b": hi\n\n" + STREAMED, b"\n\n" + STREAMED, JSON_ANSWER, b"\xef\xbb\xbf" + JSON_ANSWER, b" \n" + JSON_ANSWER])
+@pytest.mark.parametrize(
+    "body",
+    [
+        STREAMED,
+        b"\xef\xbb\xbf" + STREAMED,
+        b": hi\n\n" + STREAMED,
+        b"\n\n" + STREAMED,
+        JSON_ANSWER,
+        b"\xef\xbb\xbf" + JSON_ANSWER,
+        b" \n" + JSON_ANSWER,
+    ],
+)
 def test_first_bytes_tell_what_a_body_is_whatever_its_label(label: str, body: bytes) -> None:
     for parts in cuts(body):
         answer = streamproxy.TextAnswer()
         answer.start(200, {"content-type": label})
-        assert answer_to(*parts, answer=answer) [1] == b"ab" and answer.state == answer.DONE
+        assert answer_to(*parts, answer=answer)[1] == b"ab" and answer.state == answer.DONE
     for parts in ([body], [body[at : at + 1] for at in range(len(body))]):
         for framing in ({"transfer-encoding": "chunked"}, {"transfer-encoding": ""}):
             answer, out = passed_to(*parts, label=label, fields=framing)
@@ -1013,7 +1124,12 @@ def test_first_bytes_tell_what_a_body_is_whatever_its_label(label: str, body: by
 
 @pytest.mark.parametrize("label", LABELS)
 def test_json_error_is_told_whatever_its_label(label: str) -> None:
-    for body in (b'{"error": {"message": "Quota"}}', b'[{"error": {"message": "Quota"}}]', b'{"detail": "Quota"}', b'{"error": "Quota"}\n\n' + DONE):
+    for body in (
+        b'{"error": {"message": "Quota"}}',
+        b'[{"error": {"message": "Quota"}}]',
+        b'{"detail": "Quota"}',
+        b'{"error": "Quota"}\n\n' + DONE,
+    ):
         answer = streamproxy.TextAnswer()
         answer.start(200, {"content-type": label})
         answer, out = answer_to(body, answer=answer)
@@ -1023,11 +1139,15 @@ def test_json_error_is_told_whatever_its_label(label: str) -> None:
 
 
 @pytest.mark.parametrize(("label", "body", "whole"), [
-    ("audio/mpeg", b"ID3\xff", True), ("image/png", b"\x89PNG", True), ("application/octet-stream", b"\xff\xfb", True), ("text/plain", b"Hello", False),
-    ("", b"", False), ("application/json", b"", False), ("application/json", b"[1", False), ("application/json", b"[1]", True), ("text/html", b"<p>", False),
+    ("audio/mpeg", b"ID3\xff", True), ("image/png", b"\x89PNG", True), ("application/octet-stream", b"\xff\xfb", True),
+    ("text/plain", b"Hello", False),
+    ("", b"", False), ("application/json", b"", False), ("application/json", b"[1", False),
+    ("application/json", b"[1]", True), ("text/html", b"<p>", False),
     ("application/json", b"12", True), ("", b"data", False),
 ])  # fmt: skip
-def test_document_that_the_connection_s_end_ends_is_whole_only_if_it_parses(label: str, body: bytes, whole: bool) -> None:
+def test_document_that_the_connection_s_end_ends_is_whole_only_if_it_parses(
+    label: str, body: bytes, whole: bool
+) -> None:
     answer, out = passed_to(body, label=label, fields={"transfer-encoding": ""})
     assert (answer.state == answer.DONE, bool(answer.failure)) == (whole, not whole)
     assert answer.failure is None or answer.failure.ending == "truncated"
@@ -1045,7 +1165,11 @@ def test_json_document_is_held_until_it_is_whole_and_others_are_not() -> None:
     assert out == b' {"a": 1}' and answer.fields["Content-Length"] == "9" and answer.pieces == 1
     answer = streamproxy.PassedAnswer()
     answer.start(200, {"content-type": "audio/mpeg", "content-length": "4"})
-    assert answer.eager and answer.fields["Content-Length"] == "4" and [answer.feed(b"ab"), answer.feed(b"cd")] == [b"ab", b"cd"]
+    assert (
+        answer.eager
+        and answer.fields["Content-Length"] == "4"
+        and [answer.feed(b"ab"), answer.feed(b"cd")] == [b"ab", b"cd"]
+    )
     large = b"[" + b"0," * 9_000_000
     answer, out = passed_to(large[:100], large[100:], b"0]", label="application/json")
     assert out == large + b"0]" and answer.state == answer.DONE  # too large to be held
@@ -1075,7 +1199,9 @@ def refused_with(status: int, document: bytes, api: bool = False, redact: Any = 
     """The failure of an answer with this status and document."""
     asked = streamproxy.PassedAnswer(redact) if api else streamproxy.TextAnswer(redact)
     answer = asked.start(status, {name.replace("_", "-"): value for name, value in fields.items()})
-    assert answer is not asked and [answer.feed(document[:9]), answer.feed(document[9:]), answer.close(None)] == [b""] * 3
+    assert (
+        answer is not asked and [answer.feed(document[:9]), answer.feed(document[9:]), answer.close(None)] == [b""] * 3
+    )
     assert answer.failure and answer.encode("message", text="x") == asked.encode("message", text="x")
     return answer.failure
 
@@ -1085,7 +1211,9 @@ def deflated(data: bytes, wbits: int) -> bytes:
     return packer.compress(data) + packer.flush()
 
 
-@pytest.mark.parametrize(("coding", "wbits"), [("gzip", 31), ("x-gzip", 31), ("deflate", 15), ("deflate", -15), ("identity, gzip", 31)])
+@pytest.mark.parametrize(
+    ("coding", "wbits"), [("gzip", 31), ("x-gzip", 31), ("deflate", 15), ("deflate", -15), ("identity, gzip", 31)]
+)
 def test_compressed_error_is_read_and_bounded(coding: str, wbits: int) -> None:
     document = b'{"error": {"message": "Sorry"}}'
     failure = refused_with(400, deflated(document, wbits), api=True, content_encoding=coding)
@@ -1093,7 +1221,10 @@ def test_compressed_error_is_read_and_bounded(coding: str, wbits: int) -> None:
     bomb = deflated(b'{"error": {"message": "Sorry", "x": "' + b"y" * 50_000_000, wbits)
     failure = refused_with(422, bomb, api=True, content_encoding=coding)
     assert (failure.message, failure.document) == ("Sorry", b"")
-    assert refused_with(400, b"\xff\xff" + document, content_encoding=coding).message == "Upstream refused the request with status 400."
+    assert (
+        refused_with(400, b"\xff\xff" + document, content_encoding=coding).message
+        == "Upstream refused the request with status 400."
+    )
 
 
 def test_error_compressed_in_a_way_we_cannot_read_keeps_its_status() -> None:
@@ -1101,26 +1232,37 @@ def test_error_compressed_in_a_way_we_cannot_read_keeps_its_status() -> None:
     assert (failure.status, failure.fields["Retry-After"], failure.document) == (429, "7", b"")
 
 
+FASTAPI = {"detail": [{"loc": ["body", "x", 0], "msg": "Sorry", "type": "missing", "input": {"code": "secret"}}]}
 # Documents with which servers refuse, what the client is told, what kind of error the log tells.
 DOCUMENTS = {
-    "OpenAI": ({"error": {"message": "Sorry", "type": "invalid_request_error", "param": "model", "code": "model_not_found"}}, "Sorry", "invalid_request_error, model_not_found"),
-    "Anthropic": ({"type": "error", "error": {"type": "not_found_error", "message": "Sorry"}}, "Sorry", "not_found_error"),
-    "Gemini": ([{"error": {"code": 400, "message": "Sorry", "status": "INVALID_ARGUMENT"}}], "Sorry", "400, INVALID_ARGUMENT"),
-    "Mistral": ({"object": "error", "message": {"detail": [{"type": "extra_forbidden", "loc": ["body", "x"], "msg": "Sorry"}]}, "type": "invalid_request_error"}, "body.x: Sorry", "invalid_request_error, extra_forbidden"),
-    "FastAPI": ({"detail": [{"loc": ["body", "messages", 0], "msg": "Sorry", "type": "missing", "input": {"code": "secret"}}]}, "body.messages.0: Sorry", "missing"),
-    "FastAPI, two": ({"detail": [{"loc": ["body"], "msg": "a"}, {"loc": ["query"], "msg": "b"}]}, "body: a; query: b", ""),
-    "FastAPI, a string": ({"detail": "Sorry"}, "Sorry", ""), "detail of an object": ({"detail": {"error": {"message": "Sorry", "code": "x"}}}, "Sorry", "x"),
+    "OpenAI": ({"error": {"message": "Sorry", "type": "invalid", "param": "x", "code": "y"}}, "Sorry", "invalid, y"),
+    "Anthropic": ({"type": "error", "error": {"type": "an_error", "message": "Sorry"}}, "Sorry", "an_error"),
+    "Gemini": ([{"error": {"code": 400, "message": "Sorry", "status": "INVALID"}}], "Sorry", "400, INVALID"),
+    "Mistral": ({"object": "error", "message": FASTAPI, "type": "invalid"}, "body.x.0: Sorry", "invalid, missing"),
+    "FastAPI": (FASTAPI, "body.x.0: Sorry", "missing"),
+    "FastAPI, two": ({"detail": [{"loc": ["body"], "msg": "a"}, {"loc": ["url"], "msg": "b"}]}, "body: a; url: b", ""),
+    "FastAPI, a string": ({"detail": "Sorry"}, "Sorry", ""),
+    "detail of an object": ({"detail": {"error": {"message": "Sorry", "code": "x"}}}, "Sorry", "x"),
     "Cloudflare": ({"success": False, "errors": [{"code": 5007, "message": "Sorry"}], "result": None}, "Sorry", "5007"),
-    "code and msg": ({"code": 1211, "msg": "Sorry"}, "Sorry", "1211"), "Baidu": ({"error_code": 336003, "error_msg": "Sorry"}, "Sorry", "336003"),
-    "string": ({"error": "Sorry"}, "Sorry", ""), "xAI": ({"code": "Some words", "error": "Sorry"}, "Sorry", ""),
-    "TGI": ({"error": "Sorry", "error_type": "validation"}, "Sorry", "validation"), "Hugging Face": ({"error": ["Sorry", "Really"]}, "Sorry; Really", ""),
-    "ASP.NET": ({"type": "about:blank", "title": "Bad", "status": 400, "errors": {"Model": ["Sorry"]}}, "Sorry", "about:blank, 400"),
+    "code and msg": ({"code": 1211, "msg": "Sorry"}, "Sorry", "1211"),
+    "Baidu": ({"error_code": 336003, "error_msg": "Sorry"}, "Sorry", "336003"),
+    "string": ({"error": "Sorry"}, "Sorry", ""),
+    "xAI": ({"code": "Some words", "error": "Sorry"}, "Sorry", ""),
+    "TGI": ({"error": "Sorry", "error_type": "validation"}, "Sorry", "validation"),
+    "Hugging Face": ({"error": ["Sorry", "Really"]}, "Sorry; Really", ""),
+    "ASP.NET": ({"type": "about:blank", "title": "Bad", "errors": {"x": ["Sorry"]}}, "Sorry", "about:blank"),
     "problem+json": ({"title": "Payment Required", "status": 402, "detail": "Sorry"}, "Sorry", "402"),
-    "Spring": ({"timestamp": "t", "status": 404, "error": "Not Found", "message": "", "path": "/x"}, "Not Found", "404"),
-    "OAuth": ({"error": "invalid_grant", "error_description": "Sorry"}, "Sorry", ""), "AWS": ({"Message": "Sorry"}, "Sorry", ""),
-    "Apigee": ({"fault": {"faultstring": "Sorry", "detail": {"errorcode": "x"}}}, "Sorry", "x"), "bare string": ("Sorry", "Sorry", ""),
-    "lines": ({"error": {"message": "So\nrry\t!"}}, "So rry !", ""), "code alone": ({"error": {"code": "overloaded"}}, None, "overloaded"),
-    "empty": ({}, None, ""), "number": (5, None, ""), "null": (None, None, ""), "deep": ({"error": {"message": {"error": {"message": {"detail": "Sorry"}}}}}, "Sorry", ""),
+    "Spring": ({"timestamp": "t", "status": 404, "error": "Not Found", "message": ""}, "Not Found", "404"),
+    "OAuth": ({"error": "invalid_grant", "error_description": "Sorry"}, "Sorry", ""),
+    "AWS": ({"Message": "Sorry"}, "Sorry", ""),
+    "Apigee": ({"fault": {"faultstring": "Sorry", "detail": {"errorcode": "x"}}}, "Sorry", "x"),
+    "bare string": ("Sorry", "Sorry", ""),
+    "lines": ({"error": {"message": "So\nrry\t!"}}, "So rry !", ""),
+    "code alone": ({"error": {"code": "overloaded"}}, None, "overloaded"),
+    "empty": ({}, None, ""),
+    "number": (5, None, ""),
+    "null": (None, None, ""),
+    "deep": ({"error": {"message": {"error": {"message": {"detail": "Sorry"}}}}}, "Sorry", ""),
 }  # fmt: skip
 
 
@@ -1141,9 +1283,11 @@ def test_refusal_is_told_in_upstream_s_words_and_passes_whole_in_v1(name: str) -
 
 
 @pytest.mark.parametrize(("document", "words"), [
-    (b"model 'llama3' not found, try pulling it first", "model 'llama3' not found, try pulling it first"), (b"x" * 3000, "x" * 1000), (b" \n", ""),
-    (b"<html>\r\n<head><title>413 Request Entity Too Large</title></head>\r\n<body>nginx", "413 Request Entity Too Large"), (b"", ""),
-    (b"<html>", "Upstream refused the request with status 404 (a page of HTML)."), (b"<?xml?><Error><Code>x</Code><Message>Sorry</Message></Error>", "Sorry"),
+    (b"model 'llama3' not found, try pulling it first", "model 'llama3' not found, try pulling it first"),
+    (b"x" * 3000, "x" * 1000), (b" \n", ""),
+    (b"<html>\r\n<head><title>413 Too Large</title></head>\r\n<body>nginx", "413 Too Large"), (b"", ""),
+    (b"<html>", "Upstream refused the request with status 404 (a page of HTML)."),
+    (b"<?xml?><Error><Code>x</Code><Message>Sorry</Message></Error>", "Sorry"),
     (b'{"error": {"message": "So\\u0072ry", "input": "cut', "Sorry"), (b"\xff\xfe", "\ufffd\ufffd"),
 ])  # fmt: skip
 def test_refusal_that_is_no_json_is_told_too(document: bytes, words: str) -> None:
@@ -1151,43 +1295,66 @@ def test_refusal_that_is_no_json_is_told_too(document: bytes, words: str) -> Non
     assert failure.message == words or not words and failure.message == "Upstream refused the request with status 404."
     failure = refused_with(404, document, api=True, content_type="text/html")
     assert failure.document == (document if words else b"")
-    assert failure.fields.get("Content-Type") == ("text/plain; charset=utf-8" if words and document[:1] != b"{" else None)
+    assert failure.fields.get("Content-Type") == (
+        "text/plain; charset=utf-8" if words and document[:1] != b"{" else None
+    )
 
 
 @pytest.mark.parametrize(("status", "document", "message"), [
-    (401, b'{"error": {"message": "no", "code": "invalid_api_key"}}', "Upstream refused our API key with status 401 (invalid_api_key)."),
+    (401, b'{"error": {"message": "no", "code": "bad"}}', "Upstream refused our API key with status 401 (bad)."),
     (403, b'{"error": {"message": "no", "code": "unsupported_country", "type": "request_forbidden"}}',
      "Upstream refused the request with status 403 (request_forbidden, unsupported_country)."),
-    (403, b"<html>Just a moment...</html>", "Upstream refused the request with status 403 (a page of HTML)."), (403, b"", "Upstream refused the request with status 403."),
-    (302, b"", "Upstream redirects with status 302, which is not followed."), (500, b'{"error": "trace"}', "Upstream failed with status 500."),
-    (502, b"<html>", "Upstream failed with status 502 (a page of HTML)."), (418, b"", "Upstream refused the request with status 418."), (504, b"", "Upstream failed with status 504."),
+    (403, b"<html>Just a moment...</html>", "Upstream refused the request with status 403 (a page of HTML)."),
+    (403, b"", "Upstream refused the request with status 403."),
+    (302, b"", "Upstream redirects with status 302, which is not followed."),
+    (500, b'{"error": "trace"}', "Upstream failed with status 500."),
+    (502, b"<html>", "Upstream failed with status 502 (a page of HTML)."),
+    (418, b"", "Upstream refused the request with status 418."), (504, b"", "Upstream failed with status 504."),
 ])  # fmt: skip
-def test_refusal_between_upstream_and_us_is_502_and_says_of_what_kind_it_is(status: int, document: bytes, message: str) -> None:
+def test_refusal_between_upstream_and_us_is_502_and_says_of_what_kind_it_is(
+    status: int, document: bytes, message: str
+) -> None:
     for api in (False, True):
         failure = refused_with(status, document, api=api)
         told = message if status == 403 else re.sub(r" \(.*\)", "", message)  # the kind is for the log
         assert (failure.status, failure.message, failure.logged, failure.document) == (502, told, message, b"")
 
 
-@pytest.mark.parametrize(("status", "told", "passed"), [(429, "7", "7"), (503, "9", "9"), (529, "", "1"), (503, "soon", "1"), (400, "", None), (429, "Sun, 22 Nov 2026 10:00:00 GMT", "Sun, 22 Nov 2026 10:00:00 GMT")])
+@pytest.mark.parametrize(
+    ("status", "told", "passed"),
+    [
+        (429, "7", "7"),
+        (503, "9", "9"),
+        (529, "", "1"),
+        (503, "soon", "1"),
+        (400, "", None),
+        (429, "Sun, 22 Nov 2026 10:00:00 GMT", "Sun, 22 Nov 2026 10:00:00 GMT"),
+    ],
+)
 def test_refusal_about_load_says_when_to_come_again(status: int, told: str, passed: str | None) -> None:
     for api in (False, True):
-        failure = refused_with(status, b'{"error": {"message": "Sorry"}}', api=api, **({"retry_after": told} if told else {}))
+        failure = refused_with(
+            status, b'{"error": {"message": "Sorry"}}', api=api, **({"retry_after": told} if told else {})
+        )
         assert failure.fields.get("Retry-After") == passed and failure.message == "Sorry"
         assert failure.status == (503 if status == 529 and not api else status)
 
 
 def test_fields_that_pass_back_and_the_key_in_none_of_them() -> None:
     redact = streamproxy.redactor(KEY)
-    passing = ["retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "request-id", "openai-processing-ms", "openai-version",
-               "x-ratelimit-limit-requests", "anthropic-ratelimit-tokens-limit"]  # fmt: skip
+    passing = ["retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "request-id", "openai-processing-ms",
+               "openai-version", "x-ratelimit-limit-requests", "anthropic-ratelimit-tokens-limit"]  # fmt: skip
     for status in (200, 400, 401, 429, 500):
         for name in [*passing, "content-type"]:
             asked = streamproxy.PassedAnswer(redact)
             answer = asked.start(status, {name: f"x {KEY} y", "transfer-encoding": "chunked"})
             answer.feed(b"{}")
             answer.close(None)
-            told = {**asked.fields, "Content-Type": asked.content_type, **(answer.failure.fields if answer.failure else {})}
+            told = {
+                **asked.fields,
+                "Content-Type": asked.content_type,
+                **(answer.failure.fields if answer.failure else {}),
+            }
             check_no_key(repr(told) + repr(answer.request_id))
             assert name == "content-type" or name.title() in told
     answer = streamproxy.PassedAnswer()
@@ -1201,17 +1368,28 @@ ESCAPED = "".join(f"\\u{ord(letter):04x}" for letter in KEY)
 
 @pytest.mark.parametrize("key", [KEY, ESCAPED, ESCAPED.upper().replace("\\U", "\\u"), KEY[:4] + ESCAPED[24:]])
 @pytest.mark.parametrize("wrong", [
-    'data: {"error": {"message": "Bad key %s."}}\n\n', 'event: error\ndata: {"type": "error", "error": {"message": "%s"}}\n\n', 'error: {"message": "%s"}\n\n',
-    '{"error": "%s"}\n\n', 'data: {"detail": "%s"}\n\n', 'data: {"choices": [{"delta": {"content": ""}, "error": {"message": "%s"}}]}\n\n', "event: error\ndata: %s\n\n",
+    'data: {"error": {"message": "Bad key %s."}}\n\n',
+    'event: error\ndata: {"type": "error", "error": {"message": "%s"}}\n\n', 'error: {"message": "%s"}\n\n',
+    '{"error": "%s"}\n\n', 'data: {"detail": "%s"}\n\n',
+    'data: {"choices": [{"delta": {"content": ""}, "error": {"message": "%s"}}]}\n\n', "event: error\ndata: %s\n\n",
     'data: {"error": {"message":\ndata: "%s"}}\r\n\r\n',
 ])  # fmt: skip
 def test_key_is_in_no_error_of_a_stream_however_it_is_cut(wrong: str, key: str) -> None:
     redact = streamproxy.redactor(KEY)
     stream = ROLE + (wrong % key).encode() + DONE
-    for parts in ([stream], [stream[at : at + 1] for at in range(len(stream))], *([stream[:at], stream[at:]] for at in range(len(ROLE), len(stream), 7))):
+    for parts in (
+        [stream],
+        [stream[at : at + 1] for at in range(len(stream))],
+        *([stream[:at], stream[at:]] for at in range(len(ROLE), len(stream), 7)),
+    ):
         answer, out = passed_to(*parts, redact=redact)
         assert answer.failure and out.startswith(ROLE) and out.endswith(DONE) and b"[redacted]" in out
-        for text in (out.decode(), answer.failure.message, answer.failure.logged, re.sub(r"\\u00(..)", lambda code: chr(int(code[1], 16)), out.decode())):
+        for text in (
+            out.decode(),
+            answer.failure.message,
+            answer.failure.logged,
+            re.sub(r"\\u00(..)", lambda code: chr(int(code[1], 16)), out.decode()),
+        ):
             check_no_key(text)
 
 
@@ -1239,7 +1417,11 @@ def test_in_v1_what_comes_behind_the_end_passes_and_is_no_life() -> None:
         assert answer.feed(ROLE + last) == ROLE + last and answer.state == answer.ENDING
         life = answer.life
         more = delta("more") + b": comment\n\n" + b"data: "
-        assert [answer.feed(more[:7]), answer.feed(more[7:-6]), answer.feed(more[-6:])] == [b"data: {", more[7:-6], b"data: "]
+        assert [answer.feed(more[:7]), answer.feed(more[7:-6]), answer.feed(more[-6:])] == [
+            b"data: {",
+            more[7:-6],
+            b"data: ",
+        ]
         assert answer.life == life and answer.close(None) == b""
         assert (answer.state == answer.DONE) != bool(answer.failure)
 
@@ -1283,7 +1465,8 @@ def test_stream_that_was_asked_for_may_be_open_before_upstream_s_head_and_its_re
         answer = asked.start(429, {"retry-after": "7"})
         answer.feed(b'{"error": {"message": "Slow down"}}')
         answer.close(None)
-        told = streamproxy.EventParser().feed(answer.encode("error", error=answer.failure.message))  # type: ignore[union-attr]
+        assert answer.failure
+        told = streamproxy.EventParser().feed(answer.encode("error", error=answer.failure.message))
         assert [event.type for event in told] == ["error" if messages else "message"]
         assert json.loads(told[0].data)["error"]["message"] == "Slow down"
         asked = streamproxy.PassedAnswer(stream=True)
@@ -1299,25 +1482,124 @@ def test_stream_that_was_asked_for_may_be_open_before_upstream_s_head_and_its_re
         assert asked.encode("error", error=asked.failure.message)
 
 
+def compact(text: str = "a", reason: str | None = None, **more: object) -> bytes:
+    payload = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": reason}], **more}
+    return event(json.dumps(payload, separators=(",", ":")).encode())
+
+
+C = compact()
+
+
+@pytest.mark.parametrize(("block", "count"), [
+    (C, 1), (C * 3, 3), (C + compact("", "stop"), 0), (compact("", "stop"), 0), (compact("error"), 0),
+    (C + compact("error"), 0),
+    (C + event({"detail": "x"}), 0), (event({"detail": "x"}), 0), (C + DONE, 0), (DONE, 0), (C + b"event: x\n" + C, 0),
+    (b"event: x\n" + C, 0),
+    (b": " + C[6:], 0), (C + b": x\n\n", 0), (C + b"\n", 0), (C + C.replace(b"\n\n", b"\r\rdata: x\n\n"), 0),
+    (delta("a"), 0), (b"\n\n", 0),
+    (event(b'{"choices":[{"finish_reason":null},{"finish_reason":"stop"}]}'), 0),
+    (event(b'{"choices":[],"finish_reason":null}'), 0),
+    (C.replace(b"data: ", b"data:") * 2, 2), (C + event(b'{"choices":[{"delta":{}}]}'), 2),
+])  # fmt: skip
+def test_events_in_which_a_completion_just_goes_on(block: bytes, count: int) -> None:
+    assert streamproxy.goes_on(block) == count
+
+
+@pytest.mark.parametrize(("piece", "dull"), [
+    (C, True), (delta("a"), True), (delta("a").replace(b"\n", b"\r\n"), True),
+    (event({"choices": [{"delta": {}}]}), True), (delta("a", "stop"), False),
+    (delta('"error"'), False), (delta("an error"), True), (compact(usage=None), True), (compact(usage={"x": 1}), False),
+    (DONE, False), (event({}), False),
+    (event({"choices": []}), False), (b"event: content_block_delta\ndata: {}\n\n", True),
+    (b"event: message_delta\ndata: {}\n\n", False),
+    (b"event: response.output_text.delta\r\ndata: {}\r\n\r\n", True),
+    (event({"type": "response.output_text.delta"}), True), (event({"type": "message_stop"}), False),
+    (event({"type": "message_delta"}), False), (b"event: x.partial_image\ndata: {}\n\n", True),
+    (b"event: error\ndata: {}\n\n", False),
+    (delta("a").replace(b"\n\n", b"\rdata: [DONE]\n\n"), False), (b": x\n\n", False),
+    (b"event: delta\ndata: {}\ndata: {}\n\n", False),
+])  # fmt: skip
+def test_event_that_need_not_be_looked_at(piece: bytes, dull: bool) -> None:
+    assert streamproxy.is_dull(piece) == dull
+
+
 def random_json(rng: random.Random, depth: int = 5) -> Any:
     """A value that is like those of servers in its names, and in nothing else."""
     if depth and rng.random() < 0.6:
-        names = ["error", "message", "choices", "delta", "content", "finish_reason", "usage", "detail", "code", "msg", "type", "text", "errors", "model", "index",
-                 "status", "x_groq", "reasoning", "reasoning_details", "refusal", "loc", "object", "response", "stop_reason", "incomplete_details", "event"]
+        names = [
+            "error",
+            "message",
+            "choices",
+            "delta",
+            "content",
+            "finish_reason",
+            "usage",
+            "detail",
+            "code",
+            "msg",
+            "type",
+            "text",
+            "errors",
+            "model",
+            "index",
+            "status",
+            "x_groq",
+            "reasoning",
+            "reasoning_details",
+            "refusal",
+            "loc",
+            "object",
+            "response",
+            "stop_reason",
+            "incomplete_details",
+            "event",
+        ]
         members = {rng.choice(names): random_json(rng, depth - 1) for _ in range(rng.randrange(4))}
         return members if rng.random() < 0.7 else list(members.values())
-    return rng.choice([None, True, False, 0, 1, -1, 500, 1.5, float("nan"), float("inf"), "", "x", "error", "null", "\ud83d", "[DONE]", [], {}, "\u00e9" * 9, 10**400])
+    return rng.choice(
+        [
+            None,
+            True,
+            False,
+            0,
+            1,
+            -1,
+            500,
+            1.5,
+            float("nan"),
+            float("inf"),
+            "",
+            "x",
+            "error",
+            "null",
+            "\ud83d",
+            "[DONE]",
+            [],
+            {},
+            "\u00e9" * 9,
+            10**400,
+        ]
+    )
 
 
 def test_answers_never_raise_whatever_json_comes() -> None:
     rng = random.Random(12)
     for _ in range(4000):
         payload = random_json(rng)
-        payload = {"choices": [payload, *rng.choices([payload, random_json(rng, 2)], k=rng.randrange(2))]} if rng.random() < 0.5 else payload
+        payload = (
+            {"choices": [payload, *rng.choices([payload, random_json(rng, 2)], k=rng.randrange(2))]}
+            if rng.random() < 0.5
+            else payload
+        )
         data = json.dumps(payload, ensure_ascii=rng.random() < 0.9).encode("utf-8", "surrogatepass")
         for answer in (streamproxy.TextAnswer(), streamproxy.EventAnswer("id"), streamproxy.PassedAnswer()):
-            asked = answer.start(rng.choice([200, 200, 200, 400, 500]), {"content-type": rng.choice(["text/event-stream", "application/json", ""])})
-            body = rng.choice([data, event(data), b"event: error\n" + event(data), data + b"\n\n", STOP + event(data) + DONE])
+            asked = answer.start(
+                rng.choice([200, 200, 200, 400, 500]),
+                {"content-type": rng.choice(["text/event-stream", "application/json", ""])},
+            )
+            body = rng.choice(
+                [data, event(data), b"event: error\n" + event(data), data + b"\n\n", STOP + event(data) + DONE]
+            )
             out = asked.feed(body[: len(body) // 2]) + asked.feed(body[len(body) // 2 :]) + asked.close(None)
             assert (asked.state == asked.DONE) != bool(asked.failure)
             if asked.failure:
@@ -1329,7 +1611,19 @@ def test_answers_never_raise_whatever_json_comes() -> None:
 
 def random_stream(rng: random.Random) -> bytes:
     """Events of every kind, with one of the line ends."""
-    kinds = [*ERRORS_IN_STREAMS.values(), *HARMLESS.values(), *TYPED_ENDS.values(), delta("a"), delta("\U0001f44b"), STOP, DONE, ROLE, b": c\n\n", b"\n", delta("b", "stop")]
+    kinds = [
+        *ERRORS_IN_STREAMS.values(),
+        *HARMLESS.values(),
+        *TYPED_ENDS.values(),
+        delta("a"),
+        delta("\U0001f44b"),
+        STOP,
+        DONE,
+        ROLE,
+        b": c\n\n",
+        b"\n",
+        delta("b", "stop"),
+    ]
     kinds += [delta("word " * 9).replace(b'": ', b'":')] * 40
     stream = b"".join(rng.choices(kinds, k=rng.randrange(1, 12))).replace(b"\r\n", b"\n")
     return stream.replace(b"\n", rng.choice([b"\n", b"\n", b"\r\n", b"\r"]))[: rng.choice([None, -1, -2, -9])]
@@ -1346,8 +1640,20 @@ def test_answers_are_the_same_however_their_body_is_cut() -> None:
             answer, out = passed_to(*parts)
             assert out == stream
             text, told = answer_to(*parts)
-            results.add((answer.state, answer.failure and answer.failure.message, answer.events, repr(answer.usage), answer.finish_reason,
-                         text.state, text.failure and text.failure.message, told, repr(text.usage), text.finish_reason))
+            results.add(
+                (
+                    answer.state,
+                    answer.failure and answer.failure.message,
+                    answer.events,
+                    repr(answer.usage),
+                    answer.finish_reason,
+                    text.state,
+                    text.failure and text.failure.message,
+                    told,
+                    repr(text.usage),
+                    text.finish_reason,
+                )
+            )
         assert len(results) == 1, stream
 
 
@@ -3926,7 +4232,8 @@ def test_api_json_answer_keeps_its_length(server: Any, provider: Provider) -> No
     with Client(server).ask(ASKED, path="/v1/chat/completions") as client, provider.take() as upstream:
         upstream.send(OK + JSON + b"Content-Length: 10\r\n\r\n{\"a\":", b" 123}")
         head = client.head()
-        assert head.fields["Content-Length"] == "10" and "Transfer-Encoding" not in head.fields and client.exactly(10) == b'{"a": 123}'
+        assert head.fields["Content-Length"] == "10" and "Transfer-Encoding" not in head.fields
+        assert client.exactly(10) == b'{"a": 123}'
         client.ask(method="GET", path="/healthz")
         assert client.head().status == 200
 
@@ -4870,13 +5177,14 @@ def test_log_line_of_a_stream(server: Any, provider: Provider, caplog: Any) -> N
         client.head()
         client.body()
     entry = log_entries(caplog, 1)[0]
-    assert list(entry) == ["time", "id", "client", "method", "path", "status", "ending", "error", "seconds", "ttft", "model", "finish_reason", "pieces", "bytes", "usage", "upstream_id"]
+    assert list(entry) == ["time", "id", "client", "method", "path", "status", "ending", "error", "seconds", "ttft", "model", "finish_reason",
+                           "pieces", "bytes", "usage", "upstream_id"]
     fixed = {name: entry[name] for name in ("id", "client", "method", "path", "status", "ending", "error", "pieces", "bytes", "usage")}
     assert fixed == {"id": "id-7", "client": "127.0.0.1", "method": "POST", "path": "/", "status": 200, "ending": "complete",
                      "error": None, "pieces": 2, "bytes": 3, "usage": {"total_tokens": 3}}  # fmt: skip
     assert 0 <= entry["ttft"] <= entry["seconds"] < DEADLINE
     assert re.match(r"time=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z id=id-7 client=127.0.0.1 method=POST path=/ status=200 ending=complete seconds=", str(entry))
-    assert str(entry).endswith(' pieces=2 bytes=3 usage={"total_tokens":3}')
+    assert str(entry).endswith(' pieces=2 bytes=3 finish_reason=stop usage={"total_tokens":3}')
     assert "secret" not in caplog.text
 
 
