@@ -233,7 +233,8 @@ def place_of(error: BaseException) -> str:
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    return f"{type(error).__name__} in line {trace.tb_lineno if trace else '?'}"
+    reason = f" ({reason_of(error)})" if isinstance(error, OSError) else ""  # as of a lack of descriptors
+    return f"{type(error).__name__} in line {trace.tb_lineno if trace else '?'}{reason}"
 
 
 def internal_error(error: BaseException) -> ProxyError:
@@ -801,6 +802,9 @@ def parse_reason(choice: dict[str, Any]) -> str:
     return reason
 
 
+_Joiner = codecs.getincrementaldecoder("utf-16-le")  # which imports a module: later there may be no descriptor for it
+
+
 def join_halves(joiner: codecs.IncrementalDecoder, text: str) -> str:
     """Return text with the surrogate pairs whole that upstream split over two events.
 
@@ -1029,8 +1033,7 @@ class TextAnswer(Answer):
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         super().__init__(redact)
         self._parser = EventParser(strict=False)
-        joiner = codecs.getincrementaldecoder("utf-16-le")
-        self._joiners = {"reasoning": joiner("replace"), "message": joiner("replace")}
+        self._joiners = {"reasoning": _Joiner("replace"), "message": _Joiner("replace")}
         self._messages: str | None = ""  # what messages have told; None: deltas tell, and a message would repeat it
 
     def encode(self, type: str, **payload: Any) -> bytes:
@@ -3145,7 +3148,7 @@ class LogWriter:
         """Make a call of somebody's handlers and filters; so many lines are lost if it raises."""
         try:
             call(*args)
-        except Exception:  # noqa: BLE001
+        except BaseException:  # noqa: BLE001  (SystemExit would end this thread)
             self._lost += lines
             return False
         return True
@@ -3278,7 +3281,7 @@ class Client(Peer):
             self._read_body()
         elif self.state != self.ANSWERING:
             self.loop.begin(self.begin)
-        elif len(self.data) > MAX_PIPELINED and self.exchange:
+        elif self.exchange and len(self.data) > MAX_PIPELINED + self.exchange.body_room():
             self.exchange.drop(Aborted("The client sent too much while its answer was on its way."))
 
     def begin(self) -> None:
@@ -3355,7 +3358,7 @@ class Client(Peer):
         """Close a connection that has asked nothing; its last words are heard before."""
         if self.state == self.IDLE:
             self.on_ready(READ)
-        if self.state == self.IDLE and not self.data:
+        if self.state == self.IDLE and not self.data.strip(b"\r\n"):
             self.close()
 
     def abort(self, failure: ProxyError) -> None:
@@ -3520,11 +3523,13 @@ class Exchange:
         counts: among the requests of a minute.
         """
         self.server.access.check_origin(self.request.fields)
+        if self.server.state == self.server.ABORTING:  # it came behind one that was
+            raise Aborted("The server is shutting down.")
         self._then, self._counts = then, counts
         self.server.lookout.look(self._on_looked)
 
     def _on_looked(self) -> None:
-        if self.client.exchange is self:  # or it has left meanwhile
+        if self.client.exchange is self and not self.status:  # or it has left meanwhile, or was refused
             self._step(self._enter)
 
     def _enter(self) -> None:
@@ -3545,6 +3550,10 @@ class Exchange:
         if expected and not (self.client.data or self.request.body.complete):
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.expect_body()
+
+    def body_room(self) -> int:
+        """Return how much of its body may come before the exchange is ready for it."""
+        return 0 if self.request.body.complete else self.server.settings.max_body
 
     def on_body(self, part: bytes) -> None:
         """Take a part of the body; go on once it is whole."""
@@ -3682,7 +3691,7 @@ class Exchange:
         if self.stream and not self.stream.over:
             self.stream.drop(failure)
         else:
-            self.failure, self.client.keeps_alive = self.failure or failure, False
+            self.failure = self.failure or failure
             self.status = self.status or failure.status
             self._end(cut=True)
 
@@ -3714,11 +3723,10 @@ class Exchange:
             return
         if self.failure:
             self.status = self.status or self.failure.status
-        if not stream.viewer.intact:
-            client.keeps_alive = False
-            if not self.request.http11:
-                client.reset()  # its body ends where the connection does
-        self._end(cut=not stream.viewer.intact)
+        cut = not stream.viewer.intact
+        if cut and not self.request.http11:
+            client.reset()  # its body ends where the connection does
+        self._end(cut)
 
     def encode_head(self, status: int, fields: Mapping[str, str]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
@@ -5693,9 +5701,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"streamproxy: cannot listen at {settings.bind}: {reason_of(error)}", file=sys.stderr)
         return 1
-    output = _Output(sys.stderr)
-    output.setFormatter(_LogFormatter(settings.log_format))
-    log.addHandler(output)
+    if sys.stderr:  # or it was closed
+        output = _Output(sys.stderr)
+        output.setFormatter(_LogFormatter(settings.log_format))
+        log.addHandler(output)
     log.setLevel(logging.INFO)
     _raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -5741,7 +5750,7 @@ def _announce(server: Server) -> None:
     if server.settings.demo:
         to = f"--unix-socket {server.url[5:]} http://localhost" if server.path else server.url
         lines.append(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # the latter: it was closed
         _write_all(sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode())
 
 

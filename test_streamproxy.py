@@ -5379,6 +5379,491 @@ def test_ipv6(provider: Provider) -> None:
             assert client.head().status == 200
 
 
+def read_call(still: Still, upstream: Peer) -> tuple[str, bytes]:
+    """Head and body of the request that upstream got."""
+    upstream.sock.setblocking(False)
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            upstream.more()
+        head, end, body = upstream.seen.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: ([0-9]+)", head)
+        if end and len(body) >= int(length[1] if length else 0):
+            upstream.sock.settimeout(DEADLINE)
+            upstream.seen = b""
+            return head.decode(), body
+        still.turn()
+
+
+@pytest.mark.parametrize("coding", ["length", "chunked"])
+def test_large_body_that_comes_while_the_token_file_is_looked_at_is_taken(tmp_path: Path, coding: str) -> None:
+    body = json.dumps({"prompt": "x" * 300_000}).encode()
+    with StillServer(token_file=token_file(tmp_path, "a token-a\n")) as still, still.client() as client:
+        fields = f"Content-Length: {len(body)}" if coding == "length" else "Transfer-Encoding: chunked"
+        client.sock.setblocking(False)
+        left = f"POST / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer token-a\r\n{fields}\r\n\r\n".encode()
+        left += body if coding == "length" else chunk(body) + b"0\r\n\r\n"
+        while left:
+            left = left[client.sock.send(left) :]
+            still.turn()
+        still.jobs.popleft()()  # the look
+        still.turn(3)
+        sent = json.loads(read_call(still, still.connect())[1])
+        assert sent["messages"] == [{"role": "user", "content": "x" * 300_000}]
+
+
+@pytest.mark.parametrize("more", [b"", b"\r\n", b"GET / HTTP/1.0\r\n\r\n"], ids=["nothing", "an empty line", "a request"])
+@pytest.mark.parametrize("how", ["upstream is cut", "abort"])
+def test_http_1_0_cut_answer_is_a_reset_whatever_the_client_sent_behind_its_request(
+    provider: Provider, how: str, more: bytes
+) -> None:
+    with running(provider) as server, Client(server).ask(PROMPT, version="1.0") as client, provider.take() as upstream:
+        client.send(more)
+        upstream.start(A)
+        assert client.head().status == 200 and client.exactly(1) == b"a"
+        caught_up(server)
+        if how == "abort":
+            server.stop()
+        else:
+            upstream.sock.close()
+        with pytest.raises(ConnectionResetError):
+            client.rest()
+
+
+def test_connection_that_lingers_has_its_clock_also_behind_a_long_stream() -> None:
+    with StillServer(client_timeout=20.0, keep_alive_timeout=75.0) as still, still.client() as client:
+        client.ask(PROMPT, Connection="close").ask(PROMPT)
+        still.turn(2)
+        upstream = still.connect()
+        upstream.send(STREAM_HEAD, chunk(A))
+        for second in (50, 100):
+            still.at(second)
+            upstream.send(chunk(A))
+            still.turn()
+        upstream.send(chunk(DONE))
+        still.turn(2)
+        assert client.head().status == 200 and client.body() == b"aaa"
+        assert client.rest() == b"" and len(still.server.clients) == 1  # it lingers: the second request was not read
+        still.at(119.9)
+        assert still.server.clients
+        still.at(120)
+        assert not still.server.clients
+
+
+def stop(still: StillServer) -> threading.Thread:
+    """Begin to stop the server, whose loop the test goes on turning."""
+    stopping = threading.Thread(target=still.server.stop)
+    stopping.start()
+    wait_for(lambda: still.server.draining)
+    return stopping
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n"])
+def test_drain_waits_for_nobody_who_has_asked_nothing(provider: Provider, sent: bytes) -> None:
+    with running(provider, drain_timeout=DEADLINE) as server, Client(server) as client:
+        client.ask(method="GET", path="/healthz").send(sent)
+        assert client.head().status == 200 and client.exactly(3) == b"ok\n"
+        caught_up(server)
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() < began + DEADLINE / 2 and client.rest() == b""
+
+
+def test_request_behind_an_aborted_answer_is_refused_at_once_and_upstream_not_asked(provider: Provider, caplog: Any) -> None:
+    with running(provider, drain_timeout=0.0) as server, Client(server).ask(PROMPT, **EVENTS) as client:
+        with provider.take() as upstream:
+            upstream.start(A)
+            client.head()
+            client.ask({"prompt": "second"})
+            caught_up(server)
+            began = time.monotonic()
+            server.stop()
+            assert b"event: error" in client.body()
+            assert client.error() == (503, "The server is shutting down.") and client.rest() == b""
+            assert time.monotonic() < began + streamproxy.ABORT_GRACE / 2
+    assert provider.nobody_came() and [entry["ending"] for entry in log_entries(caplog, 3)].count("aborted") == 2
+
+
+def test_looked_at_token_file_admits_nobody_who_was_refused_meanwhile(tmp_path: Path) -> None:
+    with StillServer(token_file=token_file(tmp_path, "a token-a\n")) as still, still.client() as client:
+        client.ask(PROMPT, Authorization="Bearer token-a")
+        still.turn(2)
+        asking = next(iter(still.server.clients))
+        near, asking.sock = asking.sock, Full(asking.sock)  # type: ignore[assignment]
+        asking.abort(streamproxy.Aborted("The server is shutting down."))
+        assert asking.pending
+        still.jobs.popleft()()
+        still.turn(3)
+        assert not still.jobs and still.server.snapshot()["streams"] == 0
+        asking.sock = near
+        still.turn(3)
+        client.sock.shutdown(socket.SHUT_WR)
+        still.turn(3)
+        got = client.rest()
+        assert got.startswith(b"HTTP/1.1 503 ") and got.count(b"HTTP/1.1 ") == 1 and len(still.lines.requests) == 1
+
+
+class Full:
+    """A socket that takes nothing as yet."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.fileno, self.recv, self.close = sock.fileno, sock.recv, sock.close
+
+    def send(self, data: bytes) -> int:
+        raise BlockingIOError
+
+
+# ---------------------------------------------------------------- what is stuck, short or over
+
+
+def stuck_pipe(stack: contextlib.ExitStack) -> int:
+    """The end to write to of a pipe that is full, and that nobody reads."""
+    reader, writer = os.pipe()
+    stack.callback(os.close, reader)
+    stack.callback(os.close, writer)
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x")
+    os.set_blocking(writer, True)
+    return writer
+
+
+def orphaned_pipe(stack: contextlib.ExitStack) -> int:
+    """One whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stack.callback(os.close, writer)
+    return writer
+
+
+def full_disk(stack: contextlib.ExitStack) -> int:
+    if not os.path.exists("/dev/full"):
+        missing("there is no /dev/full")
+    return stack.enter_context(open("/dev/full", "wb", buffering=0)).fileno()
+
+
+OUTPUTS = {"nobody reads it": stuck_pipe, "its reader is gone": orphaned_pipe, "its disk is full": full_disk, "it is closed": None}
+
+
+@contextlib.contextmanager
+def launched_into(name: str, kind: str, *flags: str, **environ: str) -> Iterator[tuple[Any, Front]]:
+    """The program, of whose standard output or error a kind of trouble is made."""
+    front = Front(f"http://127.0.0.1:{free_port()}")
+    command = [sys.executable, str(PROGRAM), "--bind", front.url[7:], *flags]
+    with contextlib.ExitStack() as stack:
+        outputs: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        make = OUTPUTS[kind]
+        if make:
+            outputs[name] = make(stack)
+        else:
+            command = ["sh", "-c", f'exec "$@" {1 + (name == "stderr")}>&-', "sh", *command]
+        process = subprocess.Popen(command, **outputs, env={**os.environ, "OPENAI_API_KEY": KEY, **environ})
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        wait_for(lambda: process.poll() is not None or not refused(front))
+        assert process.poll() is None
+        yield process, front
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_output_that_cannot_be_written_touches_no_request_and_not_the_end(provider: Provider, name: str, kind: str) -> None:
+    with launched_into(name, kind, OPENAI_BASE_URL=provider.url) as (process, front):
+        with Client(front).ask(PROMPT) as client, provider.take() as upstream:
+            upstream.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+            with Client(front) as other:
+                for _ in range(streamproxy.MAX_LOG_LINES + 100):
+                    other.ask(method="GET", path="/healthz")
+                    assert other.head().status == 200 and other.exactly(3) == b"ok\n"
+            upstream.event(delta("b"))
+            assert client.chunk() == b"b"
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: refused(front))
+            upstream.finish()
+            assert client.chunk() == b""
+        assert process.wait(DEADLINE) == 0
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_output_that_is_stuck_does_not_keep_a_second_signal_from_ending_all(provider: Provider, name: str) -> None:
+    with launched_into(name, "nobody reads it", OPENAI_BASE_URL=provider.url) as (process, front):
+        with Client(front).ask(PROMPT) as client, provider.take() as upstream:
+            upstream.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: refused(front))
+            process.send_signal(signal.SIGTERM)
+            assert client.rest() == b"" and upstream.gone()
+            assert process.wait(DEADLINE / 2) == 0
+
+
+@contextlib.contextmanager
+def logging_through(emit: Callable[[logging.LogRecord], object], as_filter: bool = False) -> Iterator[None]:
+    """The log with a handler, or a filter, of an embedding program's."""
+    handler = logging.Handler()
+    if as_filter:
+        streamproxy.log.addFilter(emit)  # type: ignore[arg-type]
+    else:
+        handler.emit = emit  # type: ignore[assignment,method-assign]
+        streamproxy.log.addHandler(handler)
+    try:
+        yield
+    finally:
+        streamproxy.log.removeFilter(emit)  # type: ignore[arg-type]
+        streamproxy.log.removeHandler(handler)
+
+
+@pytest.mark.parametrize("as_filter", [False, True], ids=["a handler", "a filter"])
+@pytest.mark.parametrize("trouble", ["raises", "raises once", "exits", "blocks"])
+def test_logging_of_somebody_s_touches_no_request_and_not_the_end(
+    server: Any, provider: Provider, trouble: str, as_filter: bool
+) -> None:
+    calls, go = [], threading.Event()
+
+    def emit(record: logging.LogRecord) -> bool:
+        calls.append(record)
+        if trouble == "blocks":
+            go.wait(DEADLINE)
+        elif trouble == "exits":
+            raise SystemExit
+        elif trouble == "raises" or len(calls) == 1:
+            raise ValueError("the log's server is away")
+        return True
+
+    with logging_through(emit, as_filter), Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        upstream.start(A)
+        assert client.head().status == 200 and client.chunk() == b"a"
+        for _ in range(20):
+            caught_up(server)
+        server.hub.log.error("an error of the loop's own")
+        wait_for(lambda: calls)
+        caught_up(server)
+        upstream.event(delta("b"))
+        upstream.finish()
+        assert client.chunk() == b"b" and client.chunk() == b""
+        if trouble == "raises once":
+            wait_for(lambda: len(calls) > 20)
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() < began + streamproxy.CLOSE_TIMEOUT + 2
+        go.set()
+
+
+def test_lines_of_log_that_were_lost_are_counted(caplog: Any) -> None:
+    go, writer, count = threading.Event(), streamproxy.LogWriter(), streamproxy.MAX_LOG_LINES + 250
+    stuck = threading.Event()
+    with logging_through(lambda record: (stuck.set(), go.wait(DEADLINE))):
+        writer.info("first")
+        assert stuck.wait(DEADLINE)
+        for number in range(count):
+            writer.info(f"line {number}")
+        go.set()
+        wait_for(lambda: len(caplog.records) >= count - 250 + 2)
+        writer.info("last")
+        writer.close(DEADLINE)
+    told = [record.getMessage() for record in caplog.records]
+    lost = sum(int(words.split()[0]) for words in told if words.endswith("lines of log were lost"))
+    kept = [words for words in told if words.startswith("line ")]
+    assert kept == [f"line {number}" for number in range(len(kept))] and len(kept) + lost == count and told[-1] == "last"
+
+
+def test_error_is_said_at_once_and_then_once_a_second_with_how_often_it_was(caplog: Any) -> None:
+    now = 100.0
+    writer = streamproxy.LogWriter(lambda: now)
+    for second in range(30):
+        now = 100.0 + second / 10
+        writer.error("no room")
+        if second == 15:
+            writer.error("another")
+    writer.close(DEADLINE)
+    assert [record.getMessage() for record in caplog.records] == ["no room", "no room (10 times)", "another", "no room (10 times)"]
+
+
+# Requests that are refused before their body, which never comes.
+NEVER_COMING = {
+    "404": b"POST /nothing HTTP/1.1\r\n" + H + b"Content-Length: 50000\r\n\r\n",
+    "405": b"PUT / HTTP/1.1\r\n" + H + b"Content-Length: 50000\r\n\r\n",
+    "403": b"POST / HTTP/1.1\r\n" + H + b"Origin: http://other.example\r\nContent-Length: 50000\r\n\r\n",
+    "413": b"POST / HTTP/1.1\r\n" + H + b"Content-Length: 50000000\r\n\r\n",
+    "408": b"POST / HTTP/1.1\r\n" + H + b"Content-Length: 50000\r\n\r\n{",
+    "400": b"POST / HTTP/1.1\r\n" + H + b"Transfer-Encoding: chunked\r\n\r\nx\r\n",
+}
+
+
+@pytest.mark.parametrize("status", NEVER_COMING)
+def test_refused_request_whose_body_never_comes_holds_no_thread_and_ends(provider: Provider, status: str) -> None:
+    with running(provider, client_timeout=0.5) as server:
+        caught_up(server)
+        before = threading.active_count()
+        clients = [Client(server) for _ in range(200)]
+        for client in clients:
+            client.send(NEVER_COMING[status])
+        for client in clients:
+            assert client.error()[0] == int(status)
+        assert threading.active_count() <= before + 1 and server.snapshot()["threads"] == 0  # that of the log
+        caught_up(server)
+        wait_for(lambda: not server.snapshot()["connections"])
+    assert provider.nobody_came()
+
+
+def drip(client: Client, data: bytes, size: int) -> None:
+    """Send without a look at what comes, as a client does that reads once all is sent."""
+    for at in range(0, len(data), size):
+        client.send(data[at : at + size])
+
+
+@pytest.mark.parametrize("status", ["404", "403", "413"])
+def test_refusal_reaches_a_client_that_sends_all_of_a_large_body_first(server: Any, provider: Provider, status: str) -> None:
+    with Client(server) as client:
+        head = NEVER_COMING[status].replace(b"50000000", b"30000000").replace(b"50000\r", b"30000000\r")
+        drip(client, head + b"x" * 30_000_000, 1_000_000)
+        assert client.error()[0] == int(status)
+        client.sock.shutdown(socket.SHUT_WR)
+        assert client.rest() == b""
+
+
+@pytest.mark.parametrize("status", ["404", "403", "413"])
+def test_nginx_passes_the_refusal_of_a_large_body_on(provider: Provider, tmp_path: Path, status: str) -> None:
+    with running(provider, bind=f"unix:{tmp_path}/1.sock"), nginx(tmp_path, large_bodies()) as front:
+        with Client(front) as client:
+            head = NEVER_COMING[status].replace(b"50000000", b"30000000").replace(b"50000\r", b"30000000\r")
+            drip(client, head + b"x" * 30_000_000, 1_000_000)
+            assert client.head().status == int(status)
+
+
+def large_bodies() -> str:
+    """The example, for bodies larger than ours, which it passes on as they come."""
+    text = (HERE / "nginx.conf.example").read_text(encoding="utf-8")
+    assert "client_max_body_size" in text
+    text = re.sub(r"client_max_body_size [^;]+;", "client_max_body_size 0;", text)
+    return text
+
+
+@pytest.mark.parametrize("then", ["leaves the connection open", "closes", "resets"])
+def test_refusal_of_upstream_that_reads_no_more_of_a_large_body_is_heard_at_once(provider: Provider, then: str) -> None:
+    with running(provider, max_body=50_000_000, first_byte_timeout=DEADLINE) as server:
+        with Client(server) as client:
+            sender = threading.Thread(target=client.ask, args=({"prompt": "x" * 30_000_000},))
+            sender.start()
+            with Peer(provider.listener.accept()[0]) as upstream:
+                upstream.until(b"\r\n\r\n")
+                upstream.send(error_answer(413, b'{"error": {"message": "It is too large"}}'))
+                if then == "closes":
+                    upstream.sock.shutdown(socket.SHUT_WR)
+                elif then == "resets":
+                    wait_for(lambda: client.sock.recv(1, socket.MSG_PEEK))
+                    upstream.reset()
+                assert client.error() == (413, "It is too large")
+            sender.join()
+            assert server.snapshot()["warm connections"] == 0  # which has half a request on it
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no SIGSTOP")
+def test_process_that_was_stopped_goes_on_with_what_came_meanwhile(provider: Provider) -> None:
+    with launched("--idle-timeout", "1.5", "--client-timeout", "1.5", OPENAI_BASE_URL=provider.url) as (process, front):
+        with Client(front).ask(PROMPT) as client, provider.take() as upstream, Client(front) as slow:
+            upstream.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+            slow.send(b"GET /healthz HTTP/1.1\r\n")
+            caught_up(front)
+            process.send_signal(signal.SIGSTOP)
+            upstream.event(delta("b"))
+            slow.send(b"Host: localhost\r\n\r\n")
+            time.sleep(2)  # longer than either clock
+            process.send_signal(signal.SIGCONT)
+            assert client.chunk() == b"b" and slow.head().status == 200
+            upstream.finish()
+            assert client.chunk() == b""
+
+
+resource = pytest.importorskip("resource") if os.name == "posix" else None
+
+
+def test_lack_of_descriptors_is_told_to_who_asks_and_said_in_the_log_once_a_second(provider: Provider) -> None:
+    limited = 'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
+    front = Front(f"http://127.0.0.1:{free_port()}")
+    process = subprocess.Popen([sys.executable, "-c", limited, str(PROGRAM), "--bind", front.url[7:]], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, env={**os.environ, "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": provider.url})  # fmt: skip
+    try:
+        wait_for(lambda: process.poll() is not None or not refused(front))
+        with Client(front) as first:
+            first.ask(method="GET", path="/healthz")
+            assert first.head().status == 200 and first.exactly(3) == b"ok\n"
+            others = [Client(front) for _ in range(60)]
+            time.sleep(1.5)  # how often it is said in that time counts
+            first.ask(PROMPT)  # the first of the process's that needs upstream
+            status, sentence = first.error()
+            assert status in (500, 502, 503) and "too many open files" in sentence, (status, sentence)
+            for client in others:
+                client.sock.close()
+            first.ask(PROMPT)
+            with provider.take() as upstream:
+                upstream.start(A)
+                assert first.head().status == 200 and first.chunk() == b"a"
+                upstream.finish()
+                assert first.chunk() == b""
+    finally:
+        process.terminate()
+        errors = process.communicate()[1].decode()
+    lines = [line for line in errors.splitlines() if "a connection was not accepted" in line]
+    assert 1 <= len(lines) <= 4 and all("too many open files" in line for line in lines), errors
+    assert re.search(r"\(\d+ times\)", errors) and "Traceback" not in errors and "The client left" not in errors, errors
+
+
+# What becomes of a large request, or answer.
+LARGE = ["answered", "not JSON", "refused by upstream", "cut by upstream", "garbled by upstream", "a large document", "a large error", "left"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm") or sys.implementation.name != "cpython", reason="needs /proc and CPython")
+@pytest.mark.parametrize("fate", LARGE)
+def test_memory_of_what_is_over_is_given_back_without_a_collector(server: Any, provider: Provider, fate: str) -> None:
+    prompt = b'{"prompt": "' + b"x" * 1_000_000 + (b'"}' if fate != "not JSON" else b"")
+    document = json.dumps({"choices": [{"index": 0, "message": {"content": "y" * 1_000_000}, "finish_reason": "stop"}]}).encode()
+    answers = {
+        "answered": STREAM_HEAD + chunk(A) + chunk(DONE) + b"0\r\n\r\n",
+        "refused by upstream": error_answer(400, b'{"error": {"message": "no"}}'),
+        "cut by upstream": STREAM_HEAD + chunk(A),
+        "garbled by upstream": OK + JSON + b"Content-Length: 1000000\r\n\r\n" + b"{" * 1_000_000,
+        "a large document": OK + JSON + b"Content-Length: %d\r\n\r\n" % len(document) + document,
+        "a large error": error_answer(422, b'{"error": {"message": "' + b"z" * 1_000_000 + b'"}}'),
+    }
+
+    def memory() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # type: ignore[union-attr]
+
+    def once() -> None:
+        with Client(server).ask(prompt, Connection="close") as client:
+            if fate == "not JSON":
+                assert client.error()[0] == 400
+                return
+            with UpstreamPeer(provider.listener.accept()[0]) as upstream:
+                if fate == "left":
+                    client.sock.close()
+                    assert upstream.gone()
+                    return
+                with contextlib.suppress(OSError):  # it may have heard enough
+                    upstream.send(answers[fate])
+                    upstream.sock.shutdown(socket.SHUT_WR)
+                assert client.gone()
+        Peer.opened.clear()
+
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            once()
+        before, count = memory(), 300 if fate == "answered" else 100
+        for _ in range(count):
+            once()
+        assert memory() < before + 30_000_000, f"{(memory() - before) / count:.0f} bytes a request"
+    finally:
+        gc.enable()
+
+
 # ---------------------------------------------------------------- all of it, in thousands of orders
 
 ORDERS = int(os.environ.get("STREAMPROXY_TEST_ORDERS", "1000"))
@@ -5493,7 +5978,7 @@ class PlayedClient(Wire):
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)
         self.asked: list[Asked] = []
-        self.is_garbage = False
+        self.is_garbage = self.half = False
 
 
 class PlayedUpstream(Wire):
@@ -5524,6 +6009,7 @@ class Play:
         self.clients: list[PlayedClient] = []
         self.upstreams: list[PlayedUpstream] = []
         self.requests: dict[str, Asked] = {}
+        self.nears: list[socket.socket] = []
         self.faulty, self.hit = False, ""
         self.alive: dict[str, weakref.WeakSet[Any]] = {}
         self.begun = 0  # exchanges
@@ -5625,6 +6111,7 @@ class Play:
         elif choice < 0.965:
             with contextlib.suppress(OSError):
                 client.sock.shutdown(socket.SHUT_WR)
+                client.half = True
         elif choice < 0.98:
             client.close(reset=self.rng.random() < 0.5)
 
@@ -5680,6 +6167,7 @@ class Play:
         else:
             near, far = socket.socketpair()
         narrow(near).setblocking(False)
+        self.nears.append(near)
         self.upstreams.append(PlayedUpstream(narrow(far)))
         return streamproxy.Connection(near, self.server.hub.upstream.target.key)
 
@@ -5856,6 +6344,7 @@ class Play:
         assert list(self.server.hub.loop.owners.values()) == [self.server.hub.loop]  # who listens to its bell
         self.server.hub.loop.alarms.clear()
         self.server.hub.loop.owners.clear()
+        assert all(near.fileno() < 0 for near in self.nears)  # closed, not only forgotten
         counts = self.server.snapshot()
         assert counts == {"connections": 0, "streams": 0, "threads": 0, "warm connections": 0}, counts
         lines = self.still.lines.requests
@@ -5865,7 +6354,8 @@ class Play:
         for client in self.clients:
             if not client.closed:
                 client.read(10**9)
-                self.check_answers(client, {str(line["id"]): line for line in lines})
+                left = self.check_answers(client, {str(line["id"]): line for line in lines})
+                assert not left or how != "clients read on" or self.faulty, f"{left} were not answered"
 
     def play_on(self, seconds: float, reads: bool) -> bool:
         """Let the clock go on; whether all is over then."""
@@ -5893,14 +6383,14 @@ class Play:
             self.turn()
         return self.play_on(timeout, reads=self.rng.random() < 0.5)
 
-    def check_answers(self, client: PlayedClient, lines: dict[str, Any]) -> None:
-        """What a client got is what it asked for, in order, and what looks complete is."""
+    def check_answers(self, client: PlayedClient, lines: dict[str, Any]) -> list[Asked]:
+        """What a client got is what it asked for, in order, and what looks complete is; what should have been answered."""
         data, asked = bytes(client.got), list(client.asked)
         while data and not client.is_garbage:
             head, end, data = data.partition(b"\r\n\r\n")
             if not end:
                 assert client.end
-                return
+                return []
             line, *fields = head.decode("latin-1").split("\r\n")
             status = int(re.fullmatch(r"HTTP/1\.1 (\d{3}) [A-Za-z -]+", line)[1])  # type: ignore[index]
             known = dict(field.split(": ", 1) for field in fields)
@@ -5909,8 +6399,7 @@ class Play:
             request = asked.pop(0)
             if known["X-Request-Id"] != request.id:
                 assert status in (408, 503) or self.faulty, (status, request)  # of one whose head was not read
-                return
-            entry = lines[request.id]
+                return []
             body, whole = b"", True
             if request.method == "HEAD" or status == 204:
                 pass
@@ -5924,12 +6413,13 @@ class Play:
                 whole, data = decoder.complete, decoder.rest
                 assert not decoder.broken
             else:
-                body, data, whole = data, b"", client.end == "end" and (self.over_tcp or entry["ending"] == "complete")
-            self.check_body(request, status, body, whole, entry)
-            if not whole:
+                sure = self.over_tcp or lines[request.id]["ending"] == "complete"
+                body, data, whole = data, b"", sure and client.end == "end"
+            self.check_body(request, status, body, whole, lines[request.id])
+            if not whole or known.get("Connection") == "close":
                 assert not data
-                return
-            assert known.get("Connection") != "close" or not data
+                return []
+        return [] if client.is_garbage or client.left or client.reset or client.half else asked
 
     def check_body(self, request: Asked, status: int, body: bytes, whole: bool, entry: Any) -> None:
         said = f"{request} {status} {body[-300:]!r} {whole=} {entry}"
