@@ -62,6 +62,7 @@ import contextlib
 import email.utils
 import errno
 import functools
+import gc
 import hashlib
 import heapq
 import hmac
@@ -3082,6 +3083,11 @@ class LogWriter:
         self._lock = threading.Lock()  # guards _rare, and the start
         self._thread: threading.Thread | None = None
 
+    def start(self) -> None:
+        """Have the thread now, while one can be started; else the first line that can will start it."""
+        with self._lock:
+            self._begin()
+
     def info(self, line: object) -> None:
         """Have a line written soon.  For any thread; it never waits, and never raises."""
         self._put(logging.INFO, line)
@@ -3111,15 +3117,16 @@ class LogWriter:
         self._lines.append((level, line))
         if self._asleep:
             with self._lock:
-                self._asleep = not (self._thread or self._start())
+                self._asleep = not self._begin()
                 self._wake.release()
 
-    def _start(self) -> bool:
-        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError:  # the next line tries again
-            self._thread = None
+    def _begin(self) -> bool:
+        if not self._thread:
+            self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # the next line tries again
+                self._thread = None
         return self._thread is not None
 
     def _run(self) -> None:
@@ -3148,7 +3155,7 @@ class LogWriter:
         """Make a call of somebody's handlers and filters; so many lines are lost if it raises."""
         try:
             call(*args)
-        except BaseException:  # noqa: BLE001  (SystemExit would end this thread)
+        except BaseException:  # noqa: BLE001  (SystemExit, too, would end this thread, and the log with it)
             self._lost += lines
             return False
         return True
@@ -5205,6 +5212,7 @@ class Server(http.server.ThreadingHTTPServer):
     def start(self) -> None:
         """Serve, in threads of its own."""
         self._listen()
+        self.hub.log.start()
         self.hub.loop.start()
 
     def stop(self) -> None:
@@ -5691,42 +5699,61 @@ class _LogFormatter(logging.Formatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal ends it; return the exit status."""
+    sys.stdout, sys.stderr = sys.stdout or _open_nothing(), sys.stderr or _open_nothing()
     flags = vars(build_parser().parse_args(argv))
     try:
         settings = Settings.load(os.environ, flags)
         server = Server(settings)
+        output = _Output(sys.stderr)
+        output.setFormatter(_LogFormatter(settings.log_format))
+        log.addHandler(output)
+        log.setLevel(logging.INFO)
+        _tune_process()
+        _serve(server)
     except SettingsError as error:
         print(f"streamproxy: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"streamproxy: cannot listen at {settings.bind}: {reason_of(error)}", file=sys.stderr)
         return 1
-    if sys.stderr:  # or it was closed
-        output = _Output(sys.stderr)
-        output.setFormatter(_LogFormatter(settings.log_format))
-        log.addHandler(output)
-    log.setLevel(logging.INFO)
-    _raise_descriptor_limit()
-    sys.setswitchinterval(SWITCH_INTERVAL)
+    except RuntimeError:
+        print("streamproxy: no thread can be started: the system's limit is reached", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _open_nothing() -> TextIO:
+    """Take the place of a standard stream that is closed, whose descriptor would soon be a socket's."""
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def _serve(server: Server) -> None:
+    """Serve until a signal begins the drain; any further one ends that.  Raises RuntimeError where threads cannot start."""
     # A byte comes for each signal, whichever thread the system gives it to.
     news, teller = socket.socketpair()
     teller.setblocking(False)
     signal.set_wakeup_fd(teller.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    asked = threading.Event()
 
-    def hurry() -> None:
-        while news.recv(1):
-            server.abort()
+    def heed() -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            while news.recv(1):
+                if asked.is_set():
+                    server.abort()
+                asked.set()
 
-    server.start()
-    threading.Thread(target=_announce, args=(server,), name="announce", daemon=True).start()
-    news.recv(1)  # the first begins the drain, and any further one ends it
-    threading.Thread(target=hurry, name="signals", daemon=True).start()
-    server.stop()
-    signal.set_wakeup_fd(-1)
-    teller.close()
-    return 0
+    with news, teller:
+        try:
+            server.start()
+            # Now, and not with the first signal: by then, the system may have no thread left.
+            for work in (heed, functools.partial(_announce, server)):
+                threading.Thread(target=work, daemon=True).start()
+            asked.wait()
+        finally:
+            server.stop()
+            signal.set_wakeup_fd(-1)
 
 
 def describe(settings: Settings) -> str:
@@ -5763,8 +5790,13 @@ def _write_all(fd: int, data: bytes) -> None:
             time.sleep(LOG_PAUSE)
 
 
-def _raise_descriptor_limit() -> None:
-    """A stream takes two descriptors; the usual limit of 1024 is for the sake of select()."""
+def _tune_process() -> None:
+    """Set what is the process's, and so not for a server to set that another program has made."""
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    # What is over is gone by its count of references.  To look through all that 10,000 streams hold takes 0.2 s.
+    with contextlib.suppress(AttributeError):  # PyPy has another collector
+        gc.set_threshold(*gc.get_threshold()[:2], 1_000_000)
+    # A stream takes two descriptors; the usual limit of 1024 is for the sake of select().
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on every system
 

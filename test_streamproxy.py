@@ -1872,6 +1872,9 @@ class Lines:
         self.errors: list[str] = []
         self.error = self.errors.append
 
+    def start(self) -> None:
+        pass
+
     def info(self, line: object) -> None:
         if isinstance(line, streamproxy.LogEntry):
             self.requests.append(line)
@@ -3718,12 +3721,60 @@ def test_request_for_which_no_thread_can_be_started_waits_for_one(
         assert client.head().status == 200 and client.chunk() == b"a"
 
 
-def test_log_for_which_no_thread_can_be_started_is_written_later(server: Any, caplog: Any, no_thread: Any) -> None:
+def test_log_for_which_no_thread_can_be_started_is_written_later(caplog: Any, no_thread: Any) -> None:
+    writer = streamproxy.LogWriter()
+    with no_thread():
+        writer.start()
+        writer.info("a")
+    assert not caplog.records
+    writer.info("b")
+    writer.close(DEADLINE)
+    assert [record.msg for record in caplog.records] == ["a", "b"]
+
+
+def test_log_has_its_thread_from_the_start_on_and_needs_none_later(server: Any, caplog: Any, no_thread: Any) -> None:
     with no_thread():
         caught_up(server)
-        assert not caplog.records
-    caught_up(server)
-    assert len(log_entries(caplog, 2)) == 2
+        assert log_entries(caplog, 1)
+
+
+class Faulty(logging.Handler):
+    """Notes what it is given, and raises once, at a place."""
+
+    def __init__(self, place: str, error: BaseException) -> None:
+        super().__init__()
+        self.place, self.error, self.lines = place, error, []
+
+    def fail(self, place: str) -> None:
+        if place == self.place:
+            self.place = ""
+            raise self.error
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.fail("filter")
+        return True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.fail("emit")
+        self.lines.append(record.msg)
+
+    def flush(self) -> None:
+        self.fail("flush")
+
+
+@pytest.mark.parametrize("error", [ValueError(), MemoryError(), SystemExit(1), KeyboardInterrupt(), GeneratorExit()])
+@pytest.mark.parametrize("place", ["filter", "emit", "flush"])
+def test_log_goes_on_whatever_somebodys_handler_raises(place: str, error: BaseException) -> None:
+    faulty, writer = Faulty(place, error), streamproxy.LogWriter()
+    streamproxy.log.addHandler(faulty)
+    try:
+        writer.info("a")
+        wait_for(lambda: not faulty.place)
+        writer.info("b")
+        writer.close(DEADLINE)
+    finally:
+        streamproxy.log.removeHandler(faulty)
+    assert {"b", "1 lines of log were lost"} <= set(faulty.lines)
 
 
 def test_requests_for_which_no_other_thread_can_be_started_are_seen_to_by_those_there_are(
@@ -6461,11 +6512,11 @@ def test_orders_of_all_that_may_happen(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def launched(*flags: str, **environ: str) -> Iterator[tuple[Any, streamproxy.Server]]:
-    """The program in a process of its own, and something with its url."""
+def launched(*flags: str, code: str = "", **environ: str) -> Iterator[tuple[Any, streamproxy.Server]]:
+    """The program in a process of its own, or code that runs it, and something with its url."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", str(PROGRAM), "--bind", "127.0.0.1:0", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "OPENAI_API_KEY": KEY, **environ}, text=True)  # fmt: skip
+        [sys.executable, "-W", "error", *(("-c", code) if code else (str(PROGRAM),)), "--bind", "127.0.0.1:0", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=HERE, env={**os.environ, "OPENAI_API_KEY": KEY, **environ}, text=True)  # fmt: skip
     try:
         line = process.stdout.readline()  # type: ignore[union-attr]
         found = re.fullmatch(r"streamproxy \S+ on (http://127\.0\.0\.1:\d+)\n", line)
@@ -6485,11 +6536,11 @@ class Front:
     url: str
 
 
-def run(*flags: str, **environ: str) -> tuple[int, str, str]:
-    """Exit status, output and errors of the program."""
+def run(*flags: str, code: str = "", **environ: str) -> tuple[int, str, str]:
+    """Exit status, output and errors of the program, or of code that runs it."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "STREAMPROXY_"))}
-    done = subprocess.run([sys.executable, "-W", "error", str(PROGRAM), *flags], capture_output=True,
-                          env={**clean, **environ}, text=True, check=False, timeout=DEADLINE)  # fmt: skip
+    done = subprocess.run([sys.executable, "-W", "error", *(("-c", code) if code else (str(PROGRAM),)), *flags],
+                          capture_output=True, cwd=HERE, env={**clean, **environ}, text=True, check=False, timeout=DEADLINE)  # fmt: skip
     check_no_key(done.stdout + done.stderr)
     return done.returncode, done.stdout, done.stderr
 
@@ -6524,6 +6575,60 @@ def refused(front: Any) -> bool:
     except OSError:
         return True
     return False
+
+
+# What is put before the program, so that from some time on no thread can be started but those that dial.
+NO_THREAD = """
+import sys, threading, streamproxy
+start = threading.Thread.start
+def refuse(thread):
+    if thread._target.__name__ != "process_request_thread":
+        raise RuntimeError
+    start(thread)
+def announce(server, say=streamproxy._announce):
+    threading.Thread.start = refuse
+    say(server)
+"""
+
+
+def test_command_line_signals_count_where_no_more_thread_can_be_started(provider: Provider) -> None:
+    code = f"{NO_THREAD}\nstreamproxy._announce = announce\nsys.exit(streamproxy.main())"
+    with launched(OPENAI_BASE_URL=provider.url, code=code) as (process, front):
+        with Client(front).ask(PROMPT) as client, provider.take() as upstream, Client(front).ask(PROMPT) as other:
+            provider.take().start(A)
+            upstream.start(A)
+            assert client.head().status == other.head().status == 200
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: refused(front))
+            upstream.finish()
+            assert client.body() == b"a"
+            process.send_signal(signal.SIGTERM)
+            assert other.rest() == b"1\r\na\r\n"
+        assert process.wait(DEADLINE) == 0
+
+
+def test_command_line_without_a_thread_is_one_line_and_status_1() -> None:
+    code = f"{NO_THREAD}\nthreading.Thread.start = refuse\nsys.exit(streamproxy.main())"
+    words = "streamproxy: no thread can be started: the system's limit is reached\n"
+    assert run(code=code, OPENAI_API_KEY=KEY, STREAMPROXY_BIND="127.0.0.1:0") == (1, "", words)
+
+
+@pytest.mark.skipif(not shutil.which("sh"), reason="needs a shell")
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_command_line_serves_with_standard_streams_that_are_closed(closed: str, tmp_path: Path) -> None:
+    bind = f"unix:{tmp_path}/s"
+    command = f"exec {shlex.quote(sys.executable)} {shlex.quote(str(PROGRAM))} --demo --bind {shlex.quote(bind)} {closed}"
+    process = subprocess.Popen(["sh", "-c", command])
+    try:
+        wait_for(lambda: (tmp_path / "s").exists() and not refused(Front(bind)))
+        for _ in range(3):
+            with Client(Front(bind)).ask(PROMPT) as client:
+                assert client.head().status == 200 and client.body()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_command_line_json_log(provider: Provider) -> None:
