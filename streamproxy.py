@@ -3517,7 +3517,8 @@ class Exchange:
         """What there is at the path, by method."""
         routes = api_routes(self.request.path, self.server.settings)
         if not routes:
-            return _ROUTES.get(self.request.path, {})
+            lost = self.cors and self.request.method == "OPTIONS"  # a page is to read that there is nothing
+            return _ROUTES.get(self.request.path, {"OPTIONS": Exchange.answer_preflight} if lost else {})
         answer = Exchange.get_models if self.request.path.startswith("/v1/models") else Exchange.pass_on
         return {**dict.fromkeys(routes, answer), "OPTIONS": Exchange.answer_preflight}
 
@@ -3687,6 +3688,8 @@ class Exchange:
         small = body.left is not None and body.left <= MAX_DISCARDED and "expect" not in self.request.fields
         client.keeps_alive = client.keeps_alive and not over and (body.complete or small)
         fields = {"Content-Type": "application/json", **failure.fields}
+        if self.request.path.startswith("/v1/messages"):
+            fields.setdefault("Request-Id", self.id)  # where Anthropic's SDKs look for it
         if failure.status in (429, 503):
             fields.setdefault("Retry-After", "1")
         elif failure.status >= 500 and self.stream and self.stream.asked and not {"Retry-After", "X-Should-Retry"} & fields.keys():

@@ -4539,6 +4539,14 @@ def test_api_errors_have_its_shape(server: Any, provider: Provider, path: str, a
         assert api_error(client)[::2] == (status, code)
 
 
+@pytest.mark.parametrize(("path", "anthropic"), [("/v1/messages", True), ("/v1/messages/count_tokens", True), ("/v1/messages/x", True), ("/v1/responses", False)])
+def test_api_error_of_ours_is_one_of_the_api_that_was_asked(server: Any, path: str, anthropic: bool) -> None:
+    with Client(server).ask({}, path=path) as client:
+        head = client.head()
+        payload = json.loads(client.exactly(int(head.fields["Content-Length"])))
+        assert (payload.get("type"), head.fields.get("Request-Id")) == (("error", head.fields["X-Request-Id"]) if anthropic else (None, None))
+
+
 def test_api_error_of_upstream_about_the_request_passes_whole_but_for_the_key(server: Any, provider: Provider) -> None:
     document = b'{"error": {"message": "Bad model", "type": "t", "param": "model", "code": "c", "more": "%b"}}'
     with Client(server).ask(ASKED, path="/v1/chat/completions") as client, provider.take() as upstream:
@@ -7401,10 +7409,15 @@ AIMOCK_FIXTURES = [
 
 
 @pytest.fixture(scope="session")
-def aimock(tmp_path_factory: Any) -> Iterator[str]:
-    """The base URL of @copilotkit/aimock, installed below STREAMPROXY_TEST_AIMOCK."""
-    folder = os.environ.get("STREAMPROXY_TEST_AIMOCK") or missing("STREAMPROXY_TEST_AIMOCK names no folder with aimock")
-    script = Path(folder) / "node_modules/@copilotkit/aimock/dist/cli.js"
+def npm_folder() -> Path:
+    """Where npm has installed aimock, the SDKs for JavaScript, and esbuild, which makes a script for a page of them."""
+    return Path(os.environ.get("STREAMPROXY_TEST_AIMOCK") or missing("STREAMPROXY_TEST_AIMOCK names no folder with aimock and the SDKs for JavaScript"))
+
+
+@pytest.fixture(scope="session")
+def aimock(npm_folder: Path, tmp_path_factory: Any) -> Iterator[str]:
+    """The base URL of @copilotkit/aimock."""
+    script = npm_folder / "node_modules/@copilotkit/aimock/dist/cli.js"
     fixtures = tmp_path_factory.mktemp("aimock") / "fixtures.json"
     fixtures.write_text(json.dumps({"fixtures": AIMOCK_FIXTURES}))
     command = [program("node"), str(script), "-p", "0", "-f", str(fixtures), "--validate-on-load", "--strict"]
@@ -7489,193 +7502,577 @@ def test_aimock_answers_of_every_kind_pass_byte_for_byte_however_they_are_cut(ai
 
 # ---------------------------------------------------------------- SDKs
 
-OPENAI_PYTHON = """
-import json, sys, openai
-url, told = sys.argv[1], {}
-client = openai.OpenAI(base_url=url, api_key="theirs", max_retries=0)
-say = lambda text: [{"role": "user", "content": text}]
-def name(call):
+# Each of these scripts has OpenAI's and Anthropic's SDK ask what it is told, all at once, and tells what they gave or raised.
+SDKS_FOR_PYTHON = """
+import concurrent.futures, functools, json, sys, urllib.request, anthropic, openai
+clients = {"openai": openai.OpenAI(base_url="http://127.0.0.1:9", api_key="theirs"), "anthropic": anthropic.Anthropic(base_url="http://127.0.0.1:9", api_key="theirs")}
+def plain(given):
+    return given.to_dict(mode="json") if hasattr(given, "to_dict") else given
+def ask(name, sdk, call, args, params, url, retries, then, final):
+    fields, given = {"X-Client-Request-Id": name}, []
+    client = clients[sdk].with_options(base_url=url if sdk == "openai" else url[:-3], max_retries=retries, default_headers=fields)
     try:
-        return call()
+        result = functools.reduce(getattr, call.split("."), client)(*args, **params)
+        if final:
+            with result as stream:
+                return plain(getattr(stream, final)())
+        if not (params.get("stream") or call.endswith("list")):
+            return plain(result) or {}
+        for part in result:
+            given.append(plain(part))
+            if then.startswith("http") and len(given) == 1:
+                urllib.request.urlopen(urllib.request.Request(then, method="DELETE", headers={"X-Client-Request-Id": "seen: " + name})).read()
+            if then == "leave":
+                result.close()
+                break
+        return given
     except Exception as error:
-        return [type(error).__name__, (getattr(error, "body", None) or {}).get("message"), getattr(error, "code", None)]
-def chat(text, **more):
-    return client.chat.completions.create(model="gpt-6-luna", messages=say(text), **more)
-def streamed(text):
-    got = ""
-    try:
-        for part in chat(text, stream=True):
-            got += (part.choices and part.choices[0].delta.content) or ""
-    except Exception as error:
-        return [got, type(error).__name__]
-    return got
-def tools():
-    tool = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
-    calls = [call for part in chat("weather", tools=[tool], stream=True) for call in (part.choices and part.choices[0].delta.tool_calls) or []]
-    return [calls[0].function.name, json.loads("".join(call.function.arguments or "" for call in calls))]
-def usage():
-    return [part.usage.total_tokens > 0 for part in chat("hello", stream=True, stream_options={"include_usage": True}) if part.usage]
-def responses():
-    return "".join(event.delta for event in client.responses.create(model="gpt-6-luna", input="hello", stream=True) if event.type == "response.output_text.delta")
-told["chat"] = name(lambda: chat("hello").choices[0].message.content)
-told["stream"] = name(lambda: streamed("unicode"))
-told["tools"] = name(tools)
-told["usage"] = name(usage)
-told["responses"] = name(responses)
-told["response"] = name(lambda: client.responses.create(model="gpt-6-luna", input="hello").output_text)
-told["embeddings"] = name(lambda: len(client.embeddings.create(model="gpt-6-luna", input="hello").data))
-told["models"] = name(lambda: [model.id for model in client.models.list()])
-told["limit"] = name(lambda: chat("limit", stream=True))
-told["broken"] = name(lambda: chat("broken"))
-told["cut"] = name(lambda: streamed("cut"))
-told["wrong model"] = name(lambda: client.chat.completions.create(model="gpt-5", messages=say("hello")))
-told["no model"] = name(lambda: client.post("/chat/completions", cast_to=object, body={}))
-told["no path"] = name(lambda: client.post("/nothing", cast_to=object, body={}))
-print(json.dumps(told))
+        body, response = getattr(error, "body", None), getattr(error, "response", None)
+        body = body if isinstance(body, dict) else {}
+        body = body.get("error") or body
+        return {"given": given, "raised": [kind.__name__ for kind in type(error).mro()], "status": getattr(error, "status_code", None), "code": body.get("code"),
+                "message": body.get("message") or str(error), "request_id": getattr(error, "request_id", None), "retry_after": response and response.headers.get("retry-after"), "milliseconds": response and response.headers.get("retry-after-ms")}
+with concurrent.futures.ThreadPoolExecutor(100) as pool:
+    told = {asked["name"]: pool.submit(ask, **asked) for asked in json.load(open(sys.argv[1]))}
+    print(json.dumps({name: future.result() for name, future in told.items()}))
 """
 
-ANTHROPIC_PYTHON = """
-import json, sys, anthropic
-url, told = sys.argv[1].removesuffix("/v1"), {}
-client = anthropic.Anthropic(base_url=url, api_key="theirs", max_retries=0)
-def ask(text, model="gpt-6-luna"):
-    return dict(model=model, max_tokens=50, messages=[{"role": "user", "content": text}])
-def name(call):
-    try:
-        return call()
-    except Exception as error:
-        return [type(error).__name__, ((getattr(error, "body", None) or {}).get("error") or {}).get("message")]
-def streamed(text):
-    got = ""
-    try:
-        with client.messages.stream(**ask(text)) as stream:
-            for piece in stream.text_stream:
-                got += piece
-    except Exception as error:
-        return [got, type(error).__name__]
-    return got
-told["message"] = name(lambda: client.messages.create(**ask("hello")).content[0].text)
-told["stream"] = name(lambda: streamed("unicode"))
-told["limit"] = name(lambda: client.messages.create(**ask("limit")))
-told["broken"] = name(lambda: client.messages.create(**ask("broken")))
-told["cut"] = name(lambda: streamed("cut"))
-told["wrong model"] = name(lambda: client.messages.create(**ask("hello", "gpt-5")))
-print(json.dumps(told))
-"""
-
-OPENAI_NODE = """
+SDKS_FOR_JAVASCRIPT = """
+import Anthropic from "@anthropic-ai/sdk";
 import OpenAI from "openai";
-const client = new OpenAI({baseURL: process.argv[2], apiKey: "theirs", maxRetries: 0}), told = {};
-const name = async call => { try { return await call(); } catch (error) { return [error.constructor.name, error.message]; } };
-const chat = (text, more = {}) => client.chat.completions.create({model: "gpt-6-luna", messages: [{role: "user", content: text}], ...more});
-const streamed = async text => {
-  let got = "";
-  try { for await (const part of await chat(text, {stream: true})) got += part.choices[0]?.delta?.content ?? ""; }
-  catch (error) { return [got, "error"]; }
-  return got;
+const camel = name => name.replace(/_(.)/g, (_, letter) => letter.toUpperCase());
+const kinds = error => { const names = []; for (let of = error; of; of = Object.getPrototypeOf(of)) if (Object.hasOwn(of, "constructor")) names.push(of.constructor.name); return names; };
+const ask = async ({name, sdk, call, args, params, url, retries, then, final}) => {
+  const given = [], options = {apiKey: "theirs", maxRetries: retries, dangerouslyAllowBrowser: true, defaultHeaders: {"X-Client-Request-Id": name}};
+  const client = sdk === "openai" ? new OpenAI({...options, baseURL: url}) : new Anthropic({...options, baseURL: url.slice(0, -3)});
+  try {
+    const names = call.split(".").map(camel), method = names.pop(), resource = names.reduce((of, name) => of[name], client);
+    if (Object.keys(params).length) args.push(params);
+    if (final) return await resource[method](...args)[camel(final.replace("get_", ""))]();
+    const result = await resource[method](...args);
+    if (!params.stream && method !== "list") return result;
+    for await (const part of result) {
+      given.push(part);
+      if (then.startsWith("http") && given.length === 1)
+        await (await fetch(then, {method: "DELETE", headers: {"X-Client-Request-Id": "seen: " + name}})).text();
+      if (then === "leave") break;
+    }
+    return given;
+  } catch (error) {
+    const {status, headers, requestID} = error, body = error.error?.error ?? error.error ?? {};
+    return {given, raised: kinds(error), status: status ?? null, code: body.code ?? null, message: body.message || error.message, request_id: requestID ?? null,
+            retry_after: headers?.get("retry-after") ?? null, milliseconds: headers?.get("retry-after-ms") ?? null};
+  }
 };
-told["chat"] = await name(async () => (await chat("hello")).choices[0].message.content);
-told["stream"] = await name(() => streamed("unicode"));
-told["responses"] = await name(async () => {
-  let got = "";
-  for await (const event of await client.responses.create({model: "gpt-6-luna", input: "hello", stream: true}))
-    if (event.type === "response.output_text.delta") got += event.delta;
-  return got;
-});
-told["models"] = await name(async () => (await client.models.list()).data.map(model => model.id));
-told["limit"] = await name(() => chat("limit"));
-told["broken"] = await name(() => chat("broken"));
-told["cut"] = await name(() => streamed("cut"));
-told["wrong model"] = await name(() => client.chat.completions.create({model: "gpt-5", messages: [{role: "user", content: "hello"}]}));
-console.log(JSON.stringify(told));
+const run = async all => JSON.stringify(Object.fromEntries(await Promise.all(all.map(async asked => [asked.name, await ask(asked) ?? null]))));
 """
+
+
+@pytest.fixture(scope="session")
+def sdks_for_a_page(npm_folder: Path) -> str:
+    """A script that gives a page the function that asks."""
+    command = [program(str(npm_folder / "node_modules/.bin/esbuild")), "--bundle", "--format=iife", "--platform=browser", "--keep-names"]
+    script = SDKS_FOR_JAVASCRIPT + "globalThis.run = run;"
+    return subprocess.run(command, input=script, cwd=npm_folder, capture_output=True, text=True, check=True, encoding="utf-8").stdout
+
+
+def tell_in_chromium(fixture: Any, origin: str, asked: list[dict[str, Any]]) -> str:
+    driver: WebDriver = fixture("browser")
+    driver.call("POST", "/url", {"url": origin + "/healthz"})
+    told = driver.call("POST", "/execute/async", {"script": fixture("sdks_for_a_page") + "; run(arguments[0]).then(arguments[1])", "args": [asked]})
+    driver.log()
+    return str(told)
+
+
+def script_for(where: str, fixture: Any) -> tuple[list[str], str]:
+    """The command of an interpreter that reads a script, and the script."""
+    if where == "python":
+        python = os.environ.get("STREAMPROXY_TEST_SDKS") or missing("STREAMPROXY_TEST_SDKS names no Python that has openai and anthropic")
+        return [python, "-"], SDKS_FOR_PYTHON
+    tail = 'import {readFileSync} from "node:fs"; console.log(await run(JSON.parse(readFileSync(process.argv[2]))));'
+    return ["env", "-C", str(fixture("npm_folder")), program("node"), "--input-type=module", "-"], SDKS_FOR_JAVASCRIPT + tail
+
+
+def run_script(command: list[str], script: str, file: Path) -> str:
+    environ = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    done = subprocess.run([*command, str(file)], input=script, env=environ, capture_output=True, text=True, check=False, timeout=120, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class Scripted:
+    """An upstream that answers a request by the name in its X-Client-Request-Id, and keeps the heads of all."""
+
+    def __init__(self, answers: dict[str, Any]) -> None:
+        """An answer is its bytes, or a function that is given this, the UpstreamPeer and the name."""
+        self.provider, self.answers = Provider(), answers
+        self.heads: dict[str, list[str]] = collections.defaultdict(list)
+        self.done: list[str] = []  # names whose answers went as they should
+        self.seen: dict[str, threading.Event] = {}  # once whoever asked has the first event
+        self.pings: collections.Counter[str] = collections.Counter()  # that were sent to whoever asked
+        self.provider.listener.settimeout(None)
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.answer, args=self.provider.listener.accept()[:1], daemon=True).start()
+
+    def answer(self, sock: socket.socket) -> None:
+        with UpstreamPeer(sock) as upstream:
+            name = re.findall("(?i)x-client-request-id: (.+)\r", upstream.head)[0]
+            self.heads[name].append(upstream.head)
+            if name.startswith("seen: "):
+                self.first_seen(name[6:]).set()
+            answer = self.answers.get(name, whole({}))
+            if isinstance(answer, bytes):
+                upstream.send(answer)
+            else:
+                answer(self, upstream, name)
+            self.done.append(name)
+
+    def first_seen(self, name: str) -> threading.Event:
+        return self.seen.setdefault(name, threading.Event())
+
+    def noting_pings(self, ping: Any) -> Any:
+        """Viewer.ping, but that it counts."""
+        def note(viewer: Any, heartbeat: bytes) -> None:
+            ping(viewer, heartbeat)
+            self.pings[viewer.client.exchange.request.fields.get("x-client-request-id", "")] += bool(heartbeat)
+        return note
+
+    def close(self) -> None:
+        self.provider.listener.shutdown(socket.SHUT_RDWR)  # which ends an accept
+        self.thread.join()
+        self.provider.listener.close()
+
+
+def whole(payload: object, status: int = 200, fields: bytes = b"") -> bytes:
+    """A document on a connection that ends with it."""
+    return error_answer(status, json.dumps(payload).encode(), JSON + b"Connection: close\r\n" + fields)
+
+
+def streamed(*events: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
+    """Likewise a stream."""
+    return STREAM_HEAD[:-2] + b"Connection: close\r\n\r\n" + b"".join(map(chunk, events)) + end
+
+
+def typed(type: str, **payload: object) -> bytes:
+    return b"event: " + type.encode() + b"\n" + event({"type": type, **payload})
+
+
+def payloads(*events: bytes) -> list[Any]:
+    """What an SDK is to give of events: no pings, and no [DONE]."""
+    return [payload for payload in map(json.loads, re.findall(rb"data: (\{.*)", b"".join(events))) if payload.get("type") != "ping"]
+
+
+def asks(sdk: str, call: str, *args: object, at: str = "", retries: int = 2, then: str = "", final: str = "", **params: object) -> dict[str, Any]:
+    """What an SDK is told to ask.  at: of which server.  then: what is done after the first event.  final: of a helper, what gives all."""
+    return {"sdk": sdk, "call": call, "args": args, "params": params, "url": at, "retries": retries, "then": then, "final": final}
+
+
+CHAT = {"model": "gpt-6-luna", "messages": [{"role": "user", "content": "Hällo"}]}
+MESSAGE: dict[str, Any] = {**CHAT, "max_tokens": 9}
+RESPONSE = {"model": "gpt-6-luna", "input": "Hällo"}
+CHATS, MESSAGES, RESPONSES = ("openai", "chat.completions.create"), ("anthropic", "messages.create"), ("openai", "responses.create")
+USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+COMPLETION = {"id": "c", "object": "chat.completion", "created": 1, "model": "gpt-6-luna", "usage": USAGE,
+              "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Grüße 👋🏽", "reasoning_content": "hm"}}]}  # fmt: skip
+OUTPUT = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [{"type": "output_text", "text": "Grüße", "annotations": []}]}
+RESPONDED = {"id": "resp_1", "object": "response", "created_at": 1, "model": "gpt-6-luna", "status": "completed", "output": [OUTPUT]}
+SAID = {"id": "msg_1", "type": "message", "role": "assistant", "model": "gpt-6-luna", "stop_reason": "end_turn", "stop_sequence": None, "usage": {"input_tokens": 1, "output_tokens": 2},
+        "content": [{"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "text", "text": "Grüße 👋🏽"}]}  # fmt: skip
+
+
+def part(**more: object) -> bytes:
+    """An event of a completion."""
+    return event({"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt-6-luna", **more})
+
+
+def choice(index: int = 0, finish_reason: str | None = None, **delta: object) -> bytes:
+    return part(choices=[{"index": index, "delta": delta, "finish_reason": finish_reason}])
+
+
+def call_of(index: int, **function: str) -> dict[str, Any]:
+    return {"tool_calls": [{"index": index, "type": "function", "function": function}]}
+
+
+RESPONSE_EVENTS = [
+    typed("response.created", sequence_number=0, response={**RESPONDED, "status": "in_progress", "output": []}),
+    typed("response.output_item.added", sequence_number=1, output_index=0, item={**OUTPUT, "content": []}),
+    typed("response.content_part.added", sequence_number=2, output_index=0, content_index=0, item_id="msg_1", part={"type": "output_text", "text": "", "annotations": []}),
+    typed("response.output_text.delta", sequence_number=3, output_index=0, content_index=0, item_id="msg_1", delta="Grüße", logprobs=[]),
+    typed("response.completed", sequence_number=4, response=RESPONDED),
+]
+MESSAGE_EVENTS = [
+    typed("message_start", message={**SAID, "content": [], "stop_reason": None}), typed("content_block_start", index=0, content_block={"type": "thinking", "thinking": "", "signature": ""}),
+    typed("ping"), typed("content_block_delta", index=0, delta={"type": "thinking_delta", "thinking": "hm"}), typed("content_block_delta", index=0, delta={"type": "signature_delta", "signature": "s"}),
+    typed("content_block_stop", index=0), typed("content_block_start", index=1, content_block={"type": "text", "text": ""}),
+    typed("content_block_delta", index=1, delta={"type": "text_delta", "text": "Grüße 👋🏽"}), typed("content_block_stop", index=1),
+    typed("message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage={"output_tokens": 2}), typed("message_stop"),
+]  # fmt: skip
+CHAT_EVENTS = [choice(role="assistant", content=""), choice(content="Grüße "), choice(content="👋🏽"), choice(finish_reason="stop"), DONE]
+TOOL_EVENTS = [choice(**call_of(0, name="weather", arguments="")), choice(**call_of(0, arguments='{"in": "Ö')), choice(**call_of(0, arguments='"}')), choice(finish_reason="tool_calls"), DONE]
+
+# What is asked, what upstream answers (a document, or the events of a stream), and what the SDK gives, where that is not the same.
+WHOLE_ANSWERS: dict[str, tuple[Any, ...]] = {
+    "chat": (asks(*CHATS, **CHAT), COMPLETION),
+    "chat stream": (asks(*CHATS, **CHAT, stream=True), CHAT_EVENTS),
+    "chat stream in one chunk": (asks(*CHATS, **CHAT, stream=True), [b"".join(CHAT_EVENTS)]),
+    "chat stream with reasoning": (asks(*CHATS, **CHAT, stream=True), [choice(reasoning_content="hm"), *CHAT_EVENTS]),
+    "chat stream with usage": (asks(*CHATS, **CHAT, stream=True, stream_options={"include_usage": True}), [*CHAT_EVENTS[:-1], part(choices=[], usage=USAGE), DONE]),
+    "chat stream of two choices": (asks(*CHATS, **CHAT, stream=True, n=2), [choice(1, content="a"), choice(content="b"), choice(1, "stop"), choice(0, "length"), DONE]),
+    "chat stream of tool calls": (asks(*CHATS, **CHAT, stream=True, tools=[TOOL]), TOOL_EVENTS),
+    "chat in a form": (asks("openai", "chat.completions.parse", **CHAT, response_format={"type": "json_object"}), COMPLETION, {"id": "c", "usage": USAGE}),
+    "completion": (asks("openai", "completions.create", model="gpt-6-luna", prompt="x"), {"id": "c", "choices": [{"index": 0, "text": "x", "finish_reason": "stop"}]}),
+    "response": (asks(*RESPONSES, **RESPONSE), RESPONDED),
+    "response stream": (asks(*RESPONSES, **RESPONSE, stream=True), RESPONSE_EVENTS),
+    "response helper": (asks("openai", "responses.stream", **RESPONSE, final="get_final_response"), RESPONSE_EVENTS, {"id": "resp_1", "status": "completed"}),
+    "response of before": (asks("openai", "responses.retrieve", "resp_1"), RESPONDED),
+    "response of before as a stream": (asks("openai", "responses.retrieve", "resp_1", stream=True, starting_after=2), RESPONSE_EVENTS[3:]),
+    "response deleted": (asks("openai", "responses.delete", "resp_1"), {"id": "resp_1", "deleted": True}, {}),
+    "response cancelled": (asks("openai", "responses.cancel", "resp_1"), {**RESPONDED, "status": "cancelled"}),
+    "response input": (asks("openai", "responses.input_items.list", "resp_1", limit=2, order="asc"), {"object": "list", "data": [OUTPUT], "has_more": False}, [OUTPUT]),
+    "response tokens": (asks("openai", "responses.input_tokens.count", **RESPONSE), {"object": "response.input_tokens", "input_tokens": 3}),
+    "embeddings": (asks("openai", "embeddings.create", model="gpt-6-luna", input="x", encoding_format="float"), {"data": [{"index": 0, "embedding": [0.5]}], "usage": USAGE}),
+    "message": (asks(*MESSAGES, **MESSAGE), SAID),
+    "message stream": (asks(*MESSAGES, **MESSAGE, stream=True), MESSAGE_EVENTS),
+    "message helper": (asks("anthropic", "messages.stream", **MESSAGE, final="get_final_message"), MESSAGE_EVENTS, {"content": SAID["content"], "stop_reason": "end_turn"}),
+    "message of the beta": (asks("anthropic", "beta.messages.create", **MESSAGE, betas=["b"]), SAID),
+    "message tokens": (asks("anthropic", "messages.count_tokens", **CHAT), {"input_tokens": 3}),
+    "message tokens, however often": (asks("anthropic", "messages.count_tokens", **CHAT, at="minute"), {"input_tokens": 3}),
+}  # fmt: skip
+
+
+def until_gone(scripted: Scripted, upstream: UpstreamPeer, name: str) -> None:
+    assert upstream.gone()
+
+
+def start_until_gone(scripted: Scripted, upstream: UpstreamPeer, name: str) -> None:
+    upstream.send(streamed(choice(content="a"), MESSAGE_EVENTS[0], end=b""))
+    upstream.sock.settimeout(None)  # the server is stopped at last
+    assert upstream.gone()
+
+
+def once_seen(first: bytes, rest: bytes = b"") -> Callable[[Scripted, UpstreamPeer, str], None]:
+    """A stream of one event that, once whoever asked has it, goes on, or is cut.  (Of what is cut Chromium drops what was not read.)"""
+    def answer(scripted: Scripted, upstream: UpstreamPeer, name: str) -> None:
+        upstream.send(streamed(first, end=b""))
+        assert scripted.first_seen(name).wait(DEADLINE)
+        if rest:
+            upstream.send(chunk(rest))
+            assert upstream.gone()
+    return answer
+
+
+def with_pings(before: bytes, behind: bytes) -> Callable[[Scripted, UpstreamPeer, str], None]:
+    """An answer that goes on after two pings at least."""
+    def answer(scripted: Scripted, upstream: UpstreamPeer, name: str) -> None:
+        upstream.send(before)
+        wait_for(lambda: scripted.pings[name] >= 2)
+        upstream.send(behind)
+    return answer
+
+
+def readme_raises() -> dict[str, set[str]]:
+    """What README.md says that SDKs raise, for each status, and for what happens in mid-stream."""
+    text = README.read_text(encoding="utf-8").partition("## OpenAI clients")[2]
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]*`[^|]+) \| [^|]* \|$", text.partition("\n## ")[0], re.MULTILINE)
+    return {status: set(re.findall("`([A-Za-z]+)", names)) for said, names in rows for status in re.findall("[0-9]{3}", said) or [said]}
+
+
+PASSED, FAILED = (400, 402, 404, 408, 409, 413, 415, 422, 425, 429, 503, 529), (401, 403, 500, 504)
+AGAIN = {408, 409, 429, 503, 529}  # nobody was paid, and SDKs ask again
+
+
+def api_refusal(sdk: str, status: int, fields: bytes = b"") -> bytes:
+    """An error as the API of an SDK has it."""
+    error = {"type": "t", "message": f"No {status}"}
+    payload = {"error": {**error, "param": None, "code": "c"}} if sdk == "openai" else {"type": "error", "error": error}
+    return whole(payload, status, b"x-request-id: req_7\r\nrequest-id: req_7\r\n" + fields)
+
+
+def raises(row: object, **told: object) -> dict[str, object]:
+    """What an SDK tells where it raises what a row of README.md says."""
+    return {"row": str(row), **told}
+
+
+ERROR_EVENT, CUT = "an error in mid-stream", "cut off in mid-stream"
+CUTS = {"python": ["APIConnectionError: Connection error", "RemoteProtocolError: "], "node": ["TypeError: terminated"] * 2, "chromium": ["TypeError: network error"] * 2}
+OVERLOADED = event({"error": {"message": "Overloaded", "type": "t", "param": None, "code": "c"}})
+SOON = b"Retry-After: 7\r\nretry-after-ms: 30\r\n"
+BAD_GATEWAY: dict[str, Any] = {"status": 502, "code": "bad_gateway"}
+NO_MODEL = "The model 'gpt-5' may not be used here (--allow-model)."
+SDKS = {"openai": (CHATS, CHAT), "anthropic": (MESSAGES, MESSAGE)}
+
+# What is asked, what upstream answers, what the SDK tells, and how often upstream is asked.
+FAILURES: dict[str, tuple[dict[str, Any], Any, dict[str, Any], int]] = {
+    **{f"{sdk} {status}": (asks(*call, **params, retries=1), api_refusal(sdk, status, SOON), raises(status, status=status, message=f"No {status}", request_id="req_7", retry_after="7", milliseconds="30"), 1 + (status in AGAIN))
+       for status in PASSED for sdk, (call, params) in SDKS.items()},
+    **{f"{sdk} {status}": (asks(*call, **params), api_refusal(sdk, status), raises(502, status=502, request_id="req_7", retry_after=None), 1) for status in FAILED for sdk, (call, params) in SDKS.items()},
+    "openai 429 without a word when": (asks(*CHATS, **CHAT, retries=0), api_refusal("openai", 429), raises(429, retry_after="1"), 1),
+    "openai 429 that is final": (asks(*CHATS, **CHAT), api_refusal("openai", 429, SOON + b"X-Should-Retry: false\r\n"), raises(429, status=429), 1),
+    "anthropic 400 that is not": (asks(*MESSAGES, **MESSAGE, retries=1), api_refusal("anthropic", 400, SOON + b"X-Should-Retry: true\r\n"), raises(400, status=400), 2),
+    "message tokens that nobody counts": (asks("anthropic", "messages.count_tokens", **CHAT), api_refusal("anthropic", 404), raises(404, message="No 404"), 1),
+    "response that is gone": (asks("openai", "responses.retrieve", "resp_1"), api_refusal("openai", 404), raises(404, code="c"), 1),
+    "cut document": (asks(*CHATS, **CHAT), whole(COMPLETION)[:-1], raises(502, **BAD_GATEWAY), 1),
+    "cut chunked document": (asks(*RESPONSES, **RESPONSE), OK + JSON + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(json.dumps(RESPONDED).encode()), raises(502, **BAD_GATEWAY), 1),
+    "cut document without a length": (asks(*MESSAGES, **MESSAGE), OK + JSON + b"\r\n" + json.dumps(SAID)[:-1].encode(), raises(502, status=502), 1),
+    "no answer": (asks(*CHATS, **CHAT), b"", raises(502, **BAD_GATEWAY), 1),
+    "no answer that is HTTP": (asks(*MESSAGES, **MESSAGE), b"SSH-2.0-x\r\n", raises(502, status=502), 1),
+    "no answer in time": (asks(*CHATS, **CHAT, at="late"), until_gone, raises(504, status=504, code="timeout"), 1),
+    "no message in time": (asks(*MESSAGES, **MESSAGE, at="late"), until_gone, raises(504, status=504), 1),
+    "cut chat stream": (asks(*CHATS, **CHAT, stream=True, then="say so"), once_seen(CHAT_EVENTS[1]), raises(CUT, given=payloads(CHAT_EVENTS[1])), 1),
+    "cut response stream": (asks(*RESPONSES, **RESPONSE, stream=True, then="say so"), once_seen(RESPONSE_EVENTS[0]), raises(CUT, given=payloads(RESPONSE_EVENTS[0])), 1),
+    "cut message stream": (asks(*MESSAGES, **MESSAGE, stream=True, then="say so"), once_seen(MESSAGE_EVENTS[0]), raises(CUT, given=payloads(MESSAGE_EVENTS[0])), 1),
+    "stream without an end": (asks(*CHATS, **CHAT, stream=True), streamed(*CHAT_EVENTS[:2]), raises(CUT), 1),
+    "error in a chat stream": (asks(*CHATS, **CHAT, stream=True, then="say so"), once_seen(CHAT_EVENTS[1], OVERLOADED),
+                               raises(ERROR_EVENT, message="Overloaded", code="c", given=payloads(CHAT_EVENTS[1])), 1),
+    "error in a response stream": (asks(*RESPONSES, **RESPONSE, stream=True, then="say so"), once_seen(RESPONSE_EVENTS[0], OVERLOADED), raises(ERROR_EVENT, message="Overloaded"), 1),
+    "error in a message stream": (asks(*MESSAGES, **MESSAGE, stream=True, then="say so"), once_seen(MESSAGE_EVENTS[0], typed("error", error={"type": "overloaded_error", "message": "Overloaded"})),
+                                  raises(ERROR_EVENT, message="Overloaded", given=payloads(MESSAGE_EVENTS[0])), 1),
+    "failure behind pings": (asks(*CHATS, **CHAT, stream=True, at="pings"), with_pings(b"", api_refusal("openai", 500)), raises(ERROR_EVENT, message="Upstream failed with status 500.", given=[]), 1),
+    "failed message behind pings": (asks(*MESSAGES, **MESSAGE, stream=True, at="pings"), with_pings(b"", api_refusal("anthropic", 500)), raises(ERROR_EVENT, message="Upstream failed with status 500.", given=[]), 1),
+}  # fmt: skip
+
+# What is asked, and what the SDK tells, of which upstream hears nothing.
+OURS: dict[str, tuple[dict[str, Any], Any]] = {
+    "models": (asks("openai", "models.list"), [json.loads(streamproxy.models_document("/v1/models/gpt-6-luna", streamproxy.Settings(api_key=KEY)) or b"")]),
+    "model": (asks("openai", "models.retrieve", "gpt-6-luna"), {"id": "gpt-6-luna", "object": "model"}),
+    "anthropic models": (asks("anthropic", "models.list", limit=5), [json.loads(streamproxy.models_document("/v1/models/gpt-6-luna", streamproxy.Settings(api_key=KEY)) or b"")]),
+    "anthropic model": (asks("anthropic", "models.retrieve", "gpt-6-luna"), {"id": "gpt-6-luna", "type": "model"}),
+    "openai without a model": (asks(*CHATS, model=None, messages=[]), raises(400, status=400, code="model_not_found")),
+    **{f"{sdk} without a token": (asks(*call, **params, at="tokens"), raises(401, status=401, code="invalid_api_key")) for sdk, (call, params) in SDKS.items()},
+    **{f"{sdk} with another model": (asks(*call, **{**params, "model": "gpt-5"}), raises(403, status=403, message=NO_MODEL, code="model_not_found")) for sdk, (call, params) in SDKS.items()},
+    **{f"{sdk} with another path": (asks(sdk, call), raises(404, status=404, code="not_found")) for sdk, call in (("openai", "files.list"), ("anthropic", "messages.batches.list"))},
+    **{f"{sdk} with a large body": (asks(*call, **params, at="small"), raises(413, status=413, code="request_too_large")) for sdk, (call, params) in SDKS.items()},
+    **{f"{sdk} too often": (asks(*call, **params, at="minute", retries=0), raises(429, status=429, code="rate_limit_exceeded")) for sdk, (call, params) in SDKS.items()},
+    **{f"{sdk} too many": (asks(*call, **params, at="full", retries=0), raises(503, status=503, code="overloaded", retry_after="1")) for sdk, (call, params) in SDKS.items()},
+    **{f"{sdk} without an upstream": (asks(*call, **params, at="nowhere", retries=0), raises(502, status=502, code="bad_gateway")) for sdk, (call, params) in SDKS.items()},
+}  # fmt: skip
+
+LEFT: dict[str, tuple[dict[str, Any], Any]] = {
+    "openai leaves": (asks(*CHATS, **CHAT, stream=True, then="leave"), payloads(choice(content="a"))),
+    "anthropic leaves": (asks(*MESSAGES, **MESSAGE, stream=True, then="leave"), payloads(MESSAGE_EVENTS[0])),
+}
+
+# What is asked, and the events that upstream sends before and behind two pings; None: they come before its head.
+PINGED: dict[str, tuple[dict[str, Any], list[bytes] | None, list[bytes]]] = {
+    "chat with pings": (asks(*CHATS, **CHAT, stream=True, at="pings"), CHAT_EVENTS[:2], CHAT_EVENTS[2:]),
+    "chat with pings before its head": (asks(*CHATS, **CHAT, stream=True, at="pings"), None, CHAT_EVENTS),
+    "chat with pings within an event": (asks(*CHATS, **CHAT, stream=True, at="pings"), [CHAT_EVENTS[0][:50]], [CHAT_EVENTS[0][50:], *CHAT_EVENTS[1:]]),
+    "response with pings": (asks(*RESPONSES, **RESPONSE, stream=True, at="pings"), RESPONSE_EVENTS[:2], RESPONSE_EVENTS[2:]),
+    "message with pings": (asks(*MESSAGES, **MESSAGE, stream=True, at="pings"), MESSAGE_EVENTS[:5], MESSAGE_EVENTS[5:]),
+    "message with pings before its head": (asks(*MESSAGES, **MESSAGE, stream=True, at="pings"), None, MESSAGE_EVENTS),
+    "message helper with pings": (asks("anthropic", "messages.stream", **MESSAGE, final="get_final_message", at="pings"), MESSAGE_EVENTS[:1], MESSAGE_EVENTS[1:]),
+}  # fmt: skip
+
+
+def pinged(before: list[bytes] | None, behind: list[bytes]) -> Any:
+    answer, at = streamed(*(before or ()), *behind), len(streamed(*before, end=b"")) if before else 0
+    return with_pings(answer[:at], answer[at:])
+
 
 HELLO, UNICODE = "Hello from aimock, piece by piece.", "héllo 👋🏽 wörld 👩‍👩‍👧"
-NO_MODEL = "The model 'gpt-5' may not be used here (--allow-model)."
 
 
-@pytest.fixture
-def python_sdks() -> list[str]:
-    python = os.environ.get("STREAMPROXY_TEST_SDKS") or missing("STREAMPROXY_TEST_SDKS names no Python that has openai and anthropic")
-    return [python, "-"]
+def say_to(at: str, text: str, sdk: str = "openai", **more: Any) -> dict[str, Any]:
+    call, params = SDKS[sdk]
+    return asks(*call, **{**params, "messages": [{"role": "user", "content": text}]}, at=at, **more)
 
 
-@pytest.fixture
-def node_sdk() -> list[str]:
-    folder = os.environ.get("STREAMPROXY_TEST_AIMOCK") or missing("STREAMPROXY_TEST_AIMOCK names no folder with the SDK for Node")
-    return ["env", "-C", folder, program("node"), "--input-type=module", "-"]
+# What is asked of an upstream that nobody here wrote, and of our own; and what is said, or what else the SDK tells.
+OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
+    "aimock chat": (say_to("aimock", "hello"), HELLO), "aimock chat stream": (say_to("aimock", "unicode", stream=True), UNICODE),
+    "aimock response": (asks("openai", "responses.create", model="gpt-6-luna", input="hello", at="aimock"), HELLO),
+    "aimock response stream": (asks("openai", "responses.create", model="gpt-6-luna", input="hello", stream=True, at="aimock"), HELLO),
+    "aimock message": (say_to("aimock", "hello", "anthropic"), HELLO), "aimock message stream": (say_to("aimock", "unicode", "anthropic", stream=True), UNICODE),
+    "aimock limit": (say_to("aimock", "limit", retries=0), raises(429, status=429, message="Slow down.", retry_after="7")),
+    "aimock broken": (say_to("aimock", "broken", "anthropic"), raises(502, status=502, message="Upstream failed with status 500.")),
+    "aimock cut": (say_to("aimock", "cut", stream=True), raises(CUT)), "aimock cut message": (say_to("aimock", "cut", "anthropic", stream=True), raises(CUT)),
+    "demo chat": (say_to("demo", "Grüße"), None), "demo chat stream": (say_to("demo", "Grüße", stream=True), None),
+}  # fmt: skip
 
 
-def run_script(command: list[str], script: str, url: str) -> Any:
-    """What a script that uses an SDK tells, as JSON."""
-    environ = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    done = subprocess.run([*command, url], input=script, env=environ, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    check_no_key(done.stdout + done.stderr)
-    return json.loads(done.stdout)
+def said(told: Any) -> str:
+    """The text in what an SDK gave: a document or events of any API."""
+    if isinstance(told, list):
+        return "".join(map(said, told))
+    if told.get("type") == "response.output_text.delta":
+        return str(told["delta"])
+    if "choices" in told:
+        return "".join([(choice.get("delta") or choice.get("message") or {}).get("content") or "" for choice in told["choices"]])
+    parts = told.get("content") or [part for item in told.get("output", ()) for part in item["content"]] or [told.get("delta") or {}]
+    return "".join([part.get("text", "") for part in parts])
 
 
-def test_openai_for_python(aimock: str, python_sdks: list[str]) -> None:
-    with running(None, upstream=aimock) as server:
-        assert run_script(python_sdks, OPENAI_PYTHON, server.url + "/v1") == {
-            "chat": HELLO, "stream": UNICODE, "tools": ["get_weather", {"city": "Paris"}], "usage": [True], "responses": HELLO, "response": HELLO,
-            "embeddings": 1, "models": ["gpt-6-luna"], "cut": ["This ", "APIConnectionError"],
-            "limit": ["RateLimitError", "Slow down.", None],
-            "broken": ["InternalServerError", "Upstream failed with status 500.", "bad_gateway"],
-            "wrong model": ["PermissionDeniedError", NO_MODEL, "model_not_found"],
-            "no model": ["BadRequestError", 'The body must have one "model", a string.', "model_not_found"], "no path": ["NotFoundError", "There is nothing at this path.", "not_found"],
-        }  # fmt: skip
+@dataclasses.dataclass
+class Told:
+    """What the SDKs of one place told, and what upstream heard."""
+
+    where: str
+    told: dict[str, Any]
+    heads: dict[str, list[str]]
+    answered: list[str]
+
+    def check(self, name: str, expected: Any) -> None:
+        told = self.told[name]
+        if isinstance(expected, dict):
+            row, expected = expected.get("row"), {member: value for member, value in expected.items() if member != "row"}
+            assert isinstance(told, dict) and (not row or readme_raises()[row] & set(told["raised"])), told
+            told = {member: told.get(member) for member in expected}
+        assert told == expected
 
 
-def test_anthropic_for_python(aimock: str, python_sdks: list[str]) -> None:
-    with running(None, upstream=aimock) as server:
-        assert run_script(python_sdks, ANTHROPIC_PYTHON, server.url + "/v1") == {
-            "message": HELLO, "stream": UNICODE, "limit": ["RateLimitError", "Slow down."], "broken": ["InternalServerError", "Upstream failed with status 500."],
-            "cut": ["", "RemoteProtocolError"], "wrong model": ["PermissionDeniedError", NO_MODEL],
-        }  # fmt: skip
+@pytest.fixture(scope="session", params=["python", "node", "chromium"])
+def told(request: Any, aimock: str, tmp_path_factory: Any) -> Iterator[Told]:
+    """All that the SDKs are told to ask is asked at once, through as many servers as it takes."""
+    where, folder = request.param, tmp_path_factory.mktemp("sdks")
+    answers: dict[str, Any] = {name: streamed(*answer) if isinstance(answer, list) else whole(answer) for name, (_, answer, *_) in WHOLE_ANSWERS.items()}
+    answers.update({name: answer for name, (_, answer, *_) in FAILURES.items()}, **{name: pinged(*events) for name, (_, *events) in PINGED.items()})
+    answers.update(dict.fromkeys([*LEFT, "held"], start_until_gone))
+    with contextlib.ExitStack() as stack:
+        scripted = stack.enter_context(contextlib.closing(Scripted(answers)))
+        page = stack.enter_context(running(None))
+        servers = {at: stack.enter_context(running(scripted.provider, **{"allow_origin": (page.url,), **settings})) for at, settings in {
+            "": {}, "seen": {}, "pings": {"heartbeat": 0.05}, "late": {"first_byte_timeout": 0.2}, "tokens": {"token_file": token_file(folder, f"alice {ALICE}")}, "small": {"max_body": 10},
+            "minute": {"requests_per_minute": 1}, "full": {"max_streams": 1}, "nowhere": {"upstream": "http://127.0.0.1:9"}, "aimock": {"upstream": aimock}, "demo": {"demo": True, "api_key": ""},
+        }.items()}  # fmt: skip
+        held = stack.enter_context(Client(servers["full"])).ask(ASKED, path="/v1/chat/completions", X_Client_Request_Id="held")
+        used = stack.enter_context(Client(servers["minute"])).ask({}, path="/v1/chat/completions")
+        assert (held.head().status, used.head().status) == (200, 400)
+        all_asked = {**WHOLE_ANSWERS, **FAILURES, **OURS, **LEFT, **PINGED, **OTHERS}
+        asked = [{**asked, "name": name, "url": servers[asked["url"]].url + "/v1"} for name, (asked, *_) in all_asked.items()]
+        for each in asked:  # at a server of its own: Chromium has six connections to one
+            each["then"] = each["then"].replace("say so", servers["seen"].url + "/v1/responses/seen")
+        stack.enter_context(unittest.mock.patch.object(streamproxy.Viewer, "ping", scripted.noting_pings(streamproxy.Viewer.ping)))
+        stack.enter_context(unittest.mock.patch.object(streamproxy, "DEMO_PAUSE", 0))
+        stack.enter_context(unittest.mock.patch.object(streamproxy, "END_GRACE", DEADLINE))  # of an error event, before the cut
+        if where == "chromium":
+            text = tell_in_chromium(request.getfixturevalue, page.url, asked)
+        else:
+            (folder / "asked.json").write_text(json.dumps(asked))
+            text = run_script(*script_for(where, request.getfixturevalue), folder / "asked.json")
+        check_no_key(text)
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: {*LEFT} <= {*scripted.done})
+        return Told(where, json.loads(text), scripted.heads, list(scripted.done))
 
 
-def test_openai_for_node(aimock: str, node_sdk: list[str]) -> None:
-    with running(None, upstream=aimock) as server:
-        assert run_script(node_sdk, OPENAI_NODE, server.url + "/v1") == {
-            "chat": HELLO, "stream": UNICODE, "responses": HELLO, "models": ["gpt-6-luna"], "limit": ["RateLimitError", "429 Slow down."],
-            "broken": ["InternalServerError", "502 Upstream failed with status 500."], "cut": ["This ", "error"],
-            "wrong model": ["PermissionDeniedError", f"403 {NO_MODEL}"],
-        }  # fmt: skip
+@pytest.mark.parametrize("name", WHOLE_ANSWERS)
+def test_sdk_gives_what_upstream_sends(told: Told, name: str) -> None:
+    _, answer, *given = WHOLE_ANSWERS[name]
+    told.check(name, given[0] if given else payloads(*answer) if isinstance(answer, list) else answer)
+    assert len(told.heads[name]) == 1
 
 
-OPENAI_CANCELS = """
-import json, sys, openai
-stream = openai.OpenAI(base_url=sys.argv[1], api_key="theirs", max_retries=0).chat.completions.create(
-    model="gpt-6-luna", messages=[{"role": "user", "content": "x"}], stream=True)
-got = next(iter(stream)).choices[0].delta.content
-stream.close()
-print(json.dumps(got))
-"""
+@pytest.mark.parametrize("name", FAILURES)
+def test_sdk_raises_and_asks_again_only_where_nobody_was_paid(told: Told, name: str) -> None:
+    _, _, expected, times = FAILURES[name]
+    told.check(name, expected)
+    heads = told.heads[name]
+    if told.where == "chromium" and " 408" in name:  # which it asks again itself, on connections that were used before
+        heads = list(dict.fromkeys(heads))
+    assert len(heads) == times and [head.lower().count("x-stainless-retry-count: 1") for head in heads] == [0, 1][:times]
 
 
-def test_openai_for_python_cancels_and_upstream_is_closed(server: Any, provider: Provider, python_sdks: list[str]) -> None:
-    got: list[Any] = []
-    script = threading.Thread(target=lambda: got.append(run_script(python_sdks, OPENAI_CANCELS, server.url + "/v1")))
-    script.start()
-    with provider.take() as upstream:
-        upstream.start(A)
-        assert upstream.gone()
-    script.join(DEADLINE)
-    assert got == ["a"]
+def test_sdk_raises_this_for_a_cut(told: Told) -> None:
+    got = [told.told[name]["raised"][0] + ": " + told.told[name]["message"] for name in ("cut chat stream", "cut message stream")]
+    assert [re.match(expected, words) for expected, words in zip(CUTS[told.where], got)].count(None) == 0, got
 
 
-OPENAI_ASKS_THE_DEMO = """
-import json, sys, openai
-client = openai.OpenAI(base_url=sys.argv[1], api_key="theirs", max_retries=0)
-ask = dict(model="gpt-6-luna", messages=[{"role": "user", "content": "Gr\u00fc\u00dfe"}])
-parts = list(client.chat.completions.create(stream=True, **ask))
-print(json.dumps(["".join(part.choices[0].delta.content or "" for part in parts if part.choices),
-                  client.chat.completions.create(**ask).choices[0].message.content, [model.id for model in client.models.list()]]))
-"""
+def test_readme_says_what_sdks_raise_in_rows_that_are_all_tested() -> None:
+    tested = {expected.get("row") for _, _, expected, _ in FAILURES.values()} | {expected.get("row") for _, expected in OURS.values() if isinstance(expected, dict)}
+    assert set(readme_raises()) == tested - {None} and all(readme_raises().values())
+    words = [re.sub(".*: ", "", expected) for expected in (*CUTS["node"], *CUTS["chromium"])]
+    assert all(f'"{word}"' in README.read_text(encoding="utf-8") for word in words)
 
 
-def test_openai_for_python_with_the_demo(python_sdks: list[str]) -> None:
-    with running(None, demo=True, api_key="") as server:
-        streamed, whole, models = run_script(python_sdks, OPENAI_ASKS_THE_DEMO, server.url + "/v1")
-    assert streamed == whole and "Grüße" in whole and models == ["gpt-6-luna"]
+@pytest.mark.parametrize("name", OURS)
+def test_sdk_is_answered_by_ourselves(told: Told, name: str) -> None:
+    told.check(name, OURS[name][1])
+    assert name not in told.heads
+    if isinstance(told.told[name], dict) and "raised" in told.told[name]:
+        assert re.fullmatch("[0-9a-f]{16}", told.told[name]["request_id"])
+
+
+@pytest.mark.parametrize("name", PINGED)
+def test_sdk_takes_no_heed_of_heartbeats(told: Told, name: str) -> None:
+    asked, before, behind = PINGED[name]
+    told.check(name, {"content": SAID["content"]} if asked["final"] else payloads(*(before or ()), *behind))
+    assert len(told.heads[name]) == 1
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_sdk_that_leaves_has_upstream_closed(told: Told, name: str) -> None:
+    told.check(name, LEFT[name][1])
+    assert name in told.answered and len(told.heads[name]) == 1
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_sdk_with_servers_that_nobody_here_plays(told: Told, name: str) -> None:
+    expected = OTHERS[name][1]
+    if isinstance(expected, dict):
+        told.check(name, expected)
+    else:
+        text = said(told.told[name]).encode("utf-16", "surrogatepass").decode("utf-16")  # some cut characters in two
+        assert text == expected or (expected is None and "Grüße" in text)
+
+
+# As Codex sends them, but for what is long.
+CODEX = {"authorization": "Bearer theirs", "originator": "codex_exec", "Version": "0.169.0", "x-codex-turn-metadata": '{"request_kind":"turn"}', "x-client-request-id": "01a2157a-509f",
+         "session-id": "01a2157a-509f", "user-agent": "codex_exec/0.169.0 (Debian 12.0.0; x86_64)"}  # fmt: skip
+HANDSHAKE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "M4JW5S4UBDFzoj8JVYDmdQ==",
+             "sec-websocket-extensions": "permessage-deflate; client_max_window_bits", "openai-beta": "responses_websockets=2026-02-06"}  # fmt: skip
+
+
+def zstd(data: bytes) -> bytes:
+    """data as it is, in a frame of zstd (RFC 8878 section 3.1.1)."""
+    return b"\x28\xb5\x2f\xfd\xa0" + len(data).to_bytes(4, "little") + (len(data) << 3 | 1).to_bytes(3, "little") + data
+
+
+@pytest.mark.parametrize(("allowed", "coding", "status"), [("gpt-6-luna", "", 200), ("gpt-6-luna", "zstd", 415), ("*", "zstd", 200)])
+def test_codex_starts_with_websocket_and_goes_on_with_post(provider: Provider, allowed: str, coding: str, status: int) -> None:
+    body = json.dumps({**RESPONSE, "stream": True, "store": False, "tools": [{"type": "custom", "name": "exec"}]}).encode()
+    with running(provider, allow_model=allowed) as server:
+        with Client(server).ask(method="GET", path="/v1/responses", **CODEX, **HANDSHAKE) as client:
+            head = client.head()  # whose status is all that it looks at: for 426 alone it asks with POST at once, and from then on
+            assert (head.status, head.fields["Upgrade"], head.fields["Connection"]) == (426, "HTTP/1.1", "Upgrade, close")
+            assert json.loads(client.rest())["error"]["message"] == "Ask with POST: WebSocket is not spoken here."
+        fields = {**CODEX, "accept": "text/event-stream", "content-type": "application/json", **({"content-encoding": coding} if coding else {})}
+        with Client(server).ask(zstd(body) if coding else body, path="/v1/responses", **fields) as client:
+            if status == 415:
+                got, message, _ = api_error(client)
+                assert got == 415 and "'zstd'" in message and provider.nobody_came()
+                return
+            with provider.take() as upstream:
+                assert upstream.body == (zstd(body) if coding else body) and ("\r\nContent-Encoding: zstd\r\n" in upstream.head) == bool(coding)
+                assert "codex_exec" not in re.sub("(?i)user-agent: .*", "", upstream.head) and "X-Client-Request-Id: 01a2157a-509f\r\n" in upstream.head
+                upstream.start(*RESPONSE_EVENTS)
+                upstream.send(b"0\r\n\r\n")
+                assert client.head().status == 200 and client.body() == b"".join(RESPONSE_EVENTS)
+
+
+@pytest.mark.parametrize(("method", "path", "upgrade", "status"), [
+    ("GET", "/v1/responses", "WebSocket", 426), ("GET", "/v1/realtime?model=x", "websocket", 426), ("GET", "/v1/chat/completions", "h2c, websocket", 426), ("POST", "/v1/nothing", "websocket", 426),
+    ("GET", "/v1/models", "h2c", 200), ("GET", "/", "websocket", 200), ("GET", "/v1", "websocket", 404),
+])
+def test_upgrade_to_websocket_is_refused_below_v1(server: Any, method: str, path: str, upgrade: str, status: int) -> None:
+    with Client(server).ask(b"" if method == "POST" else None, method, path, Connection="Upgrade", Upgrade=upgrade) as client:
+        head = client.head()
+        assert head.status == status and ("Upgrade" in head.fields) == (status == 426)
+        if status == 426:
+            assert json.loads(client.rest())["error"]["type"] == "invalid_request_error"
+
+
+def test_page_of_an_allowed_origin_may_read_that_there_is_nothing(provider: Provider) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type,x-y"}
+    with running(provider, allow_origin="https://app.example") as server, Client(server) as client:
+        head = client.ask(method="OPTIONS", path="/v1/nothing", Origin="https://app.example", **asked).head()
+        assert (head.status, head.fields["Access-Control-Allow-Headers"]) == (204, "content-type, x-y")
+        client.ask({}, path="/v1/nothing", Origin="https://app.example")
+        assert api_error(client)[0] == 404
+        client.ask(method="OPTIONS", path="/v1/nothing", Origin="https://other.example", **asked)
+        assert api_error(client)[0] == 404
