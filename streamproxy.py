@@ -151,7 +151,6 @@ FOREVER = 86400.0  # where a wait needs a number and there is no limit
 # Counts.
 MAX_FIELDS = 100  # of a head; 40 are seen in practice
 MAX_INTERIM = 10  # answers (100, 103) before the one that counts
-MAX_SESSIONS = 8  # of TLS, to resume on new connections
 MAX_IDLE_CONNECTIONS = 128  # to upstream, between two requests
 MAX_MODELS = 1000  # of which it is remembered which defaults upstream refuses
 MAX_QUIET_CLIENTS = 10_000  # remembered for their limits although they have no stream
@@ -267,7 +266,7 @@ def encode_error(error: ProxyError, path: str) -> bytes:
         other = ("invalid_request_error" if error.status < 500 else "api_error", None)
         type, code = _API_ERRORS.get(error.status, other)
         payload = {"error": {"message": error.message, "type": type, "param": None, "code": error.code or code}}
-        if path == "/v1/messages":  # Anthropic's
+        if path.startswith("/v1/messages"):  # Anthropic's
             payload["type"] = "error"
     return json.dumps(payload).encode() + b"\n"
 
@@ -409,6 +408,38 @@ class EventParser:
             self._held += len(line)
 
 
+class EventCutter:
+    """The events of a stream in the bytes they came in, as they become whole."""
+
+    # What passes of an event that is not whole: it says nothing yet.
+    _QUIET = re.compile(rb"(?:(?:event|id|retry)?:[^\r\n]*(?:\r?\n|\Z))*[^\r\n]{0,8}")
+
+    def __init__(self) -> None:
+        self.rest = bytearray()  # what came behind the last blank line
+        self.passed = 0  # bytes of it that were passed on
+
+    def feed(self, body: bytes) -> bytes:
+        """Return the events that body completes, with what was passed on of the first."""
+        begin = max(0, len(self.rest) - 2)
+        self.rest += body
+        blanks = (b"\n\n", b"\n\r\n", b"\r\r")
+        end = max((at + len(blank) for blank in blanks if (at := self.rest.rfind(blank, begin)) >= 0), default=0)
+        events = bytes(self.rest[:end])
+        del self.rest[:end]
+        return events
+
+    def pass_on(self, passed: int) -> bytes:
+        """Return what may pass of the event that is not whole, of which passed bytes did."""
+        size, data = len(self.rest), b""
+        if size > MAX_EVENT_SIZE or (size < 256 and self._QUIET.fullmatch(self.rest)):
+            data, passed = bytes(self.rest[passed:]), size
+        if size > MAX_EVENT_SIZE:
+            del self.rest[1024:-4]  # its type, which comes first, is all that is looked at then
+            passed = len(self.rest)
+        self.passed = passed
+        return data
+
+
 def encode_event(data: str, type: str = "", last_event_id: str = "") -> bytes:
     """Return one event.  Line ends in data become data lines of their own (WHATWG HTML 9.2.6)."""
     head = (f"id: {last_event_id}\n" if last_event_id else "") + (f"event: {type}\n" if type else "")
@@ -475,8 +506,8 @@ def dicts_in(values: object) -> list[dict[str, Any]]:
 
 # Errors: every server has clothes of its own for them.
 
-_WELL = frozenset(("", "0", "200", "null", "none", "nil", "undefined", "ok", "success", "succeeded", "true"))
-_ERROR_NAME = re.compile("(?:error|exception)s?$", re.IGNORECASE)  # of a type: error, overloaded_error, ThrottlingException
+_WELL = frozenset(("", "0", "200", "null", "none", "nil", "undefined", "false", "ok", "success", "succeeded"))
+_ERROR_NAME = re.compile("(?:error|exception)s?$", re.IGNORECASE)  # error, overloaded_error, ThrottlingException
 _ERROR_WORDS = re.compile(r"\W*\w*(?:error|exception)\b", re.IGNORECASE)  # of a text that is not JSON
 _FAILED = re.compile(
     "error|abort|fail|cancel|insufficient|time.?d?.?out|interrupt|exception|unavailable|overload|disconnect|malformed"
@@ -492,6 +523,11 @@ def is_nothing(value: object, depth: int = 6) -> bool:
     return not value or (isinstance(value, str) and value.strip().lower() in _WELL) or value == 200
 
 
+def fold(members: dict[str, Any]) -> dict[str, Any]:
+    """Return members by the one spelling of errorMessage, error_message and ErrorMessage."""
+    return {name.lower().replace("_", "").replace("-", ""): value for name, value in members.items()}
+
+
 def find_error(payload: object, type: str = "message") -> object:
     """Return what payload, of an event of type, says of an error, in whichever clothes; None: it tells of none."""
     if _ERROR_NAME.search(type):
@@ -500,69 +536,73 @@ def find_error(payload: object, type: str = "message") -> object:
         return next(filter(None, map(find_error, dicts_in(payload))), None)
     if not isinstance(payload, dict):
         return None
-    names = payload.get("type"), payload.get("object")
-    if not is_nothing(payload.get("error")) or any(isinstance(name, str) and _ERROR_NAME.search(name) for name in names):
+    names = [payload.get(name) for name in ("type", "object", "event")]
+    named = any(isinstance(name, str) and _ERROR_NAME.search(name) for name in names)
+    if named or not is_nothing(payload.get("error")):
         return payload
     choices = dicts_in(payload.get("choices"))
     parts = [part for choice in choices for part in (choice.get("delta"), choice.get("message"))]
-    # A member of a vendor's, unless it is an event of a typed protocol: there items have errors that end nothing.
-    # Azure's filters have some, too.
-    others = [] if isinstance(names[0], str) else [payload[name] for name in payload if "filter" not in name]
-    for holder in [*choices, *dicts_in([*parts, *others])]:
+    # A vendor's members, but not in an event of a typed protocol: there items have errors that end nothing.  Azure's
+    # filters have some, too.
+    members = {} if isinstance(names[0], str) else {name: payload[name] for name in payload if "filter" not in name}
+    for holder in [*choices, *map(fold, dicts_in(parts) + dicts_in(members))]:
         error = holder.get("error")
         if not is_nothing(error):
             return error if isinstance(error, (str, dict, list)) else holder
-    return payload if not choices and is_bad_news(payload) else None
+    if choices:
+        return None
+    return payload if is_bad_news(payload) else next(filter(has_bad_code, dicts_in(members)), None)
 
 
 def is_bad_news(payload: dict[str, Any]) -> bool:
-    """Tell of a payload without choices whether it is itself an error: error_code, detail, code and msg, ..."""
-    said = {fold(name): value for name, value in payload.items()}
-    for name in ("errorcode", "errcode"):
-        if name in said:
-            return not is_nothing(said[name])
-    if any(not is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "errors", "fault")):
+    """Tell of a payload without choices whether it is itself an error: error_code, detail, success, message, ..."""
+    said = fold(payload)
+    for code in ("errorcode", "errcode"):
+        if code in said:
+            return not is_nothing(said[code])
+    if not all(is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "errors", "fault")):
         return True
-    state = [said.get(name) for name in ("status", "statuscode", "httpstatus", "code", "success", "ok")]
-    if sentence_of(said.get("detail")) or said.get("success") is False or said.get("ok") is False:
+    if sentence_of(said.get("detail")) or has_bad_code(payload) or False in (said.get("success"), said.get("ok")):
         return True
-    if any(re.fullmatch("[45][0-9][0-9]", str(value)) for value in state[:3]):
+    status = str(said.get("status") or said.get("statuscode") or said.get("httpstatus") or "")
+    if re.fullmatch("[45][0-9][0-9]", status) or (_FAILED.search(status) and "object" not in said):
         return True
-    if isinstance(state[0], str) and _FAILED.search(state[0]) and "object" not in said:
-        return True
-    if not (sentence_of(said.get("message")) or sentence_of(said.get("msg"))):
-        return False
-    alone = not said.keys() & {"status", "success", "ok", "usage", "model", "object", "role", "content", "delta"}
-    return alone if state[3] is None else not (is_nothing(state[3]) or re.fullmatch("2[0-9][0-9]", str(state[3])))
+    about = said.keys() & {"code", "status", "success", "ok", "usage", "model", "object", "role", "content", "delta"}
+    return not about and bool(sentence_of(said.get("message")) or sentence_of(said.get("msg")))
 
 
-def fold(name: str) -> str:
-    """Return the one spelling of errorMessage, error_message and ErrorMessage."""
-    return name.lower().replace("_", "").replace("-", "")
+def has_bad_code(members: dict[str, Any]) -> bool:
+    """Tell whether a code and a sentence stand together, and the code does not say that all is well."""
+    said = fold(members)
+    code = next((said[name] for name in ("code", "statuscode", "retcode") if said.get(name) is not None), None)
+    words = any(sentence_of(said.get(name)) for name in ("message", "msg", "statusmsg", "retmsg"))
+    return words and not is_nothing(code) and not re.fullmatch("2[0-9][0-9]", str(code))
 
 
 # Where an error has its sentence, the most telling first.
 _SENTENCES = (
-    "message", "msg", "errormessage", "errormsg", "errmsg", "detail", "errordescription", "error", "errors",
-    "description", "reason", "title", "faultstring", "fault", "exception", "response", "text",
+    "message", "msg", "errormessage", "errormsg", "errmsg", "statusmsg", "detail", "errordescription", "error",
+    "errors", "description", "reason", "title", "faultstring", "fault", "exception", "response", "text",
 )  # fmt: skip
 _KINDS = ("type", "code", "errortype", "errorcode", "errcode", "status", "statuscode")
 _KIND = re.compile(r"[A-Za-z0-9_.:#-]{1,80}")
-_HTML_WORDS = re.compile("<(?:title|message)>([^<]*)<", re.IGNORECASE)  # of a page, or of XML
+_PAGE_WORDS = re.compile("<(?:title|message)>([^<]*)<", re.IGNORECASE)  # of HTML, or of XML
 
 
 def sentence_of(error: object, depth: int = 6) -> str:
     """Return what an error says, in one line of up to 1,000 characters; "" where there are no words."""
     words = ""
     if isinstance(error, str):
-        text: str = error if error.lstrip()[:1] != "<" else next(iter(_HTML_WORDS.findall(error)), "")
+        text: str = error if error.lstrip()[:1] != "<" else next(iter(_PAGE_WORDS.findall(error)), "")
         words = "" if text.strip().lower() in _WELL else " ".join(text[:4000].split())
     elif isinstance(error, list) and depth:
         words = "; ".join(filter(None, [sentence_of(item, depth - 1) for item in error[:10]]))
     elif isinstance(error, dict) and depth:
-        said = {fold(name): value for name, value in error.items()}
+        said = fold(error)
+        if isinstance(said.get("errors"), dict):  # by the member that is wrong
+            said["errors"] = list(said["errors"].values())
         words = next(filter(None, (sentence_of(said.get(name), depth - 1) for name in _SENTENCES)), "")
-        if words and isinstance(said.get("loc"), list):  # FastAPI's: which member is meant
+        if words and isinstance(said.get("loc"), list):  # FastAPI's way to say the same
             words = f"{'.'.join(map(str, said['loc'][:10]))}: {words}"
     return words[:1000]
 
@@ -572,16 +612,17 @@ def kinds_of(error: object, depth: int = 3) -> list[str]:
     if isinstance(error, str):
         return ["a page of HTML"] if error.lstrip()[:1] == "<" else []
     if isinstance(error, list):
-        return kinds_of(error[0], depth) if error else []
+        return kinds_of(error[0], depth - 1) if error and depth else []
     if not isinstance(error, dict):
         return []
-    said = {fold(name): value for name, value in error.items()}
-    kinds = [str(said[name]) for name in _KINDS if isinstance(said.get(name), (str, int)) and _KIND.fullmatch(str(said[name]))]
+    said = fold(error)
+    kinds = [str(said[name]) for name in _KINDS if isinstance(said.get(name), (str, int))]
+    kinds = [kind for kind in kinds if _KIND.fullmatch(kind) and kind.lower() not in ("error", "true", "false")]
     if depth:
         for name in ("error", "errors", "detail", "message", "fault"):
             if isinstance(said.get(name), (dict, list)):
                 kinds += kinds_of(said[name], depth - 1)
-    return list(dict.fromkeys(kind for kind in kinds if kind.lower() not in ("error", "true", "false")))[:5]
+    return list(dict.fromkeys(kinds))[:5]
 
 
 def quoting(words: str, status: int, error: object) -> UpstreamError:
@@ -598,25 +639,27 @@ def parse_event(event: Event) -> dict[str, Any]:
 
     Raises Garbled, and UpstreamError for an error that upstream sent this way.
     """
-    type, data = event.type, event.data
-    if type == "message" and len(data) < _SHORT_JSON and '"error' not in data:  # mostly
+    data = event.data
+    if event.type == "message" and len(data) < _SHORT_JSON and '"error' not in data:  # mostly
         try:
             payload, end = _parse_short_json(data)
             if end == len(data) and payload.get("choices"):
                 return payload  # type: ignore[no-any-return]
         except (ValueError, AttributeError, RecursionError):
             pass
-    if type == "ping":
-        return {}
+    return check_payload(load_event(event), event.type)
+
+
+def load_event(event: Event) -> Any:
+    """Return the JSON in an event; {} where it says nothing.  Raises as parse_event."""
     try:
-        payload = load_payload(data)
+        return {} if event.type == "ping" else load_payload(event.data)
     except Garbled:
-        if _ERROR_NAME.search(type) or _ERROR_WORDS.match(data):
-            raise quoting("Upstream reported an error.", 502, data) from None
-        if type != "message":
+        if _ERROR_NAME.search(event.type) or _ERROR_WORDS.match(event.data):
+            raise quoting("Upstream reported an error.", 502, event.data) from None
+        if event.type != "message":
             return {}  # somebody's own event
         raise
-    return check_payload(payload, type)
 
 
 def check_payload(payload: object, type: str = "message") -> dict[str, Any]:
@@ -639,7 +682,8 @@ def conceal(text: str, redact: Callable[[str], str]) -> str:
     return text if hidden == plain else hidden
 
 
-_ESCAPED = re.compile(r"\\(?:u00(2[013-9a-f]|[346][0-9a-f]|5[0-9abd-f]|7[0-9a-e])|(/)|.)", re.IGNORECASE | re.DOTALL)  # not " and \
+# JSON's escapes of visible ASCII, but for the quote and the backslash, which it must escape.
+_ESCAPED = re.compile(r"\\(?:u00(2[013-9a-f]|[346][0-9a-f]|5[0-9abd-f]|7[0-9a-e])|(/)|.)", re.IGNORECASE | re.DOTALL)
 
 
 def conceal_bytes(data: bytes, redact: Callable[[str], str]) -> bytes:
@@ -677,8 +721,7 @@ def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
     except Garbled:
         said = text
         if text.lstrip()[:1] in ("{", "["):  # cut off, perhaps for its length: the first sentence in it
-            match = _TOLD.search(text)
-            said = match[1] if match else ""
+            said = json.loads(next(iter(_TOLD.findall(text)), '"') + '"', strict=False)
     words = f"Upstream failed with status {status}."
     if status == 401:
         words = "Upstream refused our API key with status 401."
@@ -695,7 +738,7 @@ def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
     return failure
 
 
-_TOLD = re.compile(r'"(?:message|msg|detail|error)"\s*:\s*"((?:[^"\\]|\\.){1,1000})', re.DOTALL)
+_TOLD = re.compile(r'"(?:message|msg|detail|error)"\s*:\s*("(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\["\\/bfnrt]){1,1000})')
 
 
 # Text.
@@ -721,7 +764,8 @@ def parse_part(part: dict[str, Any]) -> tuple[str, str]:
     """Return (text, reasoning) of a delta or a message.  Raises AttributeError and TypeError for what is none."""
     text, reasoning = part.get("content") or "", ""
     if not isinstance(text, str):  # typed parts: [{"type": "text", "text": "..."}, ...]
-        items = [item if isinstance(item, dict) else {"text": item} for item in ([text] if isinstance(text, dict) else text)]
+        parts = [text] if isinstance(text, dict) else text
+        items = [item if isinstance(item, dict) else {"text": item} for item in parts]
         kinds = [(str(item.get("type", "")), item) for item in items]
         text = "".join([words_in(item) for kind, item in kinds if kind in _TEXT_PARTS])
         reasoning = "".join([words_in(item) for kind, item in kinds if "thinking" in kind or "reasoning" in kind])
@@ -794,12 +838,12 @@ class Answer:
     pings = False  # heartbeats make sense
     passes = False  # upstream's own documents and fields are for the client
     choices = 1  # that were asked for
+    status = 200
 
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         """redact takes secrets out of what upstream says of its errors, and of its fields."""
         self.state = self.OPEN
         self.failure: UpstreamError | None = None
-        self.status = 200
         self.fields: dict[str, str] = {}  # of upstream's head, those that the client is to see
         self.request_id: str | None = None  # upstream's
         self.model: str | None = None
@@ -831,7 +875,7 @@ class Answer:
     def feed(self, body: bytes) -> bytes:
         """Return what body adds to the answer, for the client."""
         out: list[bytes] = []
-        if self.failure is None or self.state == self.ENDING:
+        if self.state < self.DONE and (self.failure is None or self.state == self.ENDING):
             try:
                 if self._form == _EVENTS:
                     self._take_events(body, out)
@@ -845,7 +889,7 @@ class Answer:
         """Take the end of the body, and what was wrong with its framing; sets DONE or failure."""
         out: list[bytes] = []
         try:
-            if self.failure is None or self.state == self.ENDING:
+            if self.state < self.DONE and (self.failure is None or self.state == self.ENDING):
                 self._finish(cut, out)
         except UpstreamError as error:
             self._fail(error)
@@ -876,7 +920,7 @@ class Answer:
         """Take what is no event stream, or not yet known to be one."""
         before = len(self._held)
         self.life += 1
-        self.events += _DOCUMENT in (self._form, self._label) or self._form == _OTHER
+        self.events += self._label != _EVENTS and (self._form or self._label) != _UNTOLD
         if self._form == _OTHER:
             self._take_other(body, out)
             return
@@ -898,14 +942,16 @@ class Answer:
             if self.model is None and model and isinstance(model, str):
                 self.model = self._redact(model[:100])
             if usage and isinstance(usage, dict):
-                with contextlib.suppress(RecursionError):
-                    json.dumps(usage)  # which the log and the client are to have
-                    self.usage = {**(self.usage or {}), **usage}
+                with contextlib.suppress(RecursionError, ValueError):
+                    told = conceal(json.dumps(usage, allow_nan=False), self._redact)  # to the log and the client
+                    self.usage = {**(self.usage or {}), **json.loads(told)}
 
     def _fail(self, error: UpstreamError) -> None:
         if isinstance(error, Garbled) and self.state >= self.SETTLED:
             self.state = self.DONE  # it was complete before
             return
+        if error.status == 529 and not self.passes:
+            error.status = 503  # which more than some APIs know
         error.message, error.logged = conceal(error.message, self._redact), conceal(error.logged, self._redact)
         error.document = conceal_bytes(error.document, self._redact)
         self.failure, self.state = error.bare(), self.OPEN
@@ -935,7 +981,7 @@ class Refusal(Answer):
         """asked: what the client waits for, and may have the start of already."""
         super().__init__(asked._redact)
         self.content_type, self.pings, self.fields = asked.content_type, asked.pings, asked.fields
-        self.request_id = asked.request_id
+        self.request_id, self.passes = asked.request_id, asked.passes
         self.asked = asked
         self.refused = status
         self.document = b""  # once it is whole
@@ -958,9 +1004,7 @@ class Refusal(Answer):
     def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
         self.document = document = inflate(bytes(self._held), self._coding)
         failure = refusal(self.refused, document, self._retry_after)
-        if not self.asked.passes:
-            failure.status = 503 if failure.status == 529 else failure.status
-        elif failure.status == self.refused and document.strip() and len(document) <= MAX_ERROR_SIZE:
+        if self.passes and failure.status != 502 and document.strip() and len(document) <= MAX_ERROR_SIZE:
             failure.document = document
             if document.lstrip()[:1] not in (b"{", b"[", b'"'):
                 failure.fields["Content-Type"] = "text/plain; charset=utf-8"
@@ -1026,7 +1070,8 @@ class TextAnswer(Answer):
         return False
 
     def _take_payload(self, payload: dict[str, Any], data: str, out: list[bytes]) -> None:
-        if '"usage"' in data and payload.get("usage", payload) or self.model is None and payload.get("model"):
+        usage = '"usage"' in data and (payload.get("usage", payload) or data.count('"usage"') > 1)  # mostly null
+        if usage or (self.model is None and payload.get("model")):
             self._note(payload)
         try:
             for choice in payload.get("choices") or ():
@@ -1043,7 +1088,8 @@ class TextAnswer(Answer):
         if text:
             self._messages = None
         elif self._messages is not None and choice.get("message"):
-            message, reasoning = parse_part(choice["message"])
+            message = choice["message"]
+            message, reasoning = parse_part({"content": message} if isinstance(message, str) else message)
             text = message.removeprefix(self._messages)  # some are all the text so far
             self._messages += text
         if reasoning:
@@ -1120,9 +1166,10 @@ def is_dull(event: bytes) -> bool:
 
 
 _REASON = re.compile(rb'"finish_reason"\s*:\s*[^n\s]')
+_DULL_TYPE = rb"[a-z_.]*(?:(?<!message)[._]delta|partial_image)"
 _DULL_EVENT = re.compile(
-    rb'(?:(data: ?\{[^\n]*"choices": ?\[ ?\{)|(?:event: ?[a-z_.]*(?<!message)[._]delta\r?\ndata:'
-    rb'|data: ?\{ ?"type": ?"[a-z_.]*(?<!message)[._]delta"))[^\n]*\n\r?\n'
+    rb'(?:(data: ?\{[^\n]*"choices": ?\[ ?\{)|event: ?%b\r?\ndata:|data: ?\{ ?"type": ?"%b")[^\n]*\n\r?\n'
+    % (_DULL_TYPE, _DULL_TYPE)
 )
 
 
@@ -1136,11 +1183,7 @@ class PassedAnswer(Answer):
 
     # What ends a stream, beside [DONE]: Anthropic's messages, OpenAI's responses.
     _LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
-    _TYPE = re.compile(r'\{\s*"type"\s*:\s*"([a-z_.]+)"')
-    _DULL_TYPES = re.compile(r"(?<!message)[._]delta$|partial_image$")
-    _EVENT = re.compile(rb".*?(?:\n\r?\n|\r\r)", re.DOTALL)
-    # What passes of an event that is not whole, since it can hold no secret yet.
-    _QUIET = re.compile(rb"(?:(?:event|id|retry)?:[^\r\n]*(?:\r?\n|\Z))*[^\r\n]{0,8}")
+    _EVENT = re.compile(rb"(?:[^\n]+\n)*?\r?\n|(?:[^\r]+\r)*\r|.+", re.DOTALL)  # lines and a blank one, or the rest
     _WHOLE_AT_CLOSE = re.compile("(?:audio|image|video)/|application/octet-stream")
     _SKIMMED = re.compile(rb'"(model|usage)"\s*:\s*("[^"\\]*"|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 
@@ -1156,16 +1199,16 @@ class PassedAnswer(Answer):
         self.pings = stream
         self.content_type = "text/event-stream" if stream else ""
         self._api = "/v1/messages" if messages else "/v1/"
+        self._stream = stream
         self._parser = EventParser(sys.maxsize, strict=False)  # of the events that are looked at
         self._finished: set[str] = set()  # indexes of choices
-        self._rest = bytearray(b"\n")  # what came behind the last blank line, and its own end
-        self._passed = 0  # bytes of the event that is not whole that the client has
+        self._cutter = EventCutter()
         self._length: str | None = None  # as upstream's head says
         self._framed = True  # the body ends where HTTP says, or where the connection does, as well
         self._is_open = False  # the client has a head of ours for a stream, and nothing of upstream's
 
     def ping(self) -> bytes:
-        if self._passed:
+        if self._cutter.passed:
             return b""
         self._is_open = self._is_open or self._label == self._form == _UNTOLD
         return encode_event('{"type": "ping"}', "ping") if self._api == "/v1/messages" else PING
@@ -1199,12 +1242,13 @@ class PassedAnswer(Answer):
         self._pass(body, out)
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
-        if body[-2:] == b"\n\n" and len(self._rest) == 1:  # mostly, whole events come, and nothing is held
+        cutter = self._cutter
+        if body[-2:] == b"\n\n" and not cutter.rest:  # mostly, whole events come, and nothing is held
             data = body if self._just_goes_on(body) else self._look_through(body, 0)
         else:
-            passed, block = self._passed, self._whole_events(body)
+            passed, block = cutter.passed, cutter.feed(body)
             data = block[passed:] if self._just_goes_on(block) else self._look_through(block, passed)
-            data += self._unfinished(0 if block else passed)
+            data += cutter.pass_on(0 if block else passed)
         if data:
             self.pieces += 1
             self.size += len(data)
@@ -1216,33 +1260,10 @@ class PassedAnswer(Answer):
         self.life += count
         return count
 
-    def _unfinished(self, passed: int) -> bytes:
-        """Return what may pass of the event that is not whole, of which the client has passed bytes."""
-        size, data = len(self._rest), b""
-        if size > MAX_EVENT_SIZE or (size < 256 and self._QUIET.fullmatch(self._rest, 1)):
-            data, passed = bytes(memoryview(self._rest)[passed + 1 :]), size - 1
-        if size > MAX_EVENT_SIZE:
-            del self._rest[1024:-4]  # its type, which comes first, is all that is looked at then
-            passed = len(self._rest) - 1
-        self._passed = passed
-        return data
-
-    def _whole_events(self, body: bytes) -> bytes:
-        """Return the events that body completes."""
-        begin = max(0, len(self._rest) - 2)
-        self._rest += body
-        end = max(self._rest.rfind(blank, begin) + len(blank) for blank in (b"\n\n", b"\n\r\n", b"\r\r"))
-        if end <= 2:  # of one that was not found
-            return b""
-        block = bytes(memoryview(self._rest)[1:end])
-        del self._rest[: end - 1]
-        return block
-
     def _look_through(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""
-        events = self._EVENT.findall(block) if b"\r" in block else [x + b"\n\n" for x in block.split(b"\n\n")[:-1]]
         out = []
-        for event in events:
+        for event in self._EVENT.findall(block):
             out.append(self._take_piece(event, passed))
             passed = 0
         return b"".join(out)
@@ -1273,22 +1294,14 @@ class PassedAnswer(Answer):
         return True
 
     def _take_event(self, event: Event) -> None:
-        data = event.data.strip()
-        match = self._TYPE.match(data) if event.type in ("message", "") else None
-        type = match[1] if match else event.type
-        if data == "[DONE]" or type in self._LAST_TYPES:
-            if self.failure is None:
-                self.state = self.ENDING
-            payload = {}
-            with contextlib.suppress(Garbled):
-                payload = load_payload(data)
-        elif self._DULL_TYPES.search(type):
-            return
-        else:
-            try:
-                payload = parse_event(event)
-            except Garbled:  # which is for the client to see
-                return
+        payload: Any = {}
+        ends = event.data.strip() == "[DONE]" or event.type in self._LAST_TYPES
+        with contextlib.suppress(Garbled):  # what is not as it should be is for the client to see
+            payload = load_event(event)
+            ends = ends or (isinstance(payload, dict) and payload.get("type") in self._LAST_TYPES)
+            payload = payload if ends else check_payload(payload, event.type)
+        if ends and self.failure is None:
+            self.state = self.ENDING
         self._take_payload(payload)
 
     def _take_payload(self, payload: object) -> None:
@@ -1311,30 +1324,32 @@ class PassedAnswer(Answer):
     def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
         if self._form == _EVENTS:
             self._finish_events(out)
+        elif self._form == _UNTOLD and self._label == _EVENTS:
+            self._pass(bytes(self._held), out)
         elif cut:
             raise cut
-        elif self._form == _DOCUMENT or (self._framed and self._label != _EVENTS):
-            document = bytes(self._held)
-            if self._form == _DOCUMENT:
-                document = self._take_document(document)
-            if self._form != _OTHER and self.status != 204:
+        elif self._form == _DOCUMENT or self._framed:
+            document = self._take_document(bytes(self._held), out) if self._form == _DOCUMENT else bytes(self._held)
+            if self._form != _OTHER:
                 self.fields["Content-Length"] = str(len(document))
             self._pass(document, out)
             self.state = self.SETTLED
 
     def _finish_events(self, out: list[bytes]) -> None:
         """Take the event that the body ended in: it counts if it is whole, though no blank line came."""
-        rest = bytes(memoryview(self._rest)[1:])
+        rest = bytes(self._cutter.rest)
         for event in self._parser.feed(rest) + self._parser.close():
             with contextlib.suppress(Garbled):
-                if event.data.strip() != "[DONE]":
-                    load_payload(event.data)
-                self._is_harmless(event)
-        self._pass(conceal_bytes(rest[self._passed :], self._redact), out)
+                if event.type not in self._LAST_TYPES or load_payload(event.data):
+                    self._is_harmless(event)
+        self._pass(conceal_bytes(rest[self._cutter.passed :], self._redact), out)
 
-    def _take_document(self, document: bytes) -> bytes:
-        """Return a JSON document as the client is to have it.  Raises UpstreamError where it is cut."""
-        if len(document) > MAX_SKIMMED and self._framed:
+    def _take_document(self, document: bytes, out: list[bytes]) -> bytes:
+        """Return a JSON document as the client is to have it.
+
+        Raises UpstreamError where it is cut, or an error although a stream was asked for.
+        """
+        if len(document) > MAX_SKIMMED and self._framed and document.find(b'"error', 0, 2048) < 0:
             ends = self._SKIMMED.findall(document[:2048] + document[-2048:])
             self._note({name.decode(): load_payload(value.decode("utf-8", "replace")) for name, value in ends})
             return document
@@ -1346,10 +1361,22 @@ class PassedAnswer(Answer):
             raise UpstreamError("Upstream ended before the end of its answer.", ending="truncated") from None
         with contextlib.suppress(UpstreamError):  # which the document tells
             self._take_payload(payload)
-        if self._is_open:
+        try:
             check_payload(payload)
+        except Garbled:
+            pass
+        except UpstreamError as error:
+            document = conceal_bytes(document, self._redact)
+            if self._label == _EVENTS:  # its head has left
+                self._pass(document, out)
+            elif self._stream:
+                error.document = document
+            else:
+                return document
+            raise
+        if self._is_open:
             raise UpstreamError("Upstream sent a document where a stream was asked for.")
-        return document if find_error(payload) is None else conceal_bytes(document, self._redact)
+        return document
 
 
 # Fields of upstream's head that are for the client to see, their names in lower case.
@@ -2856,20 +2883,19 @@ class Loop:
                     watched[1](events)
                 except Exception as error:  # noqa: BLE001
                     self._on_fault(watched[1], error)
-        for _ in range(len(self._posts)):  # what these post is for the next turn: other streams come first
-            self._call(self._posts.popleft())
-        for _ in range(min(len(self._begun), MAX_BEGINNINGS)):
-            self._call(self._begun.popleft())
-        while len(ready) < MAX_READY and self._alarms and self._alarms[0][0] <= self.now:
-            when, _, alarm = heapq.heappop(self._alarms)
-            if alarm.at == when:
-                alarm.at = math.inf
-                if alarm.call:
-                    self._call(alarm.call)
+        if self._posts:
+            for _ in range(len(self._posts)):  # what these post is for the next turn: other streams come first
+                self._call(self._posts.popleft())
+        if self._begun:
+            for _ in range(min(len(self._begun), MAX_BEGINNINGS)):
+                self._call(self._begun.popleft())
+        if self._alarms and self._alarms[0][0] <= self.now and len(ready) < MAX_READY:
+            self._ring()
 
     def _poll(self, timeout: float) -> list[tuple[int, int]]:
         if self._alarms:
-            timeout = min(timeout, max(0.0, self._alarms[0][0] - self.clock()))
+            due = self._alarms[0][0] - self.clock()
+            timeout = due if 0 < due < timeout else timeout if due > 0 else 0
         self._asleep = True  # from here on, a post rings the bell; those before are seen here
         ready: list[tuple[int, int]] = self._epoll.poll(0 if self._posts or self._begun else timeout, MAX_READY)
         self._asleep = False
@@ -2879,6 +2905,15 @@ class Loop:
             # comes before the clocks, or streams that are well would be too late.
             ready = self._epoll.poll(0, MAX_READY)
         return ready
+
+    def _ring(self) -> None:
+        """Have the alarms go off whose time has come."""
+        while self._alarms and self._alarms[0][0] <= self.now:
+            when, _, alarm = heapq.heappop(self._alarms)
+            if alarm.at == when:
+                alarm.at = math.inf
+                if alarm.call:
+                    self._call(alarm.call)
 
     def _run(self) -> None:
         while self._running:
@@ -3981,13 +4016,14 @@ class Resolver:
 
     def _wait(self, address: tuple[str, int], deadline: Deadline) -> list[Any]:
         news: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        deadline.lifeline.hold(news, functools.partial(news.put, (ConnectionAbortedError, (errno.ECONNABORTED, "cut"))))
+        with self._lock:
+            is_first = address not in self._waiting
+            self._waiting.setdefault(address, set()).add(news)
         try:
-            with self._lock:
-                is_first = address not in self._waiting
-                self._waiting.setdefault(address, set()).add(news)
             if is_first:
                 self._start(address)
+            cut = ConnectionAbortedError, (errno.ECONNABORTED, "cut")
+            deadline.lifeline.hold(news, functools.partial(news.put, cut))
             found = news.get(timeout=deadline.left())
         except queue.Empty:
             raise socket.timeout("timed out") from None
@@ -4149,6 +4185,23 @@ class Connection:
         self.sock.close()
 
 
+class Trust:
+    """Whom to trust over TLS, and what was agreed with whom, to be resumed on the next connection."""
+
+    def __init__(self, ca_file: str) -> None:
+        """Raises SettingsError for certificates that cannot be read."""
+        try:
+            self.context = ssl.create_default_context(cafile=ca_file or None)
+        except OSError:
+            raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {ca_file!r}") from None
+        self.context.set_alpn_protocols(["http/1.1"])
+        # Set by Python 3.11.2, for one: it takes a connection that is cut for one that is closed (CPython gh-95494).
+        self.context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+        # As in Go: while keys are negotiated anew, to write would have to wait for what is to be read.
+        self.context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+        self.sessions: dict[str, ssl.SSLSession | None] = {}  # by host; None: it gives none that can be resumed
+
+
 class TlsConnection(Connection):
     """TLS over another connection, which may be one of TLS, to a proxy.
 
@@ -4156,20 +4209,17 @@ class TlsConnection(Connection):
     learns nothing from a socket of what was taken from it, so that all of it is decrypted at once.
     """
 
-    def __init__(
-        self, inner: Connection, context: ssl.SSLContext, host: str, sessions: collections.deque[ssl.SSLSession]
-    ) -> None:
-        """sessions: those to resume, the newest last; this connection's is added.  Raises ValueError for a bad name."""
+    def __init__(self, inner: Connection, trust: Trust, host: str) -> None:
+        """Raises ValueError for a name that cannot be one."""
         super().__init__(inner.sock, inner.key)
         self._inner = inner
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        session = None
-        with contextlib.suppress(IndexError):
-            session = sessions.pop()
-            if not sessions:  # one is for one connection (RFC 8446 appendix C.4), but better that than none
-                sessions.append(session)
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host, session=session)
-        self._sessions: collections.deque[ssl.SSLSession] | None = sessions  # until it is there
+        self._trust, self._host = trust, host
+        self._offered = trust.sessions.get(host)
+        self._tls = trust.context.wrap_bio(
+            self._incoming, self._outgoing, server_hostname=host, session=self._offered
+        )
+        self._is_new = True
 
     def handshake(self, deadline: Deadline, data: bytes = b"") -> None:
         """Blocks until it is done.  data: what has come.  Raises OSError."""
@@ -4201,9 +4251,9 @@ class TlsConnection(Connection):
         if plain:
             if self._incoming.pending:
                 plain = self._read_on(plain)
-            if self._sessions is not None:  # a session of TLS 1.3 comes after the handshake
+            if self._is_new:
                 self._keep_session()
-        if self._outgoing.pending:  # the answer to an update of keys, or to a bad record
+        if self._outgoing.pending:  # an alert
             with contextlib.suppress(OSError):
                 self._push()
         return plain
@@ -4235,38 +4285,45 @@ class TlsConnection(Connection):
 
     def _decrypt(self) -> bytes | None:
         try:
-            return self._tls.read(READ_SIZE)
+            plain = self._tls.read(READ_SIZE)
         except ssl.SSLWantReadError:
             return None
         except OSError:
             self.broken = True
-            return b""
+            plain = b""
+        if not plain:  # TLS has ended, maybe not what is below: a selector sees this end behind the last text, too
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RD)
+        return plain
 
     def _read_on(self, plain: bytes) -> bytes:
         """Decrypt the records behind the first."""
         pieces = [plain]
-        while self._incoming.pending:
-            more = self._decrypt()
-            if not more:
-                if more is not None:  # TLS has ended, maybe not the connection: a selector has to see it
-                    with contextlib.suppress(OSError):
-                        self.sock.shutdown(socket.SHUT_RD)
-                break
-            pieces.append(more)
+        while self._incoming.pending and pieces[-1]:
+            pieces.append(self._decrypt() or b"")
         return b"".join(pieces)
 
     def _keep_session(self) -> None:
-        sessions, self._sessions = self._sessions, None
-        if sessions is not None and self._tls.session:
-            sessions.append(self._tls.session)
+        """Keep the session for others, unless it was theirs, or one of them was quicker.
+
+        With the first data: in TLS 1.3 it comes after the handshake.  Its copy costs as much as a request, so one
+        is taken for many, though RFC 8446 appendix C.4 would have a new one for each.
+        """
+        self._is_new = False
+        sessions, offered = self._trust.sessions, self._offered
+        if self._host not in sessions or (offered and sessions[self._host] is offered and not self._tls.session_reused):
+            session = self._tls.session
+            sessions[self._host] = session if session and session.id else None
 
 
 def receive(connection: Connection, deadline: Deadline) -> bytes:
-    """Return what comes next on a connection; b"" at its end.  Blocks.  Raises socket.timeout."""
+    """Return what comes next on a connection; b"" at its end.  Blocks.  Raises OSError."""
     data = connection.read()
     while data is None:
         deadline.wait([connection.sock], selectors.EVENT_READ)
         data = connection.read()
+    if connection.broken:
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
     return data
 
 
@@ -4324,16 +4381,9 @@ class DialHandler(urllib.request.BaseHandler):
         """Raises SettingsError for certificates that cannot be read."""
         self._target = target
         self._resolver = Resolver()
-        self._sessions: dict[str, collections.deque[ssl.SSLSession]] = collections.defaultdict(
-            functools.partial(collections.deque, maxlen=MAX_SESSIONS)
-        )
         # Made only where it is needed: reading the system's certificates takes time and memory.
-        self._context: ssl.SSLContext | None = None
-        if "https" in (target.scheme, target.proxy and target.proxy.scheme):
-            try:
-                self._context = _make_context(ca_file)
-            except OSError:
-                raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {ca_file!r}") from None
+        needs_trust = "https" in (target.scheme, target.proxy and target.proxy.scheme)
+        self._trust = Trust(ca_file) if needs_trust else None
 
     def add_parent(self, parent: object) -> None:
         """The parent holds this: no cycle."""
@@ -4362,20 +4412,10 @@ class DialHandler(urllib.request.BaseHandler):
     https_open = http_open
 
     def _secure(self, inner: Connection, host: str, deadline: Deadline, data: bytes = b"") -> TlsConnection:
-        assert self._context
-        connection = TlsConnection(inner, self._context, host, self._sessions[host])
+        assert self._trust
+        connection = TlsConnection(inner, self._trust, host)
         connection.handshake(deadline, data)
         return connection
-
-
-def _make_context(ca_file: str) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=ca_file or None)
-    context.set_alpn_protocols(["http/1.1"])
-    # Set by Python 3.11.2, for one: it takes a connection that is cut for one that is closed (CPython gh-95494).
-    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-    # As in Go: while keys are negotiated anew, to write would have to wait for what is to be read.
-    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    return context
 
 
 class Upstream:
@@ -4400,14 +4440,17 @@ class Upstream:
 
         Blocks until it is there, its time is over, or lifeline is cut.  Raises UpstreamError.
         """
-        request = urllib.request.Request(self.target.url)
-        request.deadline = Deadline(lifeline, self._timeout)  # type: ignore[attr-defined]
         try:
-            return self._opener.open(request)  # type: ignore[no-any-return]
+            return self._open(Deadline(lifeline, self._timeout))
         except (OSError, ValueError) as error:  # the last for a name like a..b
             reason = str(error) if isinstance(error, Refused) else reason_of(error)
             status = 504 if isinstance(error, socket.timeout) else 502
         raise UpstreamError(f"Upstream cannot be reached: {reason}.", status)  # here: it keeps no frames of error's
+
+    def _open(self, deadline: Deadline) -> Connection:
+        request = urllib.request.Request(self.target.url)
+        request.deadline = deadline  # type: ignore[attr-defined]
+        return self._opener.open(request)  # type: ignore[no-any-return]
 
 
 class Spare:
@@ -4588,7 +4631,8 @@ class Source:
 
     def conclude(self) -> None:
         """Wait no longer for what follows the last event: the answer is what it is."""
-        self._pass(self.answer, self.answer.close(None), False)
+        self.stream.record.append(self.answer.close(None))
+        self._conclude(self.answer)
 
     def late(self) -> UpstreamError:
         """Return the failure for a state that has lasted too long."""
@@ -4693,34 +4737,44 @@ class Source:
         """Pass on what data adds to the answer; closed: it is the last of the connection."""
         answer, life = self.answer, self.answer.life
         out = answer.feed(body.feed(data))
-        if body.complete:
-            out += answer.close(None)
-        elif body.broken:
-            out += answer.close(Garbled("Upstream broke the chunked coding of its answer."))
-        elif closed:
-            out += answer.close(UpstreamError("Upstream closed the connection within its answer.", ending="truncated"))
-        self._pass(answer, out, answer.life != life)
-
-    def _pass(self, answer: Answer, out: bytes, alive: bool) -> None:
-        """Pass on what an answer has become; alive: it was seen that upstream is."""
+        if body.complete or body.broken or closed:
+            out += answer.close(self._cut(body))
         stream = self.stream
         if out:
             stream.record.append(out)
+        if answer.state == Answer.DONE or answer.failure:
+            self._conclude(answer)
+        elif out:
             if stream.first_text_at is None and answer.pieces:
                 stream.first_text_at = self.hub.loop.now
-        if answer.state == answer.DONE:
+            stream.viewer.more()
+            if stream.viewer.client.pending:
+                self.watch()
+        if answer.life != life and self.state != self.OVER:
+            self.since = self.hub.loop.now
+            if self.state < self.FLOWING or (self.state == self.ENDING) != (answer.state == Answer.ENDING):
+                self._flow(answer)
+
+    @staticmethod
+    def _cut(body: BodyDecoder) -> UpstreamError | None:
+        """What is wrong with the end of a body."""
+        if body.complete:
+            return None
+        if body.broken:
+            return Garbled("Upstream broke the chunked coding of its answer.")
+        return UpstreamError("Upstream closed the connection within its answer.", ending="truncated")
+
+    def _conclude(self, answer: Answer) -> None:
+        """End the stream with an answer that is done, or that failed and of which nothing more passes."""
+        stream = self.stream
+        if stream.first_text_at is None and answer.pieces:
+            stream.first_text_at = self.hub.loop.now
+        if answer.state == Answer.DONE:
             stream.complete()
             return
-        if out:
-            stream.viewer.more()
-            if stream.viewer.blocked:
-                self.watch()
-        if answer.failure and answer.state != answer.ENDING:
+        stream.viewer.more()
+        if answer.failure and answer.state != Answer.ENDING:
             stream.fail(answer.failure)
-        elif alive:
-            self.since = self.hub.loop.now
-            if self.state < self.FLOWING or (self.state == self.ENDING) != (answer.state == answer.ENDING):
-                self._flow(answer)
 
     def _flow(self, answer: Answer) -> None:
         if answer.state == answer.ENDING:
@@ -5451,6 +5505,9 @@ function addReasoning(message) {
   return add(details, "p", "text", "");
 }
 
+// What is said of answers that did not end by themselves.
+const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."};
+
 // The events of an event stream, wherever its bytes were cut on the way.
 async function* readEvents(body) {
   const reader = body.getReader(), decoder = new TextDecoder();
@@ -5487,7 +5544,7 @@ async function ask(question) {
       if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
       if (type === "error") error = data.error;
       if (type === "done") error = "";
-      note = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."}[data.finish_reason] || note;
+      note = ENDINGS[data.finish_reason] || note;
     }
   } catch {}   // a lost connection or a body that is not JSON: error already says it
   if (controller.signal.aborted) [error, note] = ["", "Stopped."];

@@ -426,6 +426,55 @@ def test_parser_limit_is_for_one_event_not_for_the_stream() -> None:
         assert parser.feed(b": comment\n\ndata: " + b"x" * 90 + b"\n\n") == [message("x" * 90)]
 
 
+STRAYS = {
+    "field": (b"error: x\n\n", [message("x", "error")]), "field behind data": (b"data: a\nerror: x\n\n", [message("a\nx", "error")]),
+    "bare lines": (b'{"a":\n1}\n\n', [message('{"a":\n1}', "")]), "no field": (b"x: y\n\ndata: a\n\n", [message("x: y", ""), message("a")]),
+    "before the data of its block": (b"data: [DONE]\n{}\n\n", [message("{}", ""), message("[DONE]")]), "event without data": (b"event: error\n\n", [message("", "error")]),
+    "fields of the standard": (b": a\nid: \0\nretry: x\nevent: b\nid\n\n", []), "at the end": (b"{}", [message("{}", "")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRAYS)
+def test_parser_gives_what_is_no_field_where_it_is_not_strict(name: str) -> None:
+    data, expected = STRAYS[name]
+    for parts in cuts(data):
+        parser = streamproxy.EventParser(strict=False)
+        assert [event for part in parts for event in parser.feed(part)] + parser.close() == expected
+    strict = streamproxy.EventParser()
+    assert all(event.type in ("message", "b") for event in strict.feed(data) + strict.close())
+    with pytest.raises(streamproxy.Garbled):
+        for _ in range(100):
+            streamproxy.EventParser(max_event_size=100, strict=False).feed(b"{}\n" * 60)
+
+
+def test_parser_counts_comments_and_blank_lines_as_signs_of_life() -> None:
+    parser = streamproxy.EventParser()
+    parser.feed(b": a\n\n:\ndata: b\n\nretry: 3\n\n\n")
+    assert parser.idle == 5
+
+
+@pytest.mark.parametrize("stream", [b"data: a\n\n: c\n\n", b"data: a\r\n\r\nevent: b\r\ndata: c\r\n\r\n", b"data: a\r\rdata: b\r\r", b"\n\n\ndata: a\n\n\n"])
+def test_cutter_gives_all_bytes_and_each_event_when_it_is_whole(stream: bytes) -> None:
+    for parts in cuts(stream):
+        cutter, events = streamproxy.EventCutter(), b""
+        for part in parts:
+            events += cutter.feed(part)
+            assert not cutter.rest or not re.search(rb"\n\n|\n\r\n|\r\r", cutter.rest[:-1])
+        assert events + cutter.rest == stream
+
+
+@pytest.mark.parametrize(("rest", "passes"), [
+    (b"event: x\n", True), (b"event: x\r\nid: 3\r\n", True), (b": comm", True), (b"data: {", True), (b"data: {\"err", False), (b"event: x\ndata: abc", False),
+    (b'{"error": 1', False), (b"error: sk-x", False), (b"d", True),
+])  # fmt: skip
+def test_cutter_passes_on_what_says_nothing_yet(rest: bytes, passes: bool) -> None:
+    cutter = streamproxy.EventCutter()
+    assert cutter.feed(rest) == b"" and cutter.pass_on(0) == (rest if passes else b"")
+    assert cutter.passed == (len(rest) if passes else 0)
+    if passes:
+        assert cutter.feed(b"\n\n" if rest.startswith(b"d") else b"z\n\n") and cutter.pass_on(0) == b""
+
+
 @pytest.mark.parametrize("data", ["", "a", "a\nb", "a\r\nb", "a\rb", "\n", "data: x\n\nevent: y", " a", "ä👋"])
 def test_encoded_event_parses_back(data: str) -> None:
     encoded = streamproxy.encode_event(data, "kind", "7")
@@ -481,6 +530,36 @@ def test_chunked_strict_grammar(name: str) -> None:
         decoder = streamproxy.ChunkedDecoder()
         assert b"".join(map(decoder.feed, parts)).startswith(b"ok")  # what came before still counts
         assert decoder.broken and not decoder.complete
+
+
+@pytest.mark.parametrize(("wire", "strict"), [
+    (b"1 \r\na\r\n0\r\n\r\n", False), (b"1\t \r\na\r\n0 \r\n\r\n", False), (b"0" * 30 + b"1\r\na\r\n000\r\n\r\n", False), (b"1;x=y \r\na\r\n0\r\n\r\n", False),
+    (b"1\r\na\r\n0\r\nTrailer : x\r\n\r\n", False), (b"01\r\na\r\n00\r\n\r\n", True), (b"0" * 30 + b" \r\n\r\n", False),
+])  # fmt: skip
+def test_chunked_from_upstream_zeros_and_blanks_are_harmless(wire: bytes, strict: bool) -> None:
+    for parts in cuts(wire):
+        decoder = streamproxy.ChunkedDecoder(lenient=True)
+        assert b"".join(map(decoder.feed, parts)) == (b"a" if b"a" in wire else b"") and decoder.complete and not decoder.broken
+        decoder = streamproxy.ChunkedDecoder()
+        _ = [decoder.feed(part) for part in parts]
+        assert decoder.complete == strict
+
+
+@pytest.mark.parametrize("wire", [b" 1\r\na\r\n", b"+1\r\na\r\n", b"0x1\r\na\r\n", b"1 1\r\na\r\n", b"\r\na\r\n", b"1\r\na \r\n", b" \r\n", b"1\x0b\r\na\r\n"])
+def test_chunked_from_upstream_other_faults_are_faults(wire: bytes) -> None:
+    decoder = streamproxy.ChunkedDecoder(lenient=True)
+    decoder.feed(wire)
+    assert decoder.broken
+
+
+def test_head_of_upstream_may_have_blanks_before_a_colon() -> None:
+    data = b"HTTP/1.1 200 OK\r\nContent-Type : a\r\nX\t: b:c\r\n\r\nrest"
+    assert streamproxy.parse_answer_head(data) == (200, {"content-type": "a", "x": "b:c"}, b"rest")
+    for bad in (b"HTTP/1.1 200 OK\r\n A: b\r\n\r\n", b"HTTP/1.1 200 OK\r\nA b: c\r\n\r\n", b"HTTP/1.1 200 OK\r\n : c\r\n\r\n"):
+        with pytest.raises(ValueError, match="grammar"):
+            streamproxy.parse_answer_head(bad)
+    with pytest.raises(ValueError, match="grammar"):
+        streamproxy.parse_head(b"GET / HTTP/1.1\r\nHost : a")
 
 
 def test_chunk_of_no_data_is_nothing_since_it_would_end_the_body() -> None:
@@ -595,6 +674,685 @@ def test_answer_as_events_of_our_own() -> None:
     assert (answer.pieces, answer.size) == (2, 4)
 
 
+def passed_to(*parts: bytes, label: str = "text/event-stream", status: int = 200, **options: Any) -> tuple[Any, bytes]:
+    """A PassedAnswer after parts and the end of the body, and all that the client has of it."""
+    fields = {"content-type": label, "transfer-encoding": "chunked", **options.pop("fields", {})}
+    answer = streamproxy.PassedAnswer(**options).start(status, {name: value for name, value in fields.items() if value})
+    out = b"".join(map(answer.feed, parts))
+    return answer, out + answer.close(None)
+
+
+def stray(payload: object) -> bytes:
+    return json.dumps(payload).encode() + b"\n\n"
+
+
+def choice(**members: object) -> bytes:
+    return event({"choices": [{"index": 0, **members}]})
+
+
+# What servers send to say that they failed, after a status of 200.
+ERRORS_IN_STREAMS = {
+    "OpenAI": event({"error": {"message": "Sorry", "type": "server_error", "param": None, "code": None}}),
+    "string": event({"error": "Sorry"}),
+    "event: error": b'event: error\ndata: {"message": "Sorry"}\n\n',
+    "event: error of text": b"event: error\ndata: Sorry\n\n",
+    "event: error of nothing": b"event: error\n\n",
+    "event: error, its type last": b'data: {"message": "Sorry"}\nevent: error\n\n',
+    "Bedrock's exception": b'event: modelStreamErrorException\ndata: {"message": "Sorry"}\n\n',
+    "Anthropic": event({"type": "error", "error": {"type": "overloaded_error", "message": "Sorry"}}),
+    "Responses": event({"type": "error", "code": "server_error", "message": "Sorry", "param": None}),
+    "DashScope": b'event:error\n:HTTP_STATUS/400\ndata:{"code": "InvalidParameter", "message": "Sorry"}\n\n',
+    "vLLM": event({"object": "error", "message": "Sorry", "type": "BadRequestError", "code": 400}),
+    "flat, typed": event({"message": "Sorry", "type": "invalid_request_error"}),
+    "llama.cpp's field": b'error: {"code": 500, "message": "Sorry", "type": "server_error"}\n\n',
+    "field of text": b"error: Sorry\n\n",
+    "field without a blank": b'error:{"message": "Sorry"}\r\n\r\n',
+    "field, [DONE] in the same block": b'error: {"message": "Sorry"}\ndata: [DONE]\n\n',
+    "bare JSON": stray({"error": {"message": "Sorry"}}),
+    "bare JSON, [DONE] in the same block": b'{"error": "Sorry"}\ndata: [DONE]\n\n',
+    "bare JSON over lines": json.dumps({"error": {"message": "Sorry"}}, indent=2).encode() + b"\n\n",
+    "bare FastAPI": stray({"detail": "Sorry"}),
+    "FastChat": event({"text": "Sorry", "error_code": 50001}),
+    "Baidu": event({"error_code": 336003, "error_msg": "Sorry"}),
+    "errorMessage": event({"errorMessage": "Sorry", "errorType": "Runtime"}),
+    "error_message": event({"error_message": "Sorry"}),
+    "err_msg": event({"err_code": 7, "err_msg": "Sorry"}),
+    "code and msg": event({"code": 1211, "msg": "Sorry"}),
+    "code in words and message": event({"code": "InvalidParameter", "message": "Sorry", "request_id": "x"}),
+    "status and message": event({"status": "error", "message": "Sorry"}),
+    "Spring": event({"timestamp": "x", "status": 500, "error": "Internal Server Error", "message": "Sorry"}),
+    "NestJS": event({"statusCode": 400, "message": ["Sorry"], "error": "Bad Request"}),
+    "problem+json": event({"type": "about:blank", "title": "Bad", "status": 402, "detail": "Sorry"}),
+    "gateway": event({"message": "Sorry"}),
+    "AWS": event({"Message": "Sorry", "__type": "com.amazon#Throttling"}),
+    "Dify": event({"event": "error", "status": 400, "code": "invalid_param", "message": "Sorry"}),
+    "FastAPI": event({"detail": "Sorry"}),
+    "FastAPI's list": event({"detail": [{"loc": ["body", "x"], "msg": "Sorry", "type": "missing"}]}),
+    "success is false": event({"success": False, "errors": [{"code": 5007, "message": "Sorry"}], "messages": []}),
+    "errors": event({"errors": ["Sorry"]}),
+    "Gemini's array": event([{"error": {"code": 500, "message": "Sorry", "status": "INTERNAL"}}]),
+    "array, later": event([{}, {"error": "Sorry"}]),
+    "no choices": event({"id": "x", "object": "chat.completion.chunk", "choices": [], "error": {"message": "Sorry"}}),
+    "null choices": event({"choices": None, "base_resp": {"status_code": 1008, "status_msg": "Sorry"}}),
+    "beside choices": event({"choices": [{"index": 0, "delta": {}, "finish_reason": None}], "error": {"message": "Sorry"}}),
+    "within the choice": choice(delta={}, error={"code": 502, "message": "Sorry"}, finish_reason="error"),
+    "within the choice that goes on": choice(delta={}, finish_reason=None, error={"message": "Sorry"}),
+    "within the delta": choice(delta={"content": "", "error": "Sorry"}, finish_reason=None),
+    "Groq": event({"choices": [{"index": 0, "delta": {}, "finish_reason": None}], "x_groq": {"id": "r", "error": "Sorry"}}),
+    "vendor's member alone": event({"data": {"error": {"message": "Sorry"}}}),
+    "Tencent": event({"Response": {"Error": {"Code": "AuthFailure", "Message": "Sorry"}, "RequestId": "x"}}),
+    "true": event({"error": True, "message": "Sorry"}),
+    "number": event({"error": 500, "message": "Sorry"}),
+    "text in data": b"data: Error: Sorry\n\n",
+    "in brackets": b"data: [ERROR] Sorry\n\n",
+    "type of a class": b"data: InternalServerError: Sorry\n\n",
+}  # fmt: skip
+WORDLESS = ("event: error of nothing",)
+
+
+@pytest.mark.parametrize("name", ERRORS_IN_STREAMS)
+def test_error_in_any_clothes_is_a_failure_in_upstream_s_words_and_in_v1_cut_behind_all_bytes(name: str) -> None:
+    wrong = ERRORS_IN_STREAMS[name]
+    for before, after in ((b"", DONE), (delta("a"), b""), (delta("a"), STOP + DONE), (delta("a", "stop"), DONE)):
+        for answer in (streamproxy.TextAnswer(), streamproxy.EventAnswer("id")):
+            answer, out = answer_to(before, wrong, after, answer=answer)
+            assert answer.failure and answer.state != answer.DONE and (b"a" in out) == bool(before)
+            assert "Sorry" in answer.failure.message or name in WORDLESS, answer.failure.message
+            assert "Sorry" not in answer.failure.logged
+        for parts in ((before, wrong, after), (before + wrong + after,), (ROLE + before, wrong + after)):
+            answer, out = passed_to(*parts)
+            assert answer.failure and answer.state != answer.DONE
+            assert out == b"".join(parts)
+
+
+@pytest.mark.parametrize("name", ERRORS_IN_STREAMS)
+def test_error_in_any_clothes_is_one_however_it_is_cut(name: str) -> None:
+    stream = delta("a") + ERRORS_IN_STREAMS[name] + DONE
+    for parts in cuts(stream):
+        answer, out = answer_to(*parts)
+        assert (out, bool(answer.failure)) == (b"a", True)
+        answer, out = passed_to(*parts)
+        assert (out, bool(answer.failure)) == (stream, True)
+
+
+@pytest.mark.parametrize("name", [name for name in ERRORS_IN_STREAMS if "of text" not in name])
+def test_error_in_any_clothes_is_heard_without_its_blank_line(name: str) -> None:
+    wrong = ERRORS_IN_STREAMS[name].rstrip(b"\r\n")
+    for answer, _ in (answer_to(delta("a"), wrong), passed_to(delta("a"), wrong)):
+        assert answer.failure and answer.failure.ending == "error"
+
+
+GOOD = {"index": 0, "delta": {"content": "x"}, "finish_reason": None}
+# What looks like an error and is none; each says "x", or nothing.
+HARMLESS = {
+    **{f"error: {json.dumps(error)}": event({"error": error, "choices": [GOOD]}) for error in (
+        None, {}, "", [], False, 0, {"message": "", "code": None}, {"message": None, "type": "", "code": 0}, "null", "None",
+        {"code": 0, "message": "success"}, {"code": "0", "message": "ok"}, {"code": 200}, [{}], {"details": {}},
+    )},
+    "null error without choices": event({"id": "x", "object": "chat.completion.chunk", "error": None}),
+    "code and message of success": event({"choices": [GOOD], "code": 0, "message": "success", "error_code": 0, "error_msg": ""}),
+    "the same without choices": event({"code": 200, "msg": "success", "data": None}),
+    "base_resp": event({"choices": [GOOD], "base_resp": {"status_code": 0, "status_msg": "success"}}),
+    "error_code 0": event({"text": "", "error_code": 0, "error_msg": "Success!", "usage": {"total_tokens": 3}}),
+    "detail of usage": event({"choices": [], "usage": {"total_tokens": 3}, "detail": {"reasoning_tokens": 0}}),
+    "usage": event({"choices": [], "usage": {"total_tokens": 3, "completion_tokens_details": {"reasoning_tokens": 0}}}),
+    "Azure's first": event({"choices": [], "model": "", "prompt_filter_results": [{"content_filter_results": {"hate": {"filtered": False}}}]}),
+    "Azure's filter was down": choice(delta={"content": "x"}, content_filter_results={"error": {"code": "content_filter_error", "message": "The contents are not filtered"}}),
+    "Azure's filter of the prompt": event({"choices": [], "prompt_filter_results": {"error": {"code": "content_filter_error", "message": "no"}}}),
+    "errors are none": event({"choices": [], "success": True, "errors": [], "messages": ["fine"], "usage": None}),
+    "status": event({"status": "processing", "message": "Your request is queued", "progress": 3}),
+    "null detail": event({"choices": [GOOD], "detail": None}),
+    "logprobs": choice(delta={"content": "x"}, logprobs={"content": [{"token": "error", "logprob": -0.1}]}),
+    "NaN": b'data: {"choices": [{"delta": {"content": "x"}, "logprobs": {"x": [NaN, Infinity, -Infinity]}}]}\n\n',
+    "large number": b'data: {"created": 1e999, "choices": [{"delta": {"content": "x"}}], "seed": 123456789012345678901234567890}\n\n',
+    "ping": b'event: ping\ndata: {"type": "ping"}\n\n',
+    "ping of text": b"event: ping\ndata: 2026-01-01 error\n\n",
+    "ping of an error": b'event: ping\ndata: {"error": "no"}\n\n',
+    "typed ping": event({"type": "ping", "cost": "0"}),
+    "another's event": b"event: heartbeat\ndata: 17\n\nevent: x\ndata: not JSON\n\n",
+    "unknown field": b"foo: bar\n\nnonsense\n\n:\n\nretry: x\nid: 3\n\n",
+    "bare JSON": stray({"status": "alive"}),
+    "blank data": b"data:\n\ndata: \n\n",
+    "tool call": choice(delta={"tool_calls": [{"index": 0, "function": {"arguments": '{"error": {"message": "no"}}'}}]}),
+    "tool call named error": choice(delta={"tool_calls": [{"index": 0, "id": "error", "function": {"name": "error"}}]}),
+    "annotations": choice(delta={"content": "x", "annotations": [{"type": "error", "error": "no"}]}),
+    "role": choice(delta={"role": "error", "content": None}),
+    "queue": event({"object": "queue", "message": "2 before you"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_is_harmless_is_no_error(name: str) -> None:
+    for spaced in (HARMLESS[name], HARMLESS[name].replace(b'": ', b'":').replace(b', "', b',"')):
+        stream = delta("<") + spaced + delta(">") + STOP + DONE
+        answer, out = answer_to(*re.split(b"(?<=\n\n)", stream))
+        assert (answer.failure, answer.state, out.replace(b"x", b"")) == (None, answer.DONE, b"<>"), answer.failure
+        for parts in (re.split(b"(?<=\n\n)", stream), [stream]):
+            answer, out = passed_to(*parts)
+            assert (answer.failure, answer.state, out) == (None, answer.DONE, stream), answer.failure
+
+
+@pytest.mark.parametrize("text", [
+    '"error": {"message": "no"}', "event: error", "\n\nevent: error\ndata: x\n\n", '{"error": "x"}', "Error: x", "data: [DONE]",
+    '","finish_reason":"error"', '"choices":[{"error":"x"}]', "error: x", '"finish_reason":null', '\\"error\\": 1',
+])  # fmt: skip
+def test_a_model_may_talk_of_errors(text: str) -> None:
+    compact = json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": None}]}, separators=(",", ":")).encode()
+    for payload in (delta(text), delta(None, reasoning=text), choice(message={"content": text}), event(compact)):
+        stream = ROLE + payload + STOP + DONE
+        answer, out = answer_to(stream)
+        assert (answer.failure, out.decode()) == (None, "" if b"reasoning" in payload else text)
+        answer, out = passed_to(stream)
+        assert (answer.failure, answer.state, out) == (None, answer.DONE, stream)
+
+
+@pytest.mark.parametrize("reason", [
+    "error", "ERROR", "abort", "aborted", "insufficient_system_resource", "network_error", "failed", "cancelled", "timeout", "timed_out",
+    "engine_error", "server_error", "error_toxic", "interrupted", "MALFORMED_FUNCTION_CALL", {"type": "abort"},
+])  # fmt: skip
+def test_finish_reason_may_say_that_the_answer_failed(reason: Any) -> None:
+    for stream in (delta("a") + delta("b", reason), delta("a") + delta("b", reason) + DONE, delta("ab", "stop") + delta("", reason) + STOP):
+        for answer, out in (answer_to(stream), passed_to(stream)):
+            assert answer.failure and answer.failure.message.startswith("Upstream says that its answer failed (finish_reason ")
+            assert answer.state != answer.DONE and out in (b"ab", stream)
+
+
+@pytest.mark.parametrize("reason", ["", "null", "NULL", "none", None, False, {}, "FINISH_REASON_UNSPECIFIED"])
+def test_finish_reason_may_say_nothing(reason: Any) -> None:
+    for answer, _ in (answer_to(delta("a", reason)), passed_to(ROLE, delta("a", reason))):
+        assert answer.failure and answer.failure.ending == "truncated" and answer.state == answer.OPEN
+    for answer, _ in (answer_to(delta("a", reason), DONE), passed_to(ROLE, delta("a", reason), STOP)):
+        assert answer.state == answer.DONE and answer.finish_reason in (None, "stop")
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "content_filter", "tool_calls", "eos", "end_turn", "SAFETY", "sensitive", "x", "repetition"])
+def test_finish_reason_may_be_any_other_and_is_told(reason: str) -> None:
+    answer, out = answer_to(delta("a"), delta("", reason), answer=streamproxy.EventAnswer("id"))
+    assert json.loads(out.split(b"event: done\ndata: ")[1]) == {"finish_reason": reason, "usage": None}
+    assert (answer.state, answer.finish_reason) == (answer.DONE, reason)
+    assert passed_to(ROLE, delta("a", reason))[0].finish_reason == reason
+
+
+def test_finish_reason_may_come_early_or_in_every_chunk_and_what_follows_counts() -> None:
+    answer = streamproxy.TextAnswer()
+    assert answer.feed(choice(delta={"reasoning_content": "hm"}, finish_reason="stop")) == b""
+    assert answer.state == answer.SETTLED  # no text yet: it is not in a hurry
+    assert answer.feed(delta("a", "stop")) == b"a" and answer.state == answer.ENDING
+    life = answer.life
+    assert answer.feed(b": ping\n\n") == b"" and answer.life == life  # only an event starts the moment anew
+    assert answer.feed(delta("b", "stop")) == b"b" and answer.life > life
+    assert answer.close(None) == b"" and answer.state == answer.DONE
+
+
+# Where servers put text and reasoning: events, what is told.
+TEXT_ELSEWHERE = {
+    "other indexes": ([choice(delta={"reasoning_content": "r"}), event({"choices": [{"index": 1, "delta": {"content": "a"}}]}), event({"choices": [{"index": 2, "delta": {"content": "b"}}]}), STOP], "ab", "r"),
+    "index -1": ([event({"choices": [{"index": -1, "delta": {"content": "a"}, "finish_reason": "stop"}]})], "a", ""),
+    "two choices in one": ([event({"choices": [{"index": 0, "delta": {"content": "a"}}, {"index": 1, "delta": {"content": "b"}}]}), STOP], "ab", ""),
+    "refusal": ([delta(None, refusal="I cannot"), delta(None, refusal=" help."), STOP], "I cannot help.", ""),
+    "message in an event": ([choice(message={"role": "assistant", "content": "a"}, finish_reason="stop")], "a", ""),
+    "message with reasoning": ([choice(message={"content": "a", "reasoning_content": "r"}, finish_reason="stop")], "a", "r"),
+    "message behind deltas": ([delta("a"), delta("b"), choice(delta={}, message={"content": "ab"}, finish_reason="stop")], "ab", ""),
+    "message beside each delta": ([choice(delta={"content": t}, message={"content": all}) for t, all in (("a", "a"), ("b", "ab"))] + [STOP], "ab", ""),
+    "messages in pieces": ([choice(message={"content": "a"}), choice(message={"content": "b"}), STOP], "ab", ""),
+    "messages that grow": ([choice(message={"content": "a"}), choice(message={"content": "ab"}), choice(message={"content": "ab"}, finish_reason="stop")], "ab", ""),
+    "message of bare text": ([choice(message="a", finish_reason="stop")], "a", ""),
+    "completion": ([choice(text="a", finish_reason=None), choice(text="a", finish_reason="stop")], "aa", ""),
+    "output_text": ([delta([{"type": "output_text", "text": "a"}]), STOP], "a", ""),
+    "one part": ([delta({"type": "text", "text": "a"}), STOP], "a", ""),
+    "parts of text": ([delta(["a", {"text": "b"}]), STOP], "ab", ""),
+    "part of a refusal": ([delta([{"type": "refusal", "refusal": "a"}]), STOP], "a", ""),
+    "other parts": ([delta([{"type": "image_url", "image_url": {"url": "data:"}}, {"type": "text", "text": "a"}]), STOP], "a", ""),
+    "Mistral's thinking": ([delta([{"type": "thinking", "thinking": [{"type": "text", "text": "r"}]}, {"type": "text", "text": "a"}]), STOP], "a", "r"),
+    "Anthropic's thinking": ([delta([{"type": "thinking", "thinking": "r", "signature": "s"}]), delta("a"), STOP], "a", "r"),
+    "redacted thinking": ([delta([{"type": "redacted_thinking", "data": "x"}]), delta("a"), STOP], "a", ""),
+    "reasoning": ([delta("", reasoning="r"), delta("a"), STOP], "a", "r"),
+    "reasoning_content": ([delta(None, reasoning_content="r"), delta("a"), STOP], "a", "r"),
+    "reasoning_text": ([delta(None, reasoning_text="r"), delta("a"), STOP], "a", "r"),
+    "reasoning_details": ([delta("", reasoning_details=[{"type": "reasoning.text", "text": "r"}, {"type": "reasoning.encrypted", "data": "x"}]), delta("a"), STOP], "a", "r"),
+    "reasoning twice": ([delta("", reasoning="r", reasoning_details=[{"type": "reasoning.text", "text": "r"}]), delta("a"), STOP], "a", "r"),
+    "summary": ([delta("", reasoning_details=[{"type": "reasoning.summary", "summary": "r"}]), delta("a"), STOP], "a", "r"),
+    "LiteLLM's blocks": ([delta("", reasoning_content="r", thinking_blocks=[{"type": "thinking", "thinking": "r"}]), delta("a"), STOP], "a", "r"),
+    "thinking": ([delta("", thinking="r"), delta("a"), STOP], "a", "r"),
+    "bare JSON": ([stray({"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}), DONE], "a", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXT_ELSEWHERE)
+def test_answer_finds_text_and_reasoning_wherever_they_are(name: str) -> None:
+    events, text, reasoning = TEXT_ELSEWHERE[name]
+    for answer in (streamproxy.TextAnswer(), streamproxy.EventAnswer("id")):
+        answer, out = answer_to(ROLE, *events, answer=answer)
+        assert answer.state == answer.DONE and answer.finish_reason in ("stop", None)
+        if answer.pings:
+            told = streamproxy.EventParser().feed(out)[:-1]
+            out = "".join(json.loads(event.data)["text"] for event in told if event.type == "message").encode()
+            assert "".join(json.loads(event.data)["text"] for event in told if event.type == "reasoning") == reasoning
+        assert out.decode() == text
+
+
+def test_answer_takes_the_first_choice_where_several_were_asked_for() -> None:
+    answer = streamproxy.TextAnswer()
+    answer.choices = 2
+    second = event({"choices": [{"index": 1, "delta": {"content": "no"}, "finish_reason": "stop"}]})
+    assert answer_to(second, delta("a"), second, STOP, answer=answer)[1] == b"a"
+
+
+@pytest.mark.parametrize("payload", [
+    {"choices": [], "usage": {"total_tokens": 3}}, {"choices": [{"index": 0, "delta": {}, "usage": {"total_tokens": 3}}]},
+    {"choices": [], "x_groq": {"id": "x", "usage": {"total_tokens": 3}}}, {"choices": [{"delta": {}, "usage": {"total_tokens": 3}}], "usage": None},
+    {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": {"total_tokens": 3}},
+])  # fmt: skip
+def test_usage_stands_where_it_likes(payload: dict[str, Any]) -> None:
+    for answer, _ in (answer_to(delta("a"), event(payload), DONE), passed_to(ROLE, delta("a"), event(payload), DONE)):
+        assert answer.usage == {"total_tokens": 3} and answer.state == answer.DONE
+
+
+def typed(type: str, **members: object) -> bytes:
+    return event({"type": type, **members})
+
+
+RESPONSE = {"id": "r", "object": "response", "model": "m", "status": "completed", "error": None, "usage": {"total_tokens": 3}}
+TYPED_ENDS = {
+    "response.completed": typed("response.completed", response=RESPONSE), "response.cancelled": typed("response.cancelled", response={"status": "cancelled"}),
+    "response.incomplete": typed("response.incomplete", response={**RESPONSE, "status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}),
+    "response.failed": typed("response.failed", response={**RESPONSE, "status": "failed", "error": {"code": "server_error", "message": "x"}}),
+    "message_stop": typed("message_stop"), "type last": event({"response": RESPONSE, "type": "response.completed"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TYPED_ENDS)
+@pytest.mark.parametrize("done", [b"", DONE])
+@pytest.mark.parametrize("named", [b"", b"event: %b\n"])
+def test_typed_streams_are_whole_after_their_end_whether_the_type_is_in_the_json_alone(name: str, done: bytes, named: bytes) -> None:
+    last = (named and named % name.encode()) + TYPED_ENDS[name]
+    begin = typed("response.created", response={**RESPONSE, "status": "in_progress", "usage": None})
+    begin += typed("response.output_text.delta", delta="error") + typed("response.output_item.done", item={"type": "mcp_call", "error": "tool failed"})
+    for parts in ([begin, last, done], list(re.split(b"(?<=\n\n)", begin + last + done)), [begin + last[:-2]], [begin + last + done]):
+        answer, out = passed_to(*parts)
+        assert (answer.failure, answer.state, out) == (None, answer.DONE, b"".join(parts))
+    assert answer.model == "m" and (answer.usage == {"total_tokens": 3}) == ("cancelled" not in name and "message" not in name)
+    answer, _ = passed_to(begin, last[: len(last) // 2], done)
+    assert answer.failure or done
+
+
+@pytest.mark.parametrize("wrong", [typed("error", code="server_error", message="x"), b"event: error\n" + typed("error", error={"type": "overloaded_error"})])
+def test_typed_streams_are_cut_after_an_error(wrong: bytes) -> None:
+    for after in (b"", DONE):
+        answer, out = passed_to(typed("response.created"), wrong, after)
+        assert answer.failure and out == typed("response.created") + wrong + after
+
+
+def test_messages_tell_model_usage_and_stop_reason() -> None:
+    answer, _ = passed_to(
+        b"event: message_start\n" + typed("message_start", message={"model": "claude", "usage": {"input_tokens": 3, "output_tokens": 1}}),
+        b"event: content_block_delta\n" + typed("content_block_delta", delta={"type": "text_delta", "text": "a"}),
+        b"event: message_delta\n" + typed("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 9}),
+        b"event: message_stop\n" + typed("message_stop"), messages=True)  # fmt: skip
+    assert (answer.model, answer.finish_reason, answer.usage) == ("claude", "max_tokens", {"input_tokens": 3, "output_tokens": 9})
+
+
+JSON_ANSWER = json.dumps({"model": "m", "choices": [{"message": {"content": "ab"}, "finish_reason": "stop"}], "usage": {"total_tokens": 3}}).encode()
+STREAMED = ROLE + delta("a") + delta("b", "stop") + DONE
+LABELS = ["text/event-stream", "", "text/event-stream, text/event-stream", "text/plain", "application/octet-stream", "application/json", "text/html; charset=x"]
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("body", [STREAMED, b"\xef\xbb\xbf" + STREAMED, b": hi\n\n" + STREAMED, b"\n\n" + STREAMED, JSON_ANSWER, b"\xef\xbb\xbf" + JSON_ANSWER, b" \n" + JSON_ANSWER])
+def test_first_bytes_tell_what_a_body_is_whatever_its_label(label: str, body: bytes) -> None:
+    for parts in cuts(body):
+        answer = streamproxy.TextAnswer()
+        answer.start(200, {"content-type": label})
+        assert answer_to(*parts, answer=answer) [1] == b"ab" and answer.state == answer.DONE
+    for parts in ([body], [body[at : at + 1] for at in range(len(body))]):
+        for framing in ({"transfer-encoding": "chunked"}, {"transfer-encoding": ""}):
+            answer, out = passed_to(*parts, label=label, fields=framing)
+            assert (out, answer.state, answer.finish_reason) == (body, answer.DONE, "stop")
+            cut, out = passed_to(body[: len(body) // 2], label=label, fields=framing)
+            whole_doc = body.endswith(b"}") and framing["transfer-encoding"]  # by its framing
+            assert bool(cut.failure) != bool(whole_doc) or label == "application/octet-stream"
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_json_error_is_told_whatever_its_label(label: str) -> None:
+    for body in (b'{"error": {"message": "Quota"}}', b'[{"error": {"message": "Quota"}}]', b'{"detail": "Quota"}', b'{"error": "Quota"}\n\n' + DONE):
+        answer = streamproxy.TextAnswer()
+        answer.start(200, {"content-type": label})
+        answer, out = answer_to(body, answer=answer)
+        assert out == b"" and answer.failure and answer.failure.message == "Quota"
+        if DONE in body:
+            assert passed_to(body, label=label)[0].failure
+
+
+@pytest.mark.parametrize(("label", "body", "whole"), [
+    ("audio/mpeg", b"ID3\xff", True), ("image/png", b"\x89PNG", True), ("application/octet-stream", b"\xff\xfb", True), ("text/plain", b"Hello", False),
+    ("", b"", False), ("application/json", b"", False), ("application/json", b"[1", False), ("application/json", b"[1]", True), ("text/html", b"<p>", False),
+    ("application/json", b"12", True), ("", b"data", False),
+])  # fmt: skip
+def test_document_that_the_connection_s_end_ends_is_whole_only_if_it_parses(label: str, body: bytes, whole: bool) -> None:
+    answer, out = passed_to(body, label=label, fields={"transfer-encoding": ""})
+    assert (answer.state == answer.DONE, bool(answer.failure)) == (whole, not whole)
+    assert answer.failure is None or answer.failure.ending == "truncated"
+    answer, out = passed_to(body, label=label)
+    assert (answer.state, out) == (answer.DONE, body)  # by its framing it is
+
+
+def test_json_document_is_held_until_it_is_whole_and_others_are_not() -> None:
+    answer = streamproxy.PassedAnswer()
+    answer.start(200, {"content-type": "application/json", "content-length": "9"})
+    assert not answer.eager and not answer.pings and answer.feed(b' {"a"') == b"" and answer.events and answer.life
+    answer.close(streamproxy.UpstreamError("cut"))
+    assert answer.failure and answer.failure.message == "cut"
+    answer, out = passed_to(b' {"a"', b": 1}", label="application/json", fields={"content-length": "9"})
+    assert out == b' {"a": 1}' and answer.fields["Content-Length"] == "9" and answer.pieces == 1
+    answer = streamproxy.PassedAnswer()
+    answer.start(200, {"content-type": "audio/mpeg", "content-length": "4"})
+    assert answer.eager and answer.fields["Content-Length"] == "4" and [answer.feed(b"ab"), answer.feed(b"cd")] == [b"ab", b"cd"]
+    large = b"[" + b"0," * 9_000_000
+    answer, out = passed_to(large[:100], large[100:], b"0]", label="application/json")
+    assert out == large + b"0]" and answer.state == answer.DONE  # too large to be held
+
+
+def test_large_json_document_is_only_skimmed() -> None:
+    document = {"model": "m", "data": [0] * 200_000, "usage": {"total_tokens": 3, "details": {"x": 1}}}
+    answer, _ = passed_to(json.dumps(document).encode(), label="application/json")
+    assert (answer.model, answer.usage) == ("m", {"total_tokens": 3, "details": {"x": 1}})
+
+
+@pytest.mark.parametrize("coding", ["none", "", "identity", "identity, identity", "utf-8", "Identity", "aws-chunked"])
+def test_what_is_no_compression_is_none(coding: str) -> None:
+    for answer in (streamproxy.TextAnswer(), streamproxy.PassedAnswer()):
+        answer.start(200, {"content-type": "text/event-stream", "content-encoding": coding})
+        assert answer.feed(STREAMED) and not answer.failure
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZip", "deflate", "br", "zstd", "x-gzip", "identity, gzip", "compress"])
+def test_compressed_answer_is_refused(coding: str) -> None:
+    for answer in (streamproxy.TextAnswer(), streamproxy.PassedAnswer()):
+        answer.start(200, {"content-type": "text/event-stream", "content-encoding": coding})
+        assert answer.failure and answer.feed(STREAMED) == answer.close(None) == b""
+
+
+def refused_with(status: int, document: bytes, api: bool = False, redact: Any = str, **fields: str) -> Any:
+    """The failure of an answer with this status and document."""
+    asked = streamproxy.PassedAnswer(redact) if api else streamproxy.TextAnswer(redact)
+    answer = asked.start(status, {name.replace("_", "-"): value for name, value in fields.items()})
+    assert answer is not asked and [answer.feed(document[:9]), answer.feed(document[9:]), answer.close(None)] == [b""] * 3
+    assert answer.failure and answer.encode("message", text="x") == asked.encode("message", text="x")
+    return answer.failure
+
+
+def deflated(data: bytes, wbits: int) -> bytes:
+    packer = zlib.compressobj(wbits=wbits)
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize(("coding", "wbits"), [("gzip", 31), ("x-gzip", 31), ("deflate", 15), ("deflate", -15), ("identity, gzip", 31)])
+def test_compressed_error_is_read_and_bounded(coding: str, wbits: int) -> None:
+    document = b'{"error": {"message": "Sorry"}}'
+    failure = refused_with(400, deflated(document, wbits), api=True, content_encoding=coding)
+    assert (failure.status, failure.message, failure.document) == (400, "Sorry", document)
+    bomb = deflated(b'{"error": {"message": "Sorry", "x": "' + b"y" * 50_000_000, wbits)
+    failure = refused_with(422, bomb, api=True, content_encoding=coding)
+    assert (failure.message, failure.document) == ("Sorry", b"")
+    assert refused_with(400, b"\xff\xff" + document, content_encoding=coding).message == "Upstream refused the request with status 400."
+
+
+def test_error_compressed_in_a_way_we_cannot_read_keeps_its_status() -> None:
+    failure = refused_with(429, b"\x28\xb5\x2f\xfd", api=True, content_encoding="zstd", retry_after="7")
+    assert (failure.status, failure.fields["Retry-After"], failure.document) == (429, "7", b"")
+
+
+# Documents with which servers refuse, what the client is told, what kind of error the log tells.
+DOCUMENTS = {
+    "OpenAI": ({"error": {"message": "Sorry", "type": "invalid_request_error", "param": "model", "code": "model_not_found"}}, "Sorry", "invalid_request_error, model_not_found"),
+    "Anthropic": ({"type": "error", "error": {"type": "not_found_error", "message": "Sorry"}}, "Sorry", "not_found_error"),
+    "Gemini": ([{"error": {"code": 400, "message": "Sorry", "status": "INVALID_ARGUMENT"}}], "Sorry", "400, INVALID_ARGUMENT"),
+    "Mistral": ({"object": "error", "message": {"detail": [{"type": "extra_forbidden", "loc": ["body", "x"], "msg": "Sorry"}]}, "type": "invalid_request_error"}, "body.x: Sorry", "invalid_request_error, extra_forbidden"),
+    "FastAPI": ({"detail": [{"loc": ["body", "messages", 0], "msg": "Sorry", "type": "missing", "input": {"code": "secret"}}]}, "body.messages.0: Sorry", "missing"),
+    "FastAPI, two": ({"detail": [{"loc": ["body"], "msg": "a"}, {"loc": ["query"], "msg": "b"}]}, "body: a; query: b", ""),
+    "FastAPI, a string": ({"detail": "Sorry"}, "Sorry", ""), "detail of an object": ({"detail": {"error": {"message": "Sorry", "code": "x"}}}, "Sorry", "x"),
+    "Cloudflare": ({"success": False, "errors": [{"code": 5007, "message": "Sorry"}], "result": None}, "Sorry", "5007"),
+    "code and msg": ({"code": 1211, "msg": "Sorry"}, "Sorry", "1211"), "Baidu": ({"error_code": 336003, "error_msg": "Sorry"}, "Sorry", "336003"),
+    "string": ({"error": "Sorry"}, "Sorry", ""), "xAI": ({"code": "Some words", "error": "Sorry"}, "Sorry", ""),
+    "TGI": ({"error": "Sorry", "error_type": "validation"}, "Sorry", "validation"), "Hugging Face": ({"error": ["Sorry", "Really"]}, "Sorry; Really", ""),
+    "ASP.NET": ({"type": "about:blank", "title": "Bad", "status": 400, "errors": {"Model": ["Sorry"]}}, "Sorry", "about:blank, 400"),
+    "problem+json": ({"title": "Payment Required", "status": 402, "detail": "Sorry"}, "Sorry", "402"),
+    "Spring": ({"timestamp": "t", "status": 404, "error": "Not Found", "message": "", "path": "/x"}, "Not Found", "404"),
+    "OAuth": ({"error": "invalid_grant", "error_description": "Sorry"}, "Sorry", ""), "AWS": ({"Message": "Sorry"}, "Sorry", ""),
+    "Apigee": ({"fault": {"faultstring": "Sorry", "detail": {"errorcode": "x"}}}, "Sorry", "x"), "bare string": ("Sorry", "Sorry", ""),
+    "lines": ({"error": {"message": "So\nrry\t!"}}, "So rry !", ""), "code alone": ({"error": {"code": "overloaded"}}, None, "overloaded"),
+    "empty": ({}, None, ""), "number": (5, None, ""), "null": (None, None, ""), "deep": ({"error": {"message": {"error": {"message": {"detail": "Sorry"}}}}}, "Sorry", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_refusal_is_told_in_upstream_s_words_and_passes_whole_in_v1(name: str) -> None:
+    payload, words, kinds = DOCUMENTS[name]
+    document = json.dumps(payload).encode()
+    for status in (400, 402, 404, 408, 409, 413, 415, 422, 425, 429, 503):
+        logged = f"Upstream refused the request with status {status}" + (f" ({kinds})." if kinds else ".")
+        failure = refused_with(status, document, request_id="r")
+        assert (failure.status, failure.message, failure.logged) == (status, words or logged, logged)
+        failure = refused_with(status, document, api=True, request_id="r")
+        assert (failure.status, failure.document, failure.fields["Request-Id"]) == (status, document, "r")
+        assert streamproxy.encode_error(failure, "/v1/messages") == document
+        assert json.loads(streamproxy.encode_error(failure, "/")) == {"error": words or logged}
+        failure = refused_with(status, json.dumps({"x": "y" * 70_000, "error": "z"}).encode(), api=True)
+        assert failure.document == b"" and json.loads(streamproxy.encode_error(failure, "/v1/x"))["error"]["message"]
+
+
+@pytest.mark.parametrize(("document", "words"), [
+    (b"model 'llama3' not found, try pulling it first", "model 'llama3' not found, try pulling it first"), (b"x" * 3000, "x" * 1000), (b" \n", ""),
+    (b"<html>\r\n<head><title>413 Request Entity Too Large</title></head>\r\n<body>nginx", "413 Request Entity Too Large"), (b"", ""),
+    (b"<html>", "Upstream refused the request with status 404 (a page of HTML)."), (b"<?xml?><Error><Code>x</Code><Message>Sorry</Message></Error>", "Sorry"),
+    (b'{"error": {"message": "So\\u0072ry", "input": "cut', "Sorry"), (b"\xff\xfe", "\ufffd\ufffd"),
+])  # fmt: skip
+def test_refusal_that_is_no_json_is_told_too(document: bytes, words: str) -> None:
+    failure = refused_with(404, document)
+    assert failure.message == words or not words and failure.message == "Upstream refused the request with status 404."
+    failure = refused_with(404, document, api=True, content_type="text/html")
+    assert failure.document == (document if words else b"")
+    assert failure.fields.get("Content-Type") == ("text/plain; charset=utf-8" if words and document[:1] != b"{" else None)
+
+
+@pytest.mark.parametrize(("status", "document", "message"), [
+    (401, b'{"error": {"message": "no", "code": "invalid_api_key"}}', "Upstream refused our API key with status 401 (invalid_api_key)."),
+    (403, b'{"error": {"message": "no", "code": "unsupported_country", "type": "request_forbidden"}}',
+     "Upstream refused the request with status 403 (request_forbidden, unsupported_country)."),
+    (403, b"<html>Just a moment...</html>", "Upstream refused the request with status 403 (a page of HTML)."), (403, b"", "Upstream refused the request with status 403."),
+    (302, b"", "Upstream redirects with status 302, which is not followed."), (500, b'{"error": "trace"}', "Upstream failed with status 500."),
+    (502, b"<html>", "Upstream failed with status 502 (a page of HTML)."), (418, b"", "Upstream refused the request with status 418."), (504, b"", "Upstream failed with status 504."),
+])  # fmt: skip
+def test_refusal_between_upstream_and_us_is_502_and_says_of_what_kind_it_is(status: int, document: bytes, message: str) -> None:
+    for api in (False, True):
+        failure = refused_with(status, document, api=api)
+        told = message if status == 403 else re.sub(r" \(.*\)", "", message)  # the kind is for the log
+        assert (failure.status, failure.message, failure.logged, failure.document) == (502, told, message, b"")
+
+
+@pytest.mark.parametrize(("status", "told", "passed"), [(429, "7", "7"), (503, "9", "9"), (529, "", "1"), (503, "soon", "1"), (400, "", None), (429, "Sun, 22 Nov 2026 10:00:00 GMT", "Sun, 22 Nov 2026 10:00:00 GMT")])
+def test_refusal_about_load_says_when_to_come_again(status: int, told: str, passed: str | None) -> None:
+    for api in (False, True):
+        failure = refused_with(status, b'{"error": {"message": "Sorry"}}', api=api, **({"retry_after": told} if told else {}))
+        assert failure.fields.get("Retry-After") == passed and failure.message == "Sorry"
+        assert failure.status == (503 if status == 529 and not api else status)
+
+
+def test_fields_that_pass_back_and_the_key_in_none_of_them() -> None:
+    redact = streamproxy.redactor(KEY)
+    passing = ["retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "request-id", "openai-processing-ms", "openai-version",
+               "x-ratelimit-limit-requests", "anthropic-ratelimit-tokens-limit"]  # fmt: skip
+    for status in (200, 400, 401, 429, 500):
+        for name in [*passing, "content-type"]:
+            asked = streamproxy.PassedAnswer(redact)
+            answer = asked.start(status, {name: f"x {KEY} y", "transfer-encoding": "chunked"})
+            answer.feed(b"{}")
+            answer.close(None)
+            told = {**asked.fields, "Content-Type": asked.content_type, **(answer.failure.fields if answer.failure else {})}
+            check_no_key(repr(told) + repr(answer.request_id))
+            assert name == "content-type" or name.title() in told
+    answer = streamproxy.PassedAnswer()
+    answer.start(200, {name: "x" for name in [*passing, "set-cookie", "openai-organization", "server", "x-hop"]})
+    assert {name.lower() for name in answer.fields} == set(passing)
+    assert streamproxy.TextAnswer().start(200, {"x-request-id": "r"}).fields == {}
+
+
+ESCAPED = "".join(f"\\u{ord(letter):04x}" for letter in KEY)
+
+
+@pytest.mark.parametrize("key", [KEY, ESCAPED, ESCAPED.upper().replace("\\U", "\\u"), KEY[:4] + ESCAPED[24:]])
+@pytest.mark.parametrize("wrong", [
+    'data: {"error": {"message": "Bad key %s."}}\n\n', 'event: error\ndata: {"type": "error", "error": {"message": "%s"}}\n\n', 'error: {"message": "%s"}\n\n',
+    '{"error": "%s"}\n\n', 'data: {"detail": "%s"}\n\n', 'data: {"choices": [{"delta": {"content": ""}, "error": {"message": "%s"}}]}\n\n', "event: error\ndata: %s\n\n",
+    'data: {"error": {"message":\ndata: "%s"}}\r\n\r\n',
+])  # fmt: skip
+def test_key_is_in_no_error_of_a_stream_however_it_is_cut(wrong: str, key: str) -> None:
+    redact = streamproxy.redactor(KEY)
+    stream = ROLE + (wrong % key).encode() + DONE
+    for parts in ([stream], [stream[at : at + 1] for at in range(len(stream))], *([stream[:at], stream[at:]] for at in range(len(ROLE), len(stream), 7))):
+        answer, out = passed_to(*parts, redact=redact)
+        assert answer.failure and out.startswith(ROLE) and out.endswith(DONE) and b"[redacted]" in out
+        for text in (out.decode(), answer.failure.message, answer.failure.logged, re.sub(r"\\u00(..)", lambda code: chr(int(code[1], 16)), out.decode())):
+            check_no_key(text)
+
+
+@pytest.mark.parametrize("status", [200, 400])
+@pytest.mark.parametrize("key", [KEY, ESCAPED])
+def test_key_is_in_no_error_document(status: int, key: str) -> None:
+    document = b'{"error": {"message": "Bad key %b."}}' % key.encode()
+    answer = streamproxy.PassedAnswer(streamproxy.redactor(KEY)).start(status, {"content-type": "application/json"})
+    out = answer.feed(document) + answer.close(None)
+    assert (answer.failure.document if answer.failure else out) == b'{"error": {"message": "Bad key [redacted]."}}'
+    assert status == 400 or answer.fields["Content-Length"] == str(len(out))
+
+
+def test_what_a_model_says_passes_though_it_looks_like_the_key() -> None:
+    stream = ROLE + delta(f"error {KEY}") + delta(ESCAPED) + STOP + DONE
+    assert passed_to(stream, redact=streamproxy.redactor(KEY))[1] == stream
+    document = JSON_ANSWER.replace(b'"ab"', b'"%b"' % KEY.encode())
+    assert passed_to(document, label="application/json", redact=streamproxy.redactor(KEY))[1] == document
+
+
+def test_in_v1_what_comes_behind_the_end_passes_and_is_no_life() -> None:
+    for last in (DONE, event({"error": "x"}), b"event: message_stop\ndata: {}\n\n", delta("", "error")):
+        answer = streamproxy.PassedAnswer()
+        answer.start(200, {"content-type": "text/event-stream"})
+        assert answer.feed(ROLE + last) == ROLE + last and answer.state == answer.ENDING
+        life = answer.life
+        more = delta("more") + b": comment\n\n" + b"data: "
+        assert [answer.feed(more[:7]), answer.feed(more[7:-6]), answer.feed(more[-6:])] == [b"data: {", more[7:-6], b"data: "]
+        assert answer.life == life and answer.close(None) == b""
+        assert (answer.state == answer.DONE) != bool(answer.failure)
+
+
+def test_life_grows_with_events_comments_and_bytes_of_documents() -> None:
+    for answer in (streamproxy.TextAnswer(), streamproxy.PassedAnswer()):
+        answer.start(200, {"content-type": "text/event-stream"})
+        lives = [answer.life]
+        for data in (b": keep-alive\n\n", b":\n", b"\n", ROLE, b": x\n\n", b"event: ping\ndata: x\n\n", b"id: 3\n\n"):
+            answer.feed(data)
+            lives.append(answer.life)
+        assert len(set(lives)) == len(lives) - isinstance(answer, streamproxy.PassedAnswer) and answer.events == 2
+    answer.feed(b"data: {")
+    assert answer.life == lives[-1]  # an event that drips in is none yet
+    answer = streamproxy.PassedAnswer()
+    answer.start(200, {"content-type": "application/json"})
+    assert [(answer.feed(b"\n"), answer.life, answer.events) for _ in range(2)] == [(b"", 1, 1), (b"", 2, 2)]
+
+
+def test_heartbeats_stand_between_events_alone() -> None:
+    for messages, ping in ((False, b": ping\n"), (True, b'event: ping\ndata: {"type": "ping"}\n\n')):
+        answer = streamproxy.PassedAnswer(messages=messages)
+        assert not answer.pings
+        answer.start(200, {"content-type": "text/event-stream"})
+        assert answer.pings and answer.eager and answer.ping() == ping
+        for at in range(1, len(ROLE)):
+            answer = streamproxy.PassedAnswer(messages=messages)
+            answer.start(200, {"content-type": "text/event-stream"})
+            begin = answer.feed(b": x\n\n" + ROLE[:at])[5:]
+            assert answer.ping() == (b"" if begin else ping)  # as the client sees it
+            assert begin + answer.feed(ROLE[at:]) == ROLE and answer.ping() == ping
+    for label in ("application/json", "audio/mpeg"):
+        assert not streamproxy.PassedAnswer().start(200, {"content-type": label}).pings
+
+
+def test_stream_that_was_asked_for_may_be_open_before_upstream_s_head_and_its_refusal_is_an_event() -> None:
+    for messages in (False, True):
+        asked = streamproxy.PassedAnswer(messages=messages, stream=True)
+        assert asked.pings and asked.content_type == "text/event-stream" and asked.encode("error", error="x") == b""
+        assert asked.ping()
+        answer = asked.start(429, {"retry-after": "7"})
+        answer.feed(b'{"error": {"message": "Slow down"}}')
+        answer.close(None)
+        told = streamproxy.EventParser().feed(answer.encode("error", error=answer.failure.message))  # type: ignore[union-attr]
+        assert [event.type for event in told] == ["error" if messages else "message"]
+        assert json.loads(told[0].data)["error"]["message"] == "Slow down"
+        asked = streamproxy.PassedAnswer(stream=True)
+        asked.ping()
+        asked.start(200, {"content-type": "text/event-stream"})
+        asked.feed(ROLE)
+        assert asked.encode("error", error="x") == b""  # upstream's events have begun: a cut tells
+    for document, words in ((JSON_ANSWER, "document"), (b'{"error": "Sorry"}', "Sorry")):
+        asked = streamproxy.PassedAnswer(stream=True)
+        asked.ping()
+        asked.start(200, {"content-type": "application/json"})
+        assert asked.feed(document) + asked.close(None) == b"" and asked.failure and words in asked.failure.message
+        assert asked.encode("error", error=asked.failure.message)
+
+
+def random_json(rng: random.Random, depth: int = 5) -> Any:
+    """A value that is like those of servers in its names, and in nothing else."""
+    if depth and rng.random() < 0.6:
+        names = ["error", "message", "choices", "delta", "content", "finish_reason", "usage", "detail", "code", "msg", "type", "text", "errors", "model", "index",
+                 "status", "x_groq", "reasoning", "reasoning_details", "refusal", "loc", "object", "response", "stop_reason", "incomplete_details", "event"]
+        members = {rng.choice(names): random_json(rng, depth - 1) for _ in range(rng.randrange(4))}
+        return members if rng.random() < 0.7 else list(members.values())
+    return rng.choice([None, True, False, 0, 1, -1, 500, 1.5, float("nan"), float("inf"), "", "x", "error", "null", "\ud83d", "[DONE]", [], {}, "\u00e9" * 9, 10**400])
+
+
+def test_answers_never_raise_whatever_json_comes() -> None:
+    rng = random.Random(12)
+    for _ in range(4000):
+        payload = random_json(rng)
+        payload = {"choices": [payload, *rng.choices([payload, random_json(rng, 2)], k=rng.randrange(2))]} if rng.random() < 0.5 else payload
+        data = json.dumps(payload, ensure_ascii=rng.random() < 0.9).encode("utf-8", "surrogatepass")
+        for answer in (streamproxy.TextAnswer(), streamproxy.EventAnswer("id"), streamproxy.PassedAnswer()):
+            asked = answer.start(rng.choice([200, 200, 200, 400, 500]), {"content-type": rng.choice(["text/event-stream", "application/json", ""])})
+            body = rng.choice([data, event(data), b"event: error\n" + event(data), data + b"\n\n", STOP + event(data) + DONE])
+            out = asked.feed(body[: len(body) // 2]) + asked.feed(body[len(body) // 2 :]) + asked.close(None)
+            assert (asked.state == asked.DONE) != bool(asked.failure)
+            if asked.failure:
+                json.loads(streamproxy.encode_error(asked.failure, "/"))
+            elif answer.pings and not isinstance(answer, streamproxy.PassedAnswer):
+                for told in streamproxy.EventParser().feed(out + answer.end()):
+                    json.loads(told.data, parse_constant=pytest.fail)
+
+
+def random_stream(rng: random.Random) -> bytes:
+    """Events of every kind, with one of the line ends."""
+    kinds = [*ERRORS_IN_STREAMS.values(), *HARMLESS.values(), *TYPED_ENDS.values(), delta("a"), delta("\U0001f44b"), STOP, DONE, ROLE, b": c\n\n", b"\n", delta("b", "stop")]
+    kinds += [delta("word " * 9).replace(b'": ', b'":')] * 40
+    stream = b"".join(rng.choices(kinds, k=rng.randrange(1, 12))).replace(b"\r\n", b"\n")
+    return stream.replace(b"\n", rng.choice([b"\n", b"\n", b"\r\n", b"\r"]))[: rng.choice([None, -1, -2, -9])]
+
+
+def test_answers_are_the_same_however_their_body_is_cut() -> None:
+    rng = random.Random(11)
+    for _ in range(600):
+        stream = random_stream(rng)
+        results = set()
+        for _ in range(4):
+            places = sorted(rng.choices(range(len(stream) + 1), k=rng.randrange(6)))
+            parts = [stream[a:b] for a, b in zip([0, *places], [*places, len(stream)])]
+            answer, out = passed_to(*parts)
+            assert out == stream
+            text, told = answer_to(*parts)
+            results.add((answer.state, answer.failure and answer.failure.message, answer.events, repr(answer.usage), answer.finish_reason,
+                         text.state, text.failure and text.failure.message, told, repr(text.usage), text.finish_reason))
+        assert len(results) == 1, stream
+
+
 # ---------------------------------------------------------------- the key in what upstream says
 
 LONG_KEY = "sk-proj-" + "".join(random.Random(1).choices(string.ascii_letters + string.digits + "-_", k=156))
@@ -655,7 +1413,7 @@ def test_redactor_takes_4_mb_in_no_time_whatever_they_are(name: str) -> None:
 
 
 # KEY stands for it, ESC for it with each character escaped.
-DOCUMENTS = {
+KEYED_DOCUMENTS = {
     "plain": ('{"error": {"message": "Wrong KEY", "x": 1.0}}', '{"error": {"message": "Wrong [redacted]", "x": 1.0}}'),
     "escaped": ('{"error": {"message": "Wrong ESC"}, "n":1e2}', '{"error": {"message": "Wrong [redacted]"}, "n":1e2}'),
     "one escape": ('["\\u0073' + KEY[1:] + '"]', '["[redacted]"]'), "capitals": ('["\\u006B' + KEY[2:9] + '"]', '["[redacted]"]'),
@@ -668,9 +1426,9 @@ DOCUMENTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", KEYED_DOCUMENTS)
 def test_redacted_document_has_no_key_where_json_is_decoded(name: str) -> None:
-    document, expected = DOCUMENTS[name]
+    document, expected = KEYED_DOCUMENTS[name]
     document = document.replace("KEY", KEY).replace("ESC", "".join(f"\\u{ord(character):04x}" for character in KEY))
     assert streamproxy.redact_document(document.encode(), streamproxy.redactor(KEY)) == expected.encode()
 
@@ -1807,7 +2565,7 @@ def vllm_error(message: str, param: str | None = None) -> bytes:
 
 
 # As the servers say it: OpenAI, Azure, FastAPI, vLLM, Mistral, Groq, Gemini, Anthropic, Fireworks, LiteLLM, xAI, Moonshot, Bedrock, Cerebras, serde, JSON Schema.
-REFUSED = [
+REFUSED_PARAMETERS = [
     ("max_tokens", openai_error("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "max_tokens", "unsupported_parameter")),
     ("max_tokens", openai_error("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.")),
     ("temperature", openai_error("Unsupported value: 'temperature' does not support 0.5 with this model. Only the default (1) value is supported.", "temperature", "unsupported_value")),
@@ -1863,7 +2621,7 @@ NOT_REFUSED = [
 SENT = ["max_tokens", "max_completion_tokens", "temperature", "frequency_penalty", "presence_penalty", "reasoning_effort", "stream_options"]
 
 
-@pytest.mark.parametrize(("name", "document"), REFUSED)
+@pytest.mark.parametrize(("name", "document"), REFUSED_PARAMETERS)
 def test_refused_parameter_is_told(name: str, document: bytes) -> None:
     assert streamproxy.refused_parameter(document, SENT) == name
     assert streamproxy.refused_parameter(document, [other for other in SENT if other != name]) is None
@@ -2678,7 +3436,7 @@ def test_requests_for_which_no_other_thread_can_be_started_are_seen_to_by_those_
         wait_for(lambda: "no thread can be started" in caplog.text)
         assert server.snapshot()["threads"] == 1
         for number in range(len(clients)):  # by that thread, one after the other
-            assert wait_for(lambda: len(dialing) == number + 1)
+            assert wait_for(lambda number=number: len(dialing) == number + 1)
             go.release()
             with provider.take() as upstream:
                 client = clients[int(json.loads(upstream.body)["messages"][0]["content"])]
@@ -4332,6 +5090,8 @@ class PlayedLoop(streamproxy.Loop):
         self.alarms: list[streamproxy.Alarm] = []
         super().__init__(**given)
 
+    started = True
+
     def start(self) -> None:
         pass
 
@@ -4748,10 +5508,10 @@ class Play:
         for fd, owner in loop.owners.items():
             os.fstat(fd)
             alive = {
-                "Client": lambda owner: owner in server.clients and owner.sock.fileno() == fd,
-                "Source": lambda owner: owner.state != owner.OVER and owner.connection.sock.fileno() == fd,
-                "Spare": lambda owner: owner.connection.sock.fileno() == fd,
-                "PlayedServer": lambda owner: owner.socket.fileno() == fd,
+                "Client": lambda owner, fd=fd: owner in server.clients and owner.sock.fileno() == fd,
+                "Source": lambda owner, fd=fd: owner.state != owner.OVER and owner.connection.sock.fileno() == fd,
+                "Spare": lambda owner, fd=fd: owner.connection.sock.fileno() == fd,
+                "PlayedServer": lambda owner, fd=fd: owner.socket.fileno() == fd,
                 "PlayedLoop": lambda owner: True,
             }[type(owner).__name__](owner)
             assert alive, f"{owner!r} watches what it should not"
