@@ -639,15 +639,15 @@ def parse_event(event: Event) -> dict[str, Any]:
 
     Raises Garbled, and UpstreamError for an error that upstream sent this way.
     """
-    data = event.data
-    if event.type == "message" and len(data) < _SHORT_JSON and '"error' not in data:  # mostly
-        try:
-            payload, end = _parse_short_json(data)
-            if end == len(data) and payload.get("choices"):
-                return payload  # type: ignore[no-any-return]
-        except (ValueError, AttributeError, RecursionError):
-            pass
-    return check_payload(load_event(event), event.type)
+    return check_event(load_event(event), event)
+
+
+def check_event(payload: Any, event: Event) -> dict[str, Any]:
+    """Return payload, of event, if it is a JSON object that tells of no error.  Raises as parse_event."""
+    if event.type == "message" and '"error' not in event.data and isinstance(payload, dict):  # mostly
+        if payload.get("choices") or (payload.get("usage") and "choices" in payload):
+            return payload
+    return check_payload(payload, event.type)
 
 
 def load_event(event: Event) -> Any:
@@ -858,9 +858,9 @@ class Answer:
 
     def start(self, status: int, fields: Mapping[str, str]) -> Answer:
         """Take upstream's head, which says how the body is to be read; return what takes the body."""
-        fields = dict(zip(fields, self._redact("\n".join(fields.values())).split("\n")))
-        self.request_id = (fields.get("x-request-id") or fields.get("request-id") or "")[:200] or None
+        self.request_id = self._redact((fields.get("x-request-id") or fields.get("request-id") or "")[:200]) or None
         if self.passes:
+            fields = dict(zip(fields, self._redact("\n".join(fields.values())).split("\n")))
             self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
         if not (status in (200, 201, 202) or (self.passes and 200 <= status < 300)):
             return Refusal(self, status, fields)
@@ -1299,15 +1299,19 @@ class PassedAnswer(Answer):
         with contextlib.suppress(Garbled):  # what is not as it should be is for the client to see
             payload = load_event(event)
             ends = ends or (isinstance(payload, dict) and payload.get("type") in self._LAST_TYPES)
-            payload = payload if ends else check_payload(payload, event.type)
+            payload = payload if ends else check_event(payload, event)
         if ends and self.failure is None:
             self.state = self.ENDING
-        self._take_payload(payload)
+        self._take_payload(payload, event.data)
 
-    def _take_payload(self, payload: object) -> None:
+    def _take_payload(self, payload: object, data: str) -> None:
+        """Take note of what payload, which data is, says of the answer and of its end."""
         if not isinstance(payload, dict):
             return
-        self._note(payload)
+        if self.model is None or '"usage"' in data:
+            self._note(payload)
+        if '_reason"' not in data and '"response"' not in data:  # nor of its end
+            return
         for holder in [payload, *dicts_in(payload), *dicts_in(payload.get("choices"))]:
             reason = holder.get("stop_reason") or holder.get("finish_reason")
             if holder.get("object") == "response":
@@ -1353,14 +1357,15 @@ class PassedAnswer(Answer):
             ends = self._SKIMMED.findall(document[:2048] + document[-2048:])
             self._note({name.decode(): load_payload(value.decode("utf-8", "replace")) for name, value in ends})
             return document
+        text = document.decode("utf-8", "replace")
         try:
-            payload = load_payload(document.decode("utf-8", "replace"))
+            payload = load_payload(text)
         except Garbled:
             if self._framed:
                 return document
             raise UpstreamError("Upstream ended before the end of its answer.", ending="truncated") from None
         with contextlib.suppress(UpstreamError):  # which the document tells
-            self._take_payload(payload)
+            self._take_payload(payload, text)
         try:
             check_payload(payload)
         except Garbled:
@@ -1990,6 +1995,11 @@ def redactor(key: str) -> Callable[[str], str]:
     parts = _KeyParts(key.encode())
 
     def redact(text: str) -> str:
+        if len(text) < _PART_SIZE and "***" not in text:
+            return text
+        return redact_again(text) if len(text) < 200 else search(text)
+
+    def search(text: str) -> str:
         shown = _hide_masked(text) if "***" in text else text
         data = shown.encode("utf-8", "surrogatepass")
         places = parts.find(data)
@@ -2003,6 +2013,7 @@ def redactor(key: str) -> Callable[[str], str]:
             at = place + _PART_SIZE
         return b"".join([*out, data[at:]]).decode("utf-8", "surrogatepass")
 
+    redact_again = functools.lru_cache(maxsize=64)(search)  # names of models, and the like
     return redact
 
 

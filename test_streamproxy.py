@@ -876,7 +876,7 @@ def test_finish_reason_may_be_any_other_and_is_told(reason: str) -> None:
 def test_finish_reason_may_come_early_or_in_every_chunk_and_what_follows_counts() -> None:
     answer = streamproxy.TextAnswer()
     assert answer.feed(choice(delta={"reasoning_content": "hm"}, finish_reason="stop")) == b""
-    assert answer.state == answer.SETTLED  # no text yet: it is not in a hurry
+    assert (answer.state, answer.grace) == (answer.ENDING, streamproxy.EARLY_GRACE)  # no text yet: it is not in a hurry
     assert answer.feed(delta("a", "stop")) == b"a" and answer.state == answer.ENDING
     life = answer.life
     assert answer.feed(b": ping\n\n") == b"" and answer.life == life  # only an event starts the moment anew
