@@ -1856,15 +1856,17 @@ class Settings:
         shown=" ".join(f"{name}={json.dumps(value)}" for name, value in DEFAULT_PARAMS.items()))
     system: str = _row("", _matching(r"[^\0]*", "text"), "TEXT", "system message put before every conversation")
     client_param: tuple[str, ...] = _row((), _read_members, "NAME", "member a client may set itself, repeatable")
-    connect_timeout: float = _row(10.0, _read_seconds, "SECONDS", "to connect to upstream, TLS included; 0: no limit")
-    first_byte_timeout: float = _row(120.0, _read_seconds, "SECONDS", "from then to the first event; 0: no limit")
-    idle_timeout: float = _row(60.0, _read_seconds, "SECONDS", "between two events of upstream; 0: no limit")
+    connect_timeout: float = _row(
+        10.0, _read_seconds, "SECONDS", "to connect to upstream, look-up and TLS included; 0: no limit")
+    first_byte_timeout: float = _row(
+        120.0, _read_seconds, "SECONDS", "from then, or the last comment, to the first event; 0: no limit")
+    idle_timeout: float = _row(60.0, _read_seconds, "SECONDS", "between two events or comments of upstream; 0: no limit")
     total_timeout: float = _row(3600.0, _read_seconds, "SECONDS", "for a whole answer; 0: no limit")
     client_timeout: float = _row(
         30.0, _read_seconds, "SECONDS", "for a client to send its request, and for each stalled write; 0: no limit")
     keep_alive_timeout: float = _row(
         75.0, _read_seconds, "SECONDS", "for a client's idle connection, between two requests; 0: no limit")
-    heartbeat: float = _row(15.0, _read_seconds, "SECONDS", "of silence before a comment, in SSE mode; 0: never")
+    heartbeat: float = _row(15.0, _read_seconds, "SECONDS", "of silence before a ping, in event streams; 0: never")
     max_body: int = _row(1024 * 1024, _read_size, "BYTES", "largest request body")
     max_streams: int = _row(1024, _read_count, "COUNT", "streams at a time; 0: no limit")
     max_streams_per_client: int = _row(0, _read_count, "COUNT", "streams at a time of one client; 0: no limit")
