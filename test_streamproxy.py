@@ -6200,6 +6200,7 @@ def test_readme_paths_are_those_of_the_api() -> None:
             documented[path.replace("/ID", "/resp_1")].update([names[at]] if each else names)
     for path, allowed in documented.items():
         assert set(streamproxy.api_routes(path, settings)) == allowed, path
+    assert documented.keys() >= set(API_PATHS)
     for route in streamproxy.ROUTES:
         assert "models" in route.path or any(re.fullmatch(route.path, path) for path in documented), route.path
 
