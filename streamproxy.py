@@ -62,6 +62,7 @@ import contextlib
 import email.utils
 import errno
 import functools
+import gc
 import hashlib
 import heapq
 import hmac
@@ -131,7 +132,6 @@ MAX_PIPELINED = 64 * 1024
 # Seconds.
 LINGER_TIMEOUT = 30.0  # for what a client still sends that was refused: nginx's lingering_time
 END_GRACE = 1.0  # for usage and [DONE] to follow a finish_reason
-EARLY_GRACE = 5.0  # for text to follow one that came before any
 ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is over
 KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
 STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
@@ -234,7 +234,8 @@ def place_of(error: BaseException) -> str:
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    return f"{type(error).__name__} in line {trace.tb_lineno if trace else '?'}"
+    reason = f" ({reason_of(error)})" if isinstance(error, OSError) else ""  # as of a lack of descriptors
+    return f"{type(error).__name__} in line {trace.tb_lineno if trace else '?'}{reason}"
 
 
 def internal_error(error: BaseException) -> ProxyError:
@@ -405,7 +406,7 @@ class EventParser:
             self._held += len(line)
         elif not self._strict and name != b"retry":
             self._strays.append(line)
-            self._held += len(line)
+            self._held += len(line) + 50  # as in memory: nobody sends many
 
 
 class EventCutter:
@@ -508,6 +509,10 @@ def dicts_in(values: object) -> list[dict[str, Any]]:
 
 _WELL = frozenset(("", "0", "200", "null", "none", "nil", "undefined", "false", "ok", "success", "succeeded"))
 _ERROR_NAME = re.compile("(?:error|exception)s?$", re.IGNORECASE)  # error, overloaded_error, ThrottlingException
+_EVENT_NAME = re.compile(  # of an event that may have news of its own to tell
+    "(?!message$)(?!.*(?:bad|invalid|fail|denied|forbid|unauth|limit|exceed|missing|unsupported|found|unavail))"
+    "[a-z]+(?:[._][a-z]+)*"
+)
 _ERROR_WORDS = re.compile(r"\W*\w*(?:error|exception)\b", re.IGNORECASE)  # of a text that is not JSON
 _FAILED = re.compile(
     "error|abort|fail|cancel|insufficient|time.?d?.?out|interrupt|exception|unavailable|overload|disconnect|malformed"
@@ -536,39 +541,45 @@ def find_error(payload: object, type: str = "message") -> object:
         return next(filter(None, map(find_error, dicts_in(payload))), None)
     if not isinstance(payload, dict):
         return None
-    names = [payload.get(name) for name in ("type", "object", "event")]
-    named = any(isinstance(name, str) and _ERROR_NAME.search(name) for name in names)
-    if named or not is_nothing(payload.get("error")):
+    names = [name for name in (type, *map(payload.get, ("type", "object", "event"))) if isinstance(name, str)]
+    if any(map(_ERROR_NAME.search, names)) or not is_nothing(payload.get("error")):
         return payload
     choices = dicts_in(payload.get("choices"))
     parts = [part for choice in choices for part in (choice.get("delta"), choice.get("message"))]
     # A vendor's members, but not in an event of a typed protocol: there items have errors that end nothing.  Azure's
     # filters have some, too.
-    members = {} if isinstance(names[0], str) else {name: payload[name] for name in payload if "filter" not in name}
+    typed = isinstance(payload.get("type"), str)
+    members = {} if typed else {name: payload[name] for name in payload if "filter" not in name}
     for holder in [*choices, *map(fold, dicts_in(parts) + dicts_in(members))]:
         error = holder.get("error")
         if not is_nothing(error):
             return error if isinstance(error, (str, dict, list)) else holder
     if choices:
         return None
-    return payload if is_bad_news(payload) else next(filter(has_bad_code, dicts_in(members)), None)
+    if is_bad_news(payload, named=any(map(_EVENT_NAME.fullmatch, names))):
+        return payload
+    return next(filter(has_bad_code, dicts_in(members)), None)
 
 
-def is_bad_news(payload: dict[str, Any]) -> bool:
-    """Tell of a payload without choices whether it is itself an error: error_code, detail, success, message, ..."""
+def is_bad_news(payload: dict[str, Any], named: bool) -> bool:
+    """Tell of a payload without choices whether it is itself an error: error_code, detail, success, message, ...
+
+    named: it is an event of some type, which may have a message or a detail that is none.
+    """
     said = fold(payload)
     for code in ("errorcode", "errcode"):
         if code in said:
             return not is_nothing(said[code])
-    if not all(is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "errors", "fault")):
-        return True
-    if sentence_of(said.get("detail")) or has_bad_code(payload) or False in (said.get("success"), said.get("ok")):
-        return True
     status = str(said.get("status") or said.get("statuscode") or said.get("httpstatus") or "")
-    if re.fullmatch("[45][0-9][0-9]", status) or (_FAILED.search(status) and "object" not in said):
+    if (
+        not all(is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "errors", "fault"))
+        or has_bad_code(payload) or said.get("success") is False or said.get("ok") is False
+        or re.fullmatch("[45][0-9][0-9]", status) or (_FAILED.search(status) and "object" not in said)
+    ):  # fmt: skip
         return True
-    about = said.keys() & {"code", "status", "success", "ok", "usage", "model", "object", "role", "content", "delta"}
-    return not about and bool(sentence_of(said.get("message")) or sentence_of(said.get("msg")))
+    about = said.keys() & {"code", "status", "success", "ok", "usage", "model", "role", "content", "delta"}
+    words = said.get("detail"), *(said.get(name) for name in ("message", "msg") if not about)
+    return not named and any(map(sentence_of, words))
 
 
 def has_bad_code(members: dict[str, Any]) -> bool:
@@ -655,7 +666,8 @@ def load_event(event: Event) -> Any:
     try:
         return {} if event.type == "ping" else load_payload(event.data)
     except Garbled:
-        if _ERROR_NAME.search(event.type) or _ERROR_WORDS.match(event.data):
+        named = event.type not in ("message", "")
+        if _ERROR_NAME.search(event.type) if named else _ERROR_WORDS.match(event.data):
             raise quoting("Upstream reported an error.", 502, event.data) from None
         if event.type != "message":
             return {}  # somebody's own event
@@ -791,6 +803,9 @@ def parse_reason(choice: dict[str, Any]) -> str:
     return reason
 
 
+_Joiner = codecs.getincrementaldecoder("utf-16-le")  # which imports a module: later there may be no descriptor for it
+
+
 def join_halves(joiner: codecs.IncrementalDecoder, text: str) -> str:
     """Return text with the surrogate pairs whole that upstream split over two events.
 
@@ -814,7 +829,7 @@ def form_of(begin: bytes, label: int) -> int:
     """Return what a body is, of which begin has come and which label says what; _UNTOLD: more has to come."""
     text = begin.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
     if not text or codecs.BOM_UTF8.startswith(text):
-        return _UNTOLD
+        return _UNTOLD if len(begin) < READ_SIZE else label
     if text[:1] in (b"{", b"["):
         return _EVENTS if _FIELD_IN_DOCUMENT.search(text) else _DOCUMENT
     if label == _EVENTS or _FIELD.match(text):
@@ -849,7 +864,6 @@ class Answer:
         self.model: str | None = None
         self.usage: dict[str, Any] | None = None
         self.finish_reason: str | None = None
-        self.grace = END_GRACE  # seconds that what follows is waited for where the state is ENDING
         self.life = 0  # grows with all that says that upstream is alive and not about to end
         self.events = self.pieces = self.size = 0  # pieces and size: of what was passed on, in bytes
         self._redact = redact
@@ -868,7 +882,7 @@ class Answer:
             self.failure = Garbled("Upstream compressed its answer, although asked not to.")
         label = fields.get("content-type", "").partition(",")[0].partition(";")[0].strip().lower()
         self._label = _EVENTS if label == "text/event-stream" else _DOCUMENT if label.endswith("json") else _OTHER
-        self._form = _OTHER if _AS_IT_COMES.match(label) else _UNTOLD
+        self._form = _OTHER if self.passes and _AS_IT_COMES.match(label) else _UNTOLD
         self._start(status, fields, label)
         return self
 
@@ -1020,8 +1034,7 @@ class TextAnswer(Answer):
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         super().__init__(redact)
         self._parser = EventParser(strict=False)
-        joiner = codecs.getincrementaldecoder("utf-16-le")
-        self._joiners = {"reasoning": joiner("replace"), "message": joiner("replace")}
+        self._joiners = {"reasoning": _Joiner("replace"), "message": _Joiner("replace")}
         self._messages: str | None = ""  # what messages have told; None: deltas tell, and a message would repeat it
 
     def encode(self, type: str, **payload: Any) -> bytes:
@@ -1104,7 +1117,9 @@ class TextAnswer(Answer):
         reason = choice.get("finish_reason") and parse_reason(choice)
         if reason:
             self.finish_reason = self._redact(reason)
-            self.state, self.grace = self.ENDING, END_GRACE if self.pieces else EARLY_GRACE
+            # Beside a role or reasoning, before any text, it came early: then nothing is hurried.
+            early = not self.pieces and any(part[name] for name in part if name != "content")
+            self.state = self.SETTLED if early else self.ENDING
         elif text:
             self.state = min(self.state, self.SETTLED)  # a finish_reason before it came early
 
@@ -1255,7 +1270,8 @@ class PassedAnswer(Answer):
             out.append(data)
 
     def _just_goes_on(self, block: bytes) -> int:
-        count = goes_on(block) if self.events and block and self.state < Answer.ENDING else 0
+        looked = self.events and 0 < len(block) < MAX_SKIMMED and self.state < Answer.ENDING
+        count = goes_on(block) if looked else 0
         self.events += count
         self.life += count
         return count
@@ -1271,7 +1287,7 @@ class PassedAnswer(Answer):
     def _take_piece(self, piece: bytes, passed: int) -> bytes:
         """Take one event; return what the client is to have of it."""
         counts = self.state < self.ENDING
-        if self.events and counts and is_dull(piece):
+        if self.events and counts and len(piece) < MAX_SKIMMED and is_dull(piece):
             self.events += 1
             self.life += 1
             return piece[passed:]
@@ -3069,6 +3085,11 @@ class LogWriter:
         self._lock = threading.Lock()  # guards _rare, and the start
         self._thread: threading.Thread | None = None
 
+    def start(self) -> None:
+        """Have the thread now, while one can be started; else the first line that can will start it."""
+        with self._lock:
+            self._begin()
+
     def info(self, line: object) -> None:
         """Have a line written soon.  For any thread; it never waits, and never raises."""
         self._put(logging.INFO, line)
@@ -3098,15 +3119,16 @@ class LogWriter:
         self._lines.append((level, line))
         if self._asleep:
             with self._lock:
-                self._asleep = not (self._thread or self._start())
+                self._asleep = not self._begin()
                 self._wake.release()
 
-    def _start(self) -> bool:
-        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError:  # the next line tries again
-            self._thread = None
+    def _begin(self) -> bool:
+        if not self._thread:
+            self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # the next line tries again
+                self._thread = None
         return self._thread is not None
 
     def _run(self) -> None:
@@ -3135,7 +3157,7 @@ class LogWriter:
         """Make a call of somebody's handlers and filters; so many lines are lost if it raises."""
         try:
             call(*args)
-        except Exception:  # noqa: BLE001
+        except BaseException:  # noqa: BLE001  (SystemExit, too, would end this thread, and the log with it)
             self._lost += lines
             return False
         return True
@@ -3268,7 +3290,7 @@ class Client(Peer):
             self._read_body()
         elif self.state != self.ANSWERING:
             self.loop.begin(self.begin)
-        elif len(self.data) > MAX_PIPELINED and self.exchange:
+        elif self.exchange and len(self.data) > MAX_PIPELINED + self.exchange.body_room():
             self.exchange.drop(Aborted("The client sent too much while its answer was on its way."))
 
     def begin(self) -> None:
@@ -3345,7 +3367,7 @@ class Client(Peer):
         """Close a connection that has asked nothing; its last words are heard before."""
         if self.state == self.IDLE:
             self.on_ready(READ)
-        if self.state == self.IDLE and not self.data:
+        if self.state == self.IDLE and not self.data.strip(b"\r\n"):
             self.close()
 
     def abort(self, failure: ProxyError) -> None:
@@ -3497,7 +3519,8 @@ class Exchange:
         """What there is at the path, by method."""
         routes = api_routes(self.request.path, self.server.settings)
         if not routes:
-            return _ROUTES.get(self.request.path, {})
+            lost = self.cors and self.request.method == "OPTIONS"  # a page is to read that there is nothing
+            return _ROUTES.get(self.request.path, {"OPTIONS": Exchange.answer_preflight} if lost else {})
         answer = Exchange.get_models if self.request.path.startswith("/v1/models") else Exchange.pass_on
         return {**dict.fromkeys(routes, answer), "OPTIONS": Exchange.answer_preflight}
 
@@ -3510,11 +3533,13 @@ class Exchange:
         counts: among the requests of a minute.
         """
         self.server.access.check_origin(self.request.fields)
+        if self.server.state == self.server.ABORTING:  # it came behind one that was
+            raise Aborted("The server is shutting down.")
         self._then, self._counts = then, counts
         self.server.lookout.look(self._on_looked)
 
     def _on_looked(self) -> None:
-        if self.client.exchange is self:  # or it has left meanwhile
+        if self.client.exchange is self and not self.status:  # or it has left meanwhile, or was refused
             self._step(self._enter)
 
     def _enter(self) -> None:
@@ -3535,6 +3560,10 @@ class Exchange:
         if expected and not (self.client.data or self.request.body.complete):
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.expect_body()
+
+    def body_room(self) -> int:
+        """Return how much of its body may come before the exchange is ready for it."""
+        return 0 if self.request.body.complete else self.server.settings.max_body
 
     def on_body(self, part: bytes) -> None:
         """Take a part of the body; go on once it is whole."""
@@ -3661,6 +3690,8 @@ class Exchange:
         small = body.left is not None and body.left <= MAX_DISCARDED and "expect" not in self.request.fields
         client.keeps_alive = client.keeps_alive and not over and (body.complete or small)
         fields = {"Content-Type": "application/json", **failure.fields}
+        if self.request.path.startswith("/v1/messages"):
+            fields.setdefault("Request-Id", self.id)  # where Anthropic's SDKs look for it
         if failure.status in (429, 503):
             fields.setdefault("Retry-After", "1")
         elif failure.status >= 500 and self.stream and self.stream.asked and not {"Retry-After", "X-Should-Retry"} & fields.keys():
@@ -3672,7 +3703,7 @@ class Exchange:
         if self.stream and not self.stream.over:
             self.stream.drop(failure)
         else:
-            self.failure, self.client.keeps_alive = self.failure or failure, False
+            self.failure = self.failure or failure
             self.status = self.status or failure.status
             self._end(cut=True)
 
@@ -3704,11 +3735,10 @@ class Exchange:
             return
         if self.failure:
             self.status = self.status or self.failure.status
-        if not stream.viewer.intact:
-            client.keeps_alive = False
-            if not self.request.http11:
-                client.reset()  # its body ends where the connection does
-        self._end(cut=not stream.viewer.intact)
+        cut = not stream.viewer.intact
+        if cut and not self.request.http11:
+            client.reset()  # its body ends where the connection does
+        self._end(cut)
 
     def encode_head(self, status: int, fields: Mapping[str, str]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
@@ -4636,7 +4666,7 @@ class Source:
     def due(self) -> float:
         """When this state has lasted too long."""
         if self.state == self.ENDING:
-            return self.since + self.answer.grace
+            return self.since + END_GRACE
         limit: float = getattr(self.hub.settings, self._CLOCKS[self.state][0])
         return self.since + limit if limit else math.inf
 
@@ -5187,6 +5217,7 @@ class Server(http.server.ThreadingHTTPServer):
     def start(self) -> None:
         """Serve, in threads of its own."""
         self._listen()
+        self.hub.log.start()
         self.hub.loop.start()
 
     def stop(self) -> None:
@@ -5673,41 +5704,61 @@ class _LogFormatter(logging.Formatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal ends it; return the exit status."""
+    sys.stdout, sys.stderr = sys.stdout or _open_nothing(), sys.stderr or _open_nothing()
     flags = vars(build_parser().parse_args(argv))
     try:
         settings = Settings.load(os.environ, flags)
         server = Server(settings)
+        output = _Output(sys.stderr)
+        output.setFormatter(_LogFormatter(settings.log_format))
+        log.addHandler(output)
+        log.setLevel(logging.INFO)
+        _tune_process()
+        _serve(server)
     except SettingsError as error:
         print(f"streamproxy: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"streamproxy: cannot listen at {settings.bind}: {reason_of(error)}", file=sys.stderr)
         return 1
-    output = _Output(sys.stderr)
-    output.setFormatter(_LogFormatter(settings.log_format))
-    log.addHandler(output)
-    log.setLevel(logging.INFO)
-    _raise_descriptor_limit()
-    sys.setswitchinterval(SWITCH_INTERVAL)
+    except RuntimeError:
+        print("streamproxy: no thread can be started: the system's limit is reached", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _open_nothing() -> TextIO:
+    """Take the place of a standard stream that is closed, whose descriptor would soon be a socket's."""
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def _serve(server: Server) -> None:
+    """Serve until a signal begins the drain; any further one ends that.  Raises RuntimeError where threads cannot start."""
     # A byte comes for each signal, whichever thread the system gives it to.
     news, teller = socket.socketpair()
     teller.setblocking(False)
     signal.set_wakeup_fd(teller.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    asked = threading.Event()
 
-    def hurry() -> None:
-        while news.recv(1):
-            server.abort()
+    def heed() -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            while news.recv(1):
+                if asked.is_set():
+                    server.abort()
+                asked.set()
 
-    server.start()
-    threading.Thread(target=_announce, args=(server,), name="announce", daemon=True).start()
-    news.recv(1)  # the first begins the drain, and any further one ends it
-    threading.Thread(target=hurry, name="signals", daemon=True).start()
-    server.stop()
-    signal.set_wakeup_fd(-1)
-    teller.close()
-    return 0
+    with news, teller:
+        try:
+            server.start()
+            # Now, and not with the first signal: by then, the system may have no thread left.
+            for work in (heed, functools.partial(_announce, server)):
+                threading.Thread(target=work, daemon=True).start()
+            asked.wait()
+        finally:
+            server.stop()
+            signal.set_wakeup_fd(-1)
 
 
 def describe(settings: Settings) -> str:
@@ -5731,7 +5782,7 @@ def _announce(server: Server) -> None:
     if server.settings.demo:
         to = f"--unix-socket {server.url[5:]} http://localhost" if server.path else server.url
         lines.append(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # the latter: it was closed
         _write_all(sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode())
 
 
@@ -5744,8 +5795,13 @@ def _write_all(fd: int, data: bytes) -> None:
             time.sleep(LOG_PAUSE)
 
 
-def _raise_descriptor_limit() -> None:
-    """A stream takes two descriptors; the usual limit of 1024 is for the sake of select()."""
+def _tune_process() -> None:
+    """Set what is the process's, and so not for a server to set that another program has made."""
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    # What is over is gone by its count of references.  To look through all that 10,000 streams hold takes 0.2 s.
+    with contextlib.suppress(AttributeError):  # PyPy has another collector
+        gc.set_threshold(*gc.get_threshold()[:2], 1_000_000)
+    # A stream takes two descriptors; the usual limit of 1024 is for the sake of select().
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on every system
 
