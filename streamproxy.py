@@ -5704,27 +5704,35 @@ class _LogFormatter(logging.Formatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal ends it; return the exit status."""
+    status, serve = prepare(argv)
+    return serve() if serve else status
+
+
+def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] | None]:
+    """Return the exit status, or what serves until a signal ends it, in any thread.  For the main thread."""
     sys.stdout, sys.stderr = sys.stdout or _open_nothing(), sys.stderr or _open_nothing()
     flags = vars(build_parser().parse_args(argv))
     try:
         settings = Settings.load(os.environ, flags)
         server = Server(settings)
-        output = _Output(sys.stderr)
-        output.setFormatter(_LogFormatter(settings.log_format))
-        log.addHandler(output)
-        log.setLevel(logging.INFO)
-        _tune_process()
-        _serve(server)
     except SettingsError as error:
         print(f"streamproxy: {error}", file=sys.stderr)
-        return 2
+        return 2, None
     except OSError as error:
         print(f"streamproxy: cannot listen at {settings.bind}: {reason_of(error)}", file=sys.stderr)
-        return 1
-    except RuntimeError:
-        print("streamproxy: no thread can be started: the system's limit is reached", file=sys.stderr)
-        return 1
-    return 0
+        return 1, None
+    output = _Output(sys.stderr)
+    output.setFormatter(_LogFormatter(settings.log_format))
+    log.addHandler(output)
+    log.setLevel(logging.INFO)
+    _tune_process()
+    # A byte comes for each signal, whichever thread the system gives it to.
+    news, teller = socket.socketpair()
+    teller.setblocking(False)
+    signal.set_wakeup_fd(teller.fileno())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return 0, functools.partial(_serve, server, news, teller)
 
 
 def _open_nothing() -> TextIO:
@@ -5732,14 +5740,8 @@ def _open_nothing() -> TextIO:
     return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
-def _serve(server: Server) -> None:
-    """Serve until a signal begins the drain; any further one ends that.  Raises RuntimeError where threads cannot start."""
-    # A byte comes for each signal, whichever thread the system gives it to.
-    news, teller = socket.socketpair()
-    teller.setblocking(False)
-    signal.set_wakeup_fd(teller.fileno())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+def _serve(server: Server, news: socket.socket, teller: socket.socket) -> int:
+    """Serve until a signal begins the drain; any further one ends that.  Return the exit status."""
     asked = threading.Event()
 
     def heed() -> None:
@@ -5756,9 +5758,39 @@ def _serve(server: Server) -> None:
             for work in (heed, functools.partial(_announce, server)):
                 threading.Thread(target=work, daemon=True).start()
             asked.wait()
+        except RuntimeError:
+            print("streamproxy: no thread can be started: the system's limit is reached", file=sys.stderr)
+            return 1
         finally:
             server.stop()
-            signal.set_wakeup_fd(-1)
+            if threading.current_thread() is threading.main_thread():  # else it is over
+                signal.set_wakeup_fd(-1)
+    return 0
+
+
+def run_script() -> None:
+    """Serve in a thread that goes on after the last line of the script.
+
+    Until then, CPython keeps the script's syntax tree: half of the memory that this program takes at rest.
+    """
+    status, serve = prepare()
+    if not serve:
+        sys.exit(status)
+
+    def go_on() -> None:
+        threading.main_thread().join()
+        with contextlib.suppress(Exception):  # not on every system
+            import ctypes
+
+            ctypes.CDLL(None).malloc_trim(0)
+        status = 1
+        try:
+            status = serve()
+        finally:
+            if status:
+                os._exit(status)
+
+    threading.Thread(target=go_on, name="main").start()
 
 
 def describe(settings: Settings) -> str:
@@ -5810,4 +5842,4 @@ def _tune_process() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script()
