@@ -3151,7 +3151,7 @@ class LogWriter:
 
     def _emit(self, level: int, line: object) -> None:
         if log.isEnabledFor(level):  # log.log would look for the line of code, too
-            log.handle(log.makeRecord(log.name, level, __file__, 0, line, (), None))
+            log.handle(log.makeRecord(log.name, level, "streamproxy.py", 0, line, (), None))
 
     def _guard(self, lines: int, call: Callable[..., object], *args: object) -> bool:
         """Make a call of somebody's handlers and filters; so many lines are lost if it raises."""

@@ -6872,7 +6872,7 @@ def test_readme_links_lead_to_its_sections() -> None:
     ("read to its end, up to 128", streamproxy.MAX_IDLE_CONNECTIONS == 128),
     ("after 5 minutes they are closed", streamproxy.MAX_CONNECTION_AGE == 300),
     ("Silent ones are probed once a minute", streamproxy.PROBES["TCP_KEEPIDLE"] == 60),
-    ("an early one within a second counts", streamproxy.END_GRACE == 1),
+    ("a second more", streamproxy.END_GRACE == 1),
     ("for up to 30 s more", streamproxy.LINGER_TIMEOUT == 30),
     ("4,000 lines wait", streamproxy.MAX_LOG_LINES == 4000),
     ("whole, up to 16 MiB", streamproxy.MAX_EVENT_SIZE == 16 << 20),
