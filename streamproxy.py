@@ -3369,6 +3369,8 @@ class Client(Peer):
             self.on_ready(READ)
         if self.state == self.IDLE and not self.data.strip(b"\r\n"):
             self.close()
+        elif self.state == self.LINGERING:
+            self._set_alarm()  # for less long, now
 
     def abort(self, failure: ProxyError) -> None:
         """End what is under way, truthfully."""

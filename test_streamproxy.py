@@ -5510,14 +5510,6 @@ def test_connection_that_lingers_has_its_clock_also_behind_a_long_stream() -> No
         assert not still.server.clients
 
 
-def stop(still: StillServer) -> threading.Thread:
-    """Begin to stop the server, whose loop the test goes on turning."""
-    stopping = threading.Thread(target=still.server.stop)
-    stopping.start()
-    wait_for(lambda: still.server.draining)
-    return stopping
-
-
 @pytest.mark.parametrize("sent", [b"", b"\r\n"])
 def test_drain_waits_for_nobody_who_has_asked_nothing(provider: Provider, sent: bytes) -> None:
     with running(provider, drain_timeout=DEADLINE) as server, Client(server) as client:
@@ -5527,6 +5519,16 @@ def test_drain_waits_for_nobody_who_has_asked_nothing(provider: Provider, sent: 
         began = time.monotonic()
         server.stop()
         assert time.monotonic() < began + DEADLINE / 2 and client.rest() == b""
+
+
+def test_drain_waits_but_a_moment_for_who_sends_on_what_was_refused(provider: Provider) -> None:
+    with running(provider, drain_timeout=DEADLINE) as server, Client(server) as client:
+        client.send(NEVER_COMING["413"])
+        assert client.error()[0] == 413
+        caught_up(server)
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() < began + DEADLINE / 2
 
 
 def test_request_behind_an_aborted_answer_is_refused_at_once_and_upstream_not_asked(provider: Provider, caplog: Any) -> None:
