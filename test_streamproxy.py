@@ -5245,7 +5245,7 @@ def test_log_line_of_a_stream(server: Any, provider: Provider, caplog: Any) -> N
                      "error": None, "pieces": 2, "bytes": 3, "usage": {"total_tokens": 3}}  # fmt: skip
     assert 0 <= entry["ttft"] <= entry["seconds"] < DEADLINE
     assert re.match(r"time=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z id=id-7 client=127.0.0.1 method=POST path=/ status=200 ending=complete seconds=", str(entry))
-    assert str(entry).endswith(' pieces=2 bytes=3 finish_reason=stop usage={"total_tokens":3}')
+    assert str(entry).endswith(' finish_reason=stop pieces=2 bytes=3 usage={"total_tokens":3}')
     assert "secret" not in caplog.text
 
 
