@@ -736,6 +736,9 @@ ERRORS_IN_STREAMS = {
     "err_msg": event({"err_code": 7, "err_msg": "Sorry"}),
     "code and msg": event({"code": 1211, "msg": "Sorry"}),
     "code in words and message": event({"code": "InvalidParameter", "message": "Sorry", "request_id": "x"}),
+    "status alone": event({"status": 503, "path": "/x"}),
+    "status in words": event({"status": "failed", "reason": "Sorry"}),
+    "ok is false": event({"ok": False, "description": "Sorry"}),
     "status and message": event({"status": "error", "message": "Sorry"}),
     "Spring": event({"timestamp": "x", "status": 500, "error": "Internal Server Error", "message": "Sorry"}),
     "NestJS": event({"statusCode": 400, "message": ["Sorry"], "error": "Bad Request"}),
@@ -764,7 +767,7 @@ ERRORS_IN_STREAMS = {
     "in brackets": b"data: [ERROR] Sorry\n\n",
     "type of a class": b"data: InternalServerError: Sorry\n\n",
 }  # fmt: skip
-WORDLESS = ("event: error of nothing",)
+WORDLESS = ("event: error of nothing", "status alone")
 
 
 @pytest.mark.parametrize("name", ERRORS_IN_STREAMS)
@@ -1158,8 +1161,10 @@ def test_json_document_is_held_until_it_is_whole_and_others_are_not() -> None:
         and [answer.feed(b"ab"), answer.feed(b"cd")] == [b"ab", b"cd"]
     )
     large = b"[" + b"0," * 9_000_000
-    answer, out = passed_to(large[:100], large[100:], b"0]", label="application/json")
-    assert out == large + b"0]" and answer.state == answer.DONE  # too large to be held
+    answer = streamproxy.PassedAnswer()
+    answer.start(200, {"content-type": "application/json", "content-length": "18000003"})
+    assert [answer.feed(large[:100]), answer.feed(large[100:]), answer.feed(b"0]")] == [b"", large, b"0]"]  # too large
+    assert answer.close(None) == b"" and answer.state == answer.DONE and "Content-Length" not in answer.fields
 
 
 def test_large_json_document_is_only_skimmed() -> None:
@@ -1347,6 +1352,9 @@ def test_fields_that_pass_back_and_the_key_in_none_of_them() -> None:
     answer.start(200, {name: "x" for name in [*passing, "set-cookie", "openai-organization", "server", "x-hop"]})
     assert {name.lower() for name in answer.fields} == set(passing)
     assert streamproxy.TextAnswer().start(200, {"x-request-id": "r"}).fields == {}
+    assert streamproxy.TextAnswer().start(500, {"request-id": "r" * 300}).request_id == "r" * 200
+    assert streamproxy.TextAnswer().start(200, {"x-request-id": "r", "request-id": "s"}).request_id == "r"
+    assert streamproxy.TextAnswer().start(200, {}).request_id is None
 
 
 ESCAPED = "".join(f"\\u{ord(letter):04x}" for letter in KEY)
@@ -1566,6 +1574,22 @@ def random_json(rng: random.Random, depth: int = 5) -> Any:
             10**400,
         ]
     )
+
+
+@pytest.mark.parametrize("depth", [10, 300, 900, 5000])
+@pytest.mark.parametrize("level", [
+    '{"error":%s}', '{"detail":[%s]}', '{"usage":{"x":%s}}', "[%s]", '{"choices":[{"delta":{"content":%s}}]}',
+])  # fmt: skip
+def test_answers_never_raise_however_deep_json_is(level: str, depth: int) -> None:
+    begin, end = level.split("%s")
+    data = (begin * depth + '"x"' + end * depth).encode()
+    for asked in (streamproxy.TextAnswer(), streamproxy.EventAnswer("id"), streamproxy.PassedAnswer()):
+        for status, body in ((200, event(data)), (400, data), (200, data)):
+            answer = asked.start(status, {"content-type": "text/event-stream" if body != data else "application/json"})
+            answer.feed(body)
+            answer.close(None)
+            asked = type(asked)("id") if isinstance(asked, streamproxy.EventAnswer) else type(asked)()
+            assert json.dumps(answer.usage) and (answer.state == answer.DONE) != bool(answer.failure)
 
 
 def test_answers_never_raise_whatever_json_comes() -> None:
@@ -4181,8 +4205,10 @@ def test_log_line_of_a_stream(server: Any, provider: Provider, caplog: Any) -> N
         client.head()
         client.body()
     entry = log_entries(caplog, 1)[0]
-    assert list(entry) == ["time", "id", "client", "method", "path", "status", "ending", "error", "seconds", "ttft", "pieces", "bytes",
-                           "model", "finish_reason", "usage", "upstream_id"]
+    assert list(entry) == [
+        "time", "id", "client", "method", "path", "status", "ending", "error", "seconds", "ttft", "pieces", "bytes",
+        "model", "finish_reason", "usage", "upstream_id",
+    ]  # fmt: skip
     fixed = {name: entry[name] for name in ("id", "client", "method", "path", "status", "ending", "error", "pieces", "bytes", "usage")}
     assert fixed == {"id": "id-7", "client": "127.0.0.1", "method": "POST", "path": "/", "status": 200, "ending": "complete",
                      "error": None, "pieces": 2, "bytes": 3, "usage": {"total_tokens": 3}}  # fmt: skip
