@@ -3151,7 +3151,7 @@ class LogWriter:
 
     def _emit(self, level: int, line: object) -> None:
         if log.isEnabledFor(level):  # log.log would look for the line of code, too
-            log.handle(log.makeRecord(log.name, level, __file__, 0, line, (), None))
+            log.handle(log.makeRecord(log.name, level, "streamproxy.py", 0, line, (), None))
 
     def _guard(self, lines: int, call: Callable[..., object], *args: object) -> bool:
         """Make a call of somebody's handlers and filters; so many lines are lost if it raises."""
@@ -3369,6 +3369,8 @@ class Client(Peer):
             self.on_ready(READ)
         if self.state == self.IDLE and not self.data.strip(b"\r\n"):
             self.close()
+        elif self.state == self.LINGERING:
+            self._set_alarm()  # for less long, now
 
     def abort(self, failure: ProxyError) -> None:
         """End what is under way, truthfully."""

@@ -709,11 +709,11 @@ def stray(payload: object) -> bytes:
     return json.dumps(payload).encode() + b"\n\n"
 
 
-def choice(index: int = 0, **members: object) -> bytes:
+def one_choice(index: int = 0, **members: object) -> bytes:
     return event({"choices": [{"index": index, **members}]})
 
 
-def part(type: str, text: object) -> dict[str, object]:
+def typed_part(type: str, text: object) -> dict[str, object]:
     """A typed part of a message: its text stands under what its type ends with."""
     return {"type": type, re.split(r"[._]", type)[-1]: text}
 
@@ -767,9 +767,9 @@ ERRORS_IN_STREAMS = {
     "no choices": event({"id": "x", "object": "chat.completion.chunk", "choices": [], "error": {"message": "Sorry"}}),
     "null choices": event({"choices": None, "base_resp": {"status_code": 1008, "status_msg": "Sorry"}}),
     "beside choices": event({"choices": [EMPTY], "error": {"message": "Sorry"}}),
-    "within the choice": choice(delta={}, error={"code": 502, "message": "Sorry"}, finish_reason="error"),
-    "within the choice that goes on": choice(delta={}, finish_reason=None, error={"message": "Sorry"}),
-    "within the delta": choice(delta={"content": "", "error": "Sorry"}, finish_reason=None),
+    "within the choice": one_choice(delta={}, error={"code": 502, "message": "Sorry"}, finish_reason="error"),
+    "within the choice that goes on": one_choice(delta={}, finish_reason=None, error={"message": "Sorry"}),
+    "within the delta": one_choice(delta={"content": "", "error": "Sorry"}, finish_reason=None),
     "Groq": event({"choices": [EMPTY], "x_groq": {"id": "r", "error": "Sorry"}}),
     "vendor's member alone": event({"data": {"error": {"message": "Sorry"}}}),
     "Tencent": event({"Response": {"Error": {"Code": "AuthFailure", "Message": "Sorry"}, "RequestId": "x"}}),
@@ -831,12 +831,12 @@ HARMLESS = {
     "detail of usage": event({"choices": [], "usage": {"total_tokens": 3}, "detail": {"reasoning_tokens": 0}}),
     "usage": event({"choices": [], "usage": {"total_tokens": 3, "completion_tokens_details": {"reasoning_tokens": 0}}}),
     "Azure's first": event({"choices": [], "model": "", "prompt_filter_results": [{"content_filter_results": {}}]}),
-    "Azure's filter was down": choice(delta={"content": "x"}, content_filter_results=FILTER_DOWN),
+    "Azure's filter was down": one_choice(delta={"content": "x"}, content_filter_results=FILTER_DOWN),
     "Azure's filter of the prompt": event({"choices": [], "prompt_filter_results": FILTER_DOWN}),
     "errors are none": event({"choices": [], "success": True, "errors": [], "messages": ["fine"], "usage": None}),
     "status": event({"status": "processing", "message": "Your request is queued", "progress": 3}),
     "null detail": event({"choices": [GOOD], "detail": None}),
-    "logprobs": choice(delta={"content": "x"}, logprobs={"content": [{"token": "error", "logprob": -0.1}]}),
+    "logprobs": one_choice(delta={"content": "x"}, logprobs={"content": [{"token": "error", "logprob": -0.1}]}),
     "NaN": b'data: {"choices": [{"delta": {"content": "x"}, "logprobs": {"x": [NaN, Infinity, -Infinity]}}]}\n\n',
     "large number": b'data: {"created": 1e999, "choices": [{"delta": {"content": "x"}}], "seed": 1234567890123456}\n\n',
     "ping": b'event: ping\ndata: {"type": "ping"}\n\n',
@@ -847,10 +847,10 @@ HARMLESS = {
     "unknown field": b"foo: bar\n\nnonsense\n\n:\n\nretry: x\nid: 3\n\n",
     "bare JSON": stray({"status": "alive"}),
     "blank data": b"data:\n\ndata: \n\n",
-    "tool call": choice(delta={"tool_calls": [{"function": {"arguments": '{"error": {"message": "no"}}'}}]}),
-    "tool call named error": choice(delta={"tool_calls": [{"index": 0, "id": "error", "function": {"name": "error"}}]}),
-    "annotations": choice(delta={"content": "x", "annotations": [{"type": "error", "error": "no"}]}),
-    "role": choice(delta={"role": "error", "content": None}),
+    "tool call": one_choice(delta={"tool_calls": [{"function": {"arguments": '{"error": {"message": "no"}}'}}]}),
+    "tool call named error": one_choice(delta={"tool_calls": [{"index": 0, "id": "error", "function": {"name": "error"}}]}),
+    "annotations": one_choice(delta={"content": "x", "annotations": [{"type": "error", "error": "no"}]}),
+    "role": one_choice(delta={"role": "error", "content": None}),
     "queue": event({"object": "queue", "message": "2 before you"}),
     "news of another type": b'event: status\ndata: {"message": "Searching", "detail": "the web"}\n\n',
     "text of another type": b"event: log\ndata: Error: cache miss\n\n",
@@ -882,7 +882,7 @@ def test_a_model_may_talk_of_errors(text: str) -> None:
     compact = json.dumps(
         {"choices": [{"delta": {"content": text}, "finish_reason": None}]}, separators=(",", ":")
     ).encode()
-    for payload in (delta(text), delta(None, reasoning=text), choice(message={"content": text}), event(compact)):
+    for payload in (delta(text), delta(None, reasoning=text), one_choice(message={"content": text}), event(compact)):
         stream = ROLE + payload + STOP + DONE
         answer, out = answer_to(stream)
         assert (answer.failure, out.decode()) == (None, "" if b"reasoning" in payload else text)
@@ -930,7 +930,7 @@ def test_finish_reason_may_be_any_other_and_is_told(reason: str) -> None:
 def test_finish_reason_may_come_early_or_in_every_chunk_and_what_follows_counts() -> None:
     answer = streamproxy.TextAnswer()
     for first in ({"role": "assistant", "content": ""}, {"reasoning_content": "hm"}):
-        assert answer.feed(choice(delta=first, finish_reason="stop")) == b""
+        assert answer.feed(one_choice(delta=first, finish_reason="stop")) == b""
         assert answer.state == answer.SETTLED  # it is not in a hurry
     assert answer.feed(delta("a", "stop")) == b"a" and answer.state == answer.ENDING
     life = answer.life
@@ -941,37 +941,37 @@ def test_finish_reason_may_come_early_or_in_every_chunk_and_what_follows_counts(
     assert answer.close(None) == b"" and answer.state == answer.DONE
 
 
-DETAIL = part("reasoning.text", "r")
+DETAIL = typed_part("reasoning.text", "r")
 # Where servers put text and reasoning: events, what is told.
 TEXT_ELSEWHERE = {
-    "other indexes": ([delta(None, reasoning="r"), *(choice(1, delta={"content": x}) for x in "ab")], "ab", "r"),
-    "several indexes": ([choice(index, delta={"content": "ab"[index]}) for index in (0, 1)], "ab", ""),
-    "index -1": ([choice(-1, delta={"content": "a"}, finish_reason="stop")], "a", ""),
+    "other indexes": ([delta(None, reasoning="r"), *(one_choice(1, delta={"content": x}) for x in "ab")], "ab", "r"),
+    "several indexes": ([one_choice(index, delta={"content": "ab"[index]}) for index in (0, 1)], "ab", ""),
+    "index -1": ([one_choice(-1, delta={"content": "a"}, finish_reason="stop")], "a", ""),
     "two in one": ([event({"choices": [{"index": x, "delta": {"content": "ab"[x]}} for x in (0, 1)]})], "ab", ""),
     "refusal": ([delta(None, refusal="I cannot"), delta(None, refusal=" help.")], "I cannot help.", ""),
-    "message in an event": ([choice(message={"role": "assistant", "content": "a"}, finish_reason="stop")], "a", ""),
-    "message with reasoning": ([choice(message={"content": "a", "reasoning_content": "r"})], "a", "r"),
-    "message behind deltas": ([delta("a"), delta("b"), choice(delta={}, message={"content": "ab"})], "ab", ""),
-    "message beside deltas": ([choice(delta={"content": x}, message={"content": "ab"}) for x in "ab"], "ab", ""),
-    "messages in pieces": ([choice(message={"content": x}) for x in "ab"], "ab", ""),
-    "messages that grow": ([choice(message={"content": x}) for x in ("a", "ab", "ab")], "ab", ""),
-    "message of bare text": ([choice(message="a", finish_reason="stop")], "a", ""),
-    "completion": ([choice(text="a", finish_reason=None), choice(text="a", finish_reason="stop")], "aa", ""),
+    "message in an event": ([one_choice(message={"role": "assistant", "content": "a"}, finish_reason="stop")], "a", ""),
+    "message with reasoning": ([one_choice(message={"content": "a", "reasoning_content": "r"})], "a", "r"),
+    "message behind deltas": ([delta("a"), delta("b"), one_choice(delta={}, message={"content": "ab"})], "ab", ""),
+    "message beside deltas": ([one_choice(delta={"content": x}, message={"content": "ab"}) for x in "ab"], "ab", ""),
+    "messages in pieces": ([one_choice(message={"content": x}) for x in "ab"], "ab", ""),
+    "messages that grow": ([one_choice(message={"content": x}) for x in ("a", "ab", "ab")], "ab", ""),
+    "message of bare text": ([one_choice(message="a", finish_reason="stop")], "a", ""),
+    "completion": ([one_choice(text="a", finish_reason=None), one_choice(text="a", finish_reason="stop")], "aa", ""),
     "output_text": ([delta([{"type": "output_text", "text": "a"}])], "a", ""),
-    "one part": ([delta(part("text", "a"))], "a", ""),
+    "one part": ([delta(typed_part("text", "a"))], "a", ""),
     "parts of text": ([delta(["a", {"text": "b"}])], "ab", ""),
-    "part of a refusal": ([delta([part("refusal", "a")])], "a", ""),
-    "other parts": ([delta([part("image_url", {"url": "data:"}), part("text", "a")])], "a", ""),
-    "Mistral's thinking": ([delta([part("thinking", [part("text", "r")]), part("text", "a")])], "a", "r"),
-    "Anthropic's thinking": ([delta([{**part("thinking", "r"), "signature": "s"}]), delta("a")], "a", "r"),
+    "part of a refusal": ([delta([typed_part("refusal", "a")])], "a", ""),
+    "other parts": ([delta([typed_part("image_url", {"url": "data:"}), typed_part("text", "a")])], "a", ""),
+    "Mistral's thinking": ([delta([typed_part("thinking", [typed_part("text", "r")]), typed_part("text", "a")])], "a", "r"),
+    "Anthropic's thinking": ([delta([{**typed_part("thinking", "r"), "signature": "s"}]), delta("a")], "a", "r"),
     "redacted thinking": ([delta([{"type": "redacted_thinking", "data": "x"}]), delta("a")], "a", ""),
     "reasoning": ([delta("", reasoning="r"), delta("a")], "a", "r"),
     "reasoning_content": ([delta(None, reasoning_content="r"), delta("a")], "a", "r"),
     "reasoning_text": ([delta(None, reasoning_text="r"), delta("a")], "a", "r"),
-    "details": ([delta("", reasoning_details=[DETAIL, part("reasoning.encrypted", "x")]), delta("a")], "a", "r"),
+    "details": ([delta("", reasoning_details=[DETAIL, typed_part("reasoning.encrypted", "x")]), delta("a")], "a", "r"),
     "reasoning twice": ([delta("", reasoning="r", reasoning_details=[DETAIL]), delta("a")], "a", "r"),
-    "summary": ([delta("", reasoning_details=[part("reasoning.summary", "r")]), delta("a")], "a", "r"),
-    "blocks": ([delta("", reasoning_content="r", thinking_blocks=[part("thinking", "r")]), delta("a")], "a", "r"),
+    "summary": ([delta("", reasoning_details=[typed_part("reasoning.summary", "r")]), delta("a")], "a", "r"),
+    "blocks": ([delta("", reasoning_content="r", thinking_blocks=[typed_part("thinking", "r")]), delta("a")], "a", "r"),
     "thinking": ([delta("", thinking="r"), delta("a")], "a", "r"),
     "bare JSON": ([stray({"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}), DONE], "a", ""),
 }  # fmt: skip
@@ -1009,11 +1009,11 @@ def test_usage_stands_where_it_likes(payload: dict[str, Any]) -> None:
         assert answer.usage == {"total_tokens": 3} and answer.state == answer.DONE
 
 
-def typed(type: str, **members: object) -> bytes:
+def typed_payload(type: str, **members: object) -> bytes:
     return event({"type": type, **members})
 
 
-RESPONSE = {
+RESPONSE_MEMBERS = {
     "id": "r",
     "object": "response",
     "model": "m",
@@ -1022,11 +1022,11 @@ RESPONSE = {
     "usage": {"total_tokens": 3},
 }
 TYPED_ENDS = {
-    "response.completed": typed("response.completed", response=RESPONSE),
-    "response.cancelled": typed("response.cancelled", response={"status": "cancelled"}),
-    "response.incomplete": typed("response.incomplete", response={**RESPONSE, "incomplete_details": {"reason": "x"}}),
-    "response.failed": typed("response.failed", response={**RESPONSE, "error": {"code": "x", "message": "x"}}),
-    "message_stop": typed("message_stop"), "type last": event({"response": RESPONSE, "type": "response.completed"}),
+    "response.completed": typed_payload("response.completed", response=RESPONSE_MEMBERS),
+    "response.cancelled": typed_payload("response.cancelled", response={"status": "cancelled"}),
+    "response.incomplete": typed_payload("response.incomplete", response={**RESPONSE_MEMBERS, "incomplete_details": {"reason": "x"}}),
+    "response.failed": typed_payload("response.failed", response={**RESPONSE_MEMBERS, "error": {"code": "x", "message": "x"}}),
+    "message_stop": typed_payload("message_stop"), "type last": event({"response": RESPONSE_MEMBERS, "type": "response.completed"}),
 }  # fmt: skip
 
 
@@ -1037,8 +1037,8 @@ def test_typed_streams_are_whole_after_their_end_whether_the_type_is_in_the_json
     name: str, done: bytes, named: bytes
 ) -> None:
     last = (named and named % name.encode()) + TYPED_ENDS[name]
-    begin = typed("response.created", response={**RESPONSE, "status": "in_progress", "usage": None})
-    begin += typed("response.output_text.delta", delta="error") + typed(
+    begin = typed_payload("response.created", response={**RESPONSE_MEMBERS, "status": "in_progress", "usage": None})
+    begin += typed_payload("response.output_text.delta", delta="error") + typed_payload(
         "response.output_item.done", item={"type": "mcp_call", "error": "tool failed"}
     )
     for parts in (
@@ -1059,22 +1059,22 @@ def test_typed_streams_are_whole_after_their_end_whether_the_type_is_in_the_json
 @pytest.mark.parametrize(
     "wrong",
     [
-        typed("error", code="server_error", message="x"),
-        b"event: error\n" + typed("error", error={"type": "overloaded_error"}),
+        typed_payload("error", code="server_error", message="x"),
+        b"event: error\n" + typed_payload("error", error={"type": "overloaded_error"}),
     ],
 )
 def test_typed_streams_are_cut_after_an_error(wrong: bytes) -> None:
     for after in (b"", DONE):
-        answer, out = passed_to(typed("response.created"), wrong, after)
-        assert answer.failure and out == typed("response.created") + wrong + after
+        answer, out = passed_to(typed_payload("response.created"), wrong, after)
+        assert answer.failure and out == typed_payload("response.created") + wrong + after
 
 
 def test_messages_tell_model_usage_and_stop_reason() -> None:
     answer, _ = passed_to(
-        b"event: message_start\n" + typed("message_start", message={"model": "claude", "usage": {"input_tokens": 3}}),
-        b"event: content_block_delta\n" + typed("content_block_delta", delta={"type": "text_delta", "text": "a"}),
-        typed("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 9}),
-        b"event: message_stop\n" + typed("message_stop"), messages=True)  # fmt: skip
+        b"event: message_start\n" + typed_payload("message_start", message={"model": "claude", "usage": {"input_tokens": 3}}),
+        b"event: content_block_delta\n" + typed_payload("content_block_delta", delta={"type": "text_delta", "text": "a"}),
+        typed_payload("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 9}),
+        b"event: message_stop\n" + typed_payload("message_stop"), messages=True)  # fmt: skip
     assert (answer.model, answer.finish_reason, answer.usage) == (
         "claude",
         "max_tokens",
@@ -5510,14 +5510,6 @@ def test_connection_that_lingers_has_its_clock_also_behind_a_long_stream() -> No
         assert not still.server.clients
 
 
-def stop(still: StillServer) -> threading.Thread:
-    """Begin to stop the server, whose loop the test goes on turning."""
-    stopping = threading.Thread(target=still.server.stop)
-    stopping.start()
-    wait_for(lambda: still.server.draining)
-    return stopping
-
-
 @pytest.mark.parametrize("sent", [b"", b"\r\n"])
 def test_drain_waits_for_nobody_who_has_asked_nothing(provider: Provider, sent: bytes) -> None:
     with running(provider, drain_timeout=DEADLINE) as server, Client(server) as client:
@@ -5527,6 +5519,16 @@ def test_drain_waits_for_nobody_who_has_asked_nothing(provider: Provider, sent: 
         began = time.monotonic()
         server.stop()
         assert time.monotonic() < began + DEADLINE / 2 and client.rest() == b""
+
+
+def test_drain_waits_but_a_moment_for_who_sends_on_what_was_refused(provider: Provider) -> None:
+    with running(provider, drain_timeout=DEADLINE) as server, Client(server) as client:
+        client.send(NEVER_COMING["413"])
+        assert client.error()[0] == 413
+        caught_up(server)
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() < began + DEADLINE / 2
 
 
 def test_request_behind_an_aborted_answer_is_refused_at_once_and_upstream_not_asked(provider: Provider, caplog: Any) -> None:
@@ -6872,7 +6874,7 @@ def test_readme_links_lead_to_its_sections() -> None:
     ("read to its end, up to 128", streamproxy.MAX_IDLE_CONNECTIONS == 128),
     ("after 5 minutes they are closed", streamproxy.MAX_CONNECTION_AGE == 300),
     ("Silent ones are probed once a minute", streamproxy.PROBES["TCP_KEEPIDLE"] == 60),
-    ("a second, or five where none had come", (streamproxy.END_GRACE, streamproxy.EARLY_GRACE) == (1, 5)),
+    ("a second more", streamproxy.END_GRACE == 1),
     ("for up to 30 s more", streamproxy.LINGER_TIMEOUT == 30),
     ("4,000 lines wait", streamproxy.MAX_LOG_LINES == 4000),
     ("whole, up to 16 MiB", streamproxy.MAX_EVENT_SIZE == 16 << 20),
@@ -7045,6 +7047,7 @@ def test_readme_error_in_its_clothes(server: Any, provider: Provider, caplog: An
     (A + finish(""), "a", "truncated"),
     (finish("stop") + A + STOP, "a", "complete"),
     (delta("a", "stop") + delta("b", "stop"), "ab", "complete"),
+    (delta("", "stop", role="assistant") + delta("", reasoning="b") + A + STOP, "a", "complete"),
     (A + finish("length"), "a", "complete"),
     (A + finish("content_filter"), "a", "complete"),
 ])
@@ -7111,6 +7114,7 @@ def test_readme_paths_are_those_of_the_api() -> None:
             documented[path.replace("/ID", "/resp_1")].update([names[at]] if each else names)
     for path, allowed in documented.items():
         assert set(streamproxy.api_routes(path, settings)) == allowed, path
+    assert documented.keys() >= set(API_PATHS)
     for route in streamproxy.ROUTES:
         assert "models" in route.path or any(re.fullmatch(route.path, path) for path in documented), route.path
 
@@ -7402,7 +7406,7 @@ def test_nginx_example_goes_to_another_process_while_one_restarts(provider: Prov
 
 APACHE_MODULES = "mpm_event proxy proxy_http deflate filter authz_core"
 # What is around README's lines.
-OTHERS = {
+FRONTS = {
     "Apache": "ServerLimit 1\nThreadsPerChild 25\nMaxRequestWorkers 25\nPidFile {folder}/pid\n"
               "ErrorLog {folder}/log\nServerName localhost\nListen 127.0.0.1:{port}\n"
               + "".join(f"LoadModule {name}_module {{modules}}/mod_{name}.so\n" for name in APACHE_MODULES.split())
@@ -7420,7 +7424,7 @@ def other_front(name: str, folder: Path, server: Any, idle: int = 60) -> Iterato
     binary, port, config = program({"Apache": "apache2"}.get(name, name.lower())), free_port(), folder / "config"
     text = lines[1].replace("127.0.0.1:8000", urllib.parse.urlsplit(server.url).netloc).replace("chat.example.com", f"http://:{port}")
     text = re.sub("(ttl=|keepalive )60", rf"\g<1>{idle}", text)
-    config.write_text(OTHERS[name].format(folder=folder, port=port, lines=text, modules="/usr/lib/apache2/modules"))
+    config.write_text(FRONTS[name].format(folder=folder, port=port, lines=text, modules="/usr/lib/apache2/modules"))
     arguments = {"Apache": ["-DFOREGROUND", "-f"], "HAProxy": ["-db", "-f"], "Caddy": ["run", "--adapter", "caddyfile", "--config"]}
     with front_server([binary, *arguments[name], str(config)], port, HOME=str(folder)) as front:
         yield front
@@ -7433,7 +7437,7 @@ def let_it_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["text", "events"])
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", FRONTS)
 def test_other_front_passes_each_piece_on_at_once(provider: Provider, tmp_path: Path, name: str, mode: str) -> None:
     with running(provider) as server, other_front(name, tmp_path, server) as front:
         fields = {"Accept_Encoding": "gzip", **(EVENTS if mode == "events" else {})}
@@ -7478,7 +7482,7 @@ def test_apache_sees_that_a_client_left_with_the_next_text_or_ping(provider: Pro
             assert upstream.gone()
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", FRONTS)
 def test_other_front_tells_who_asks_and_under_which_name(provider: Provider, tmp_path: Path, name: str) -> None:
     asked = b"GET / HTTP/1.1\r\nHost: chat.example.com\r\n\r\n"
     with other_front(name, tmp_path, provider) as front, Client(front) as client:
@@ -7487,7 +7491,7 @@ def test_other_front_tells_who_asks_and_under_which_name(provider: Provider, tmp
             assert {"host: chat.example.com", "x-forwarded-for: 127.0.0.1"} <= set(seen.head.lower().split("\r\n"))
 
 
-@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in OTHERS for mode in ("text", "events") if (name, mode) != ("Caddy", "text")])
+@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in FRONTS for mode in ("text", "events") if (name, mode) != ("Caddy", "text")])
 def test_other_front_lets_a_cut_answer_be_told(provider: Provider, tmp_path: Path, name: str, mode: str) -> None:
     with running(provider) as server, other_front(name, tmp_path, server) as front:
         with Client(front).ask(PROMPT, **(EVENTS if mode == "events" else {})) as client, provider.take() as upstream:
