@@ -8105,7 +8105,7 @@ def streamed(*events: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
     return STREAM_HEAD[:-2] + b"Connection: close\r\n\r\n" + b"".join(map(chunk, events)) + end
 
 
-def typed(type: str, **payload: object) -> bytes:
+def named(type: str, **payload: object) -> bytes:
     return b"event: " + type.encode() + b"\n" + event({"type": type, **payload})
 
 
@@ -8119,9 +8119,9 @@ def asks(sdk: str, call: str, *args: object, at: str = "", retries: int = 2, the
     return {"sdk": sdk, "call": call, "args": args, "params": params, "url": at, "retries": retries, "then": then, "final": final}
 
 
-CHAT = {"model": "gpt-6-luna", "messages": [{"role": "user", "content": "Hällo"}]}
-MESSAGE: dict[str, Any] = {**CHAT, "max_tokens": 9}
-RESPONSE = {"model": "gpt-6-luna", "input": "Hällo"}
+ASKED_CHAT = {"model": "gpt-6-luna", "messages": [{"role": "user", "content": "Hällo"}]}
+ASKED_MESSAGE: dict[str, Any] = {**ASKED_CHAT, "max_tokens": 9}
+ASKED_RESPONSE = {"model": "gpt-6-luna", "input": "Hällo"}
 CHATS, MESSAGES, RESPONSES = ("openai", "chat.completions.create"), ("anthropic", "messages.create"), ("openai", "responses.create")
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -8133,13 +8133,13 @@ SAID = {"id": "msg_1", "type": "message", "role": "assistant", "model": "gpt-6-l
         "content": [{"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "text", "text": "Grüße 👋🏽"}]}  # fmt: skip
 
 
-def part(**more: object) -> bytes:
+def chat_event(**more: object) -> bytes:
     """An event of a completion."""
     return event({"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt-6-luna", **more})
 
 
-def choice(index: int = 0, finish_reason: str | None = None, **delta: object) -> bytes:
-    return part(choices=[{"index": index, "delta": delta, "finish_reason": finish_reason}])
+def chat_choice(index: int = 0, finish_reason: str | None = None, **delta: object) -> bytes:
+    return chat_event(choices=[{"index": index, "delta": delta, "finish_reason": finish_reason}])
 
 
 def call_of(index: int, **function: str) -> dict[str, Any]:
@@ -8147,49 +8147,49 @@ def call_of(index: int, **function: str) -> dict[str, Any]:
 
 
 RESPONSE_EVENTS = [
-    typed("response.created", sequence_number=0, response={**RESPONDED, "status": "in_progress", "output": []}),
-    typed("response.output_item.added", sequence_number=1, output_index=0, item={**OUTPUT, "content": []}),
-    typed("response.content_part.added", sequence_number=2, output_index=0, content_index=0, item_id="msg_1", part={"type": "output_text", "text": "", "annotations": []}),
-    typed("response.output_text.delta", sequence_number=3, output_index=0, content_index=0, item_id="msg_1", delta="Grüße", logprobs=[]),
-    typed("response.completed", sequence_number=4, response=RESPONDED),
+    named("response.created", sequence_number=0, response={**RESPONDED, "status": "in_progress", "output": []}),
+    named("response.output_item.added", sequence_number=1, output_index=0, item={**OUTPUT, "content": []}),
+    named("response.content_part.added", sequence_number=2, output_index=0, content_index=0, item_id="msg_1", part={"type": "output_text", "text": "", "annotations": []}),
+    named("response.output_text.delta", sequence_number=3, output_index=0, content_index=0, item_id="msg_1", delta="Grüße", logprobs=[]),
+    named("response.completed", sequence_number=4, response=RESPONDED),
 ]
 MESSAGE_EVENTS = [
-    typed("message_start", message={**SAID, "content": [], "stop_reason": None}), typed("content_block_start", index=0, content_block={"type": "thinking", "thinking": "", "signature": ""}),
-    typed("ping"), typed("content_block_delta", index=0, delta={"type": "thinking_delta", "thinking": "hm"}), typed("content_block_delta", index=0, delta={"type": "signature_delta", "signature": "s"}),
-    typed("content_block_stop", index=0), typed("content_block_start", index=1, content_block={"type": "text", "text": ""}),
-    typed("content_block_delta", index=1, delta={"type": "text_delta", "text": "Grüße 👋🏽"}), typed("content_block_stop", index=1),
-    typed("message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage={"output_tokens": 2}), typed("message_stop"),
+    named("message_start", message={**SAID, "content": [], "stop_reason": None}), named("content_block_start", index=0, content_block={"type": "thinking", "thinking": "", "signature": ""}),
+    named("ping"), named("content_block_delta", index=0, delta={"type": "thinking_delta", "thinking": "hm"}), named("content_block_delta", index=0, delta={"type": "signature_delta", "signature": "s"}),
+    named("content_block_stop", index=0), named("content_block_start", index=1, content_block={"type": "text", "text": ""}),
+    named("content_block_delta", index=1, delta={"type": "text_delta", "text": "Grüße 👋🏽"}), named("content_block_stop", index=1),
+    named("message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage={"output_tokens": 2}), named("message_stop"),
 ]  # fmt: skip
-CHAT_EVENTS = [choice(role="assistant", content=""), choice(content="Grüße "), choice(content="👋🏽"), choice(finish_reason="stop"), DONE]
-TOOL_EVENTS = [choice(**call_of(0, name="weather", arguments="")), choice(**call_of(0, arguments='{"in": "Ö')), choice(**call_of(0, arguments='"}')), choice(finish_reason="tool_calls"), DONE]
+CHAT_EVENTS = [chat_choice(role="assistant", content=""), chat_choice(content="Grüße "), chat_choice(content="👋🏽"), chat_choice(finish_reason="stop"), DONE]
+TOOL_EVENTS = [chat_choice(**call_of(0, name="weather", arguments="")), chat_choice(**call_of(0, arguments='{"in": "Ö')), chat_choice(**call_of(0, arguments='"}')), chat_choice(finish_reason="tool_calls"), DONE]
 
 # What is asked, what upstream answers (a document, or the events of a stream), and what the SDK gives, where that is not the same.
 WHOLE_ANSWERS: dict[str, tuple[Any, ...]] = {
-    "chat": (asks(*CHATS, **CHAT), COMPLETION),
-    "chat stream": (asks(*CHATS, **CHAT, stream=True), CHAT_EVENTS),
-    "chat stream in one chunk": (asks(*CHATS, **CHAT, stream=True), [b"".join(CHAT_EVENTS)]),
-    "chat stream with reasoning": (asks(*CHATS, **CHAT, stream=True), [choice(reasoning_content="hm"), *CHAT_EVENTS]),
-    "chat stream with usage": (asks(*CHATS, **CHAT, stream=True, stream_options={"include_usage": True}), [*CHAT_EVENTS[:-1], part(choices=[], usage=USAGE), DONE]),
-    "chat stream of two choices": (asks(*CHATS, **CHAT, stream=True, n=2), [choice(1, content="a"), choice(content="b"), choice(1, "stop"), choice(0, "length"), DONE]),
-    "chat stream of tool calls": (asks(*CHATS, **CHAT, stream=True, tools=[TOOL]), TOOL_EVENTS),
-    "chat in a form": (asks("openai", "chat.completions.parse", **CHAT, response_format={"type": "json_object"}), COMPLETION, {"id": "c", "usage": USAGE}),
+    "chat": (asks(*CHATS, **ASKED_CHAT), COMPLETION),
+    "chat stream": (asks(*CHATS, **ASKED_CHAT, stream=True), CHAT_EVENTS),
+    "chat stream in one chunk": (asks(*CHATS, **ASKED_CHAT, stream=True), [b"".join(CHAT_EVENTS)]),
+    "chat stream with reasoning": (asks(*CHATS, **ASKED_CHAT, stream=True), [chat_choice(reasoning_content="hm"), *CHAT_EVENTS]),
+    "chat stream with usage": (asks(*CHATS, **ASKED_CHAT, stream=True, stream_options={"include_usage": True}), [*CHAT_EVENTS[:-1], chat_event(choices=[], usage=USAGE), DONE]),
+    "chat stream of two choices": (asks(*CHATS, **ASKED_CHAT, stream=True, n=2), [chat_choice(1, content="a"), chat_choice(content="b"), chat_choice(1, "stop"), chat_choice(0, "length"), DONE]),
+    "chat stream of tool calls": (asks(*CHATS, **ASKED_CHAT, stream=True, tools=[TOOL]), TOOL_EVENTS),
+    "chat in a form": (asks("openai", "chat.completions.parse", **ASKED_CHAT, response_format={"type": "json_object"}), COMPLETION, {"id": "c", "usage": USAGE}),
     "completion": (asks("openai", "completions.create", model="gpt-6-luna", prompt="x"), {"id": "c", "choices": [{"index": 0, "text": "x", "finish_reason": "stop"}]}),
-    "response": (asks(*RESPONSES, **RESPONSE), RESPONDED),
-    "response stream": (asks(*RESPONSES, **RESPONSE, stream=True), RESPONSE_EVENTS),
-    "response helper": (asks("openai", "responses.stream", **RESPONSE, final="get_final_response"), RESPONSE_EVENTS, {"id": "resp_1", "status": "completed"}),
+    "response": (asks(*RESPONSES, **ASKED_RESPONSE), RESPONDED),
+    "response stream": (asks(*RESPONSES, **ASKED_RESPONSE, stream=True), RESPONSE_EVENTS),
+    "response helper": (asks("openai", "responses.stream", **ASKED_RESPONSE, final="get_final_response"), RESPONSE_EVENTS, {"id": "resp_1", "status": "completed"}),
     "response of before": (asks("openai", "responses.retrieve", "resp_1"), RESPONDED),
     "response of before as a stream": (asks("openai", "responses.retrieve", "resp_1", stream=True, starting_after=2), RESPONSE_EVENTS[3:]),
     "response deleted": (asks("openai", "responses.delete", "resp_1"), {"id": "resp_1", "deleted": True}, {}),
     "response cancelled": (asks("openai", "responses.cancel", "resp_1"), {**RESPONDED, "status": "cancelled"}),
     "response input": (asks("openai", "responses.input_items.list", "resp_1", limit=2, order="asc"), {"object": "list", "data": [OUTPUT], "has_more": False}, [OUTPUT]),
-    "response tokens": (asks("openai", "responses.input_tokens.count", **RESPONSE), {"object": "response.input_tokens", "input_tokens": 3}),
+    "response tokens": (asks("openai", "responses.input_tokens.count", **ASKED_RESPONSE), {"object": "response.input_tokens", "input_tokens": 3}),
     "embeddings": (asks("openai", "embeddings.create", model="gpt-6-luna", input="x", encoding_format="float"), {"data": [{"index": 0, "embedding": [0.5]}], "usage": USAGE}),
-    "message": (asks(*MESSAGES, **MESSAGE), SAID),
-    "message stream": (asks(*MESSAGES, **MESSAGE, stream=True), MESSAGE_EVENTS),
-    "message helper": (asks("anthropic", "messages.stream", **MESSAGE, final="get_final_message"), MESSAGE_EVENTS, {"content": SAID["content"], "stop_reason": "end_turn"}),
-    "message of the beta": (asks("anthropic", "beta.messages.create", **MESSAGE, betas=["b"]), SAID),
-    "message tokens": (asks("anthropic", "messages.count_tokens", **CHAT), {"input_tokens": 3}),
-    "message tokens, however often": (asks("anthropic", "messages.count_tokens", **CHAT, at="minute"), {"input_tokens": 3}),
+    "message": (asks(*MESSAGES, **ASKED_MESSAGE), SAID),
+    "message stream": (asks(*MESSAGES, **ASKED_MESSAGE, stream=True), MESSAGE_EVENTS),
+    "message helper": (asks("anthropic", "messages.stream", **ASKED_MESSAGE, final="get_final_message"), MESSAGE_EVENTS, {"content": SAID["content"], "stop_reason": "end_turn"}),
+    "message of the beta": (asks("anthropic", "beta.messages.create", **ASKED_MESSAGE, betas=["b"]), SAID),
+    "message tokens": (asks("anthropic", "messages.count_tokens", **ASKED_CHAT), {"input_tokens": 3}),
+    "message tokens, however often": (asks("anthropic", "messages.count_tokens", **ASKED_CHAT, at="minute"), {"input_tokens": 3}),
 }  # fmt: skip
 
 
@@ -8198,7 +8198,7 @@ def until_gone(scripted: Scripted, upstream: UpstreamPeer, name: str) -> None:
 
 
 def start_until_gone(scripted: Scripted, upstream: UpstreamPeer, name: str) -> None:
-    upstream.send(streamed(choice(content="a"), MESSAGE_EVENTS[0], end=b""))
+    upstream.send(streamed(chat_choice(content="a"), MESSAGE_EVENTS[0], end=b""))
     upstream.sock.settimeout(None)  # the server is stopped at last
     assert upstream.gone()
 
@@ -8252,36 +8252,36 @@ OVERLOADED = event({"error": {"message": "Overloaded", "type": "t", "param": Non
 SOON = b"Retry-After: 7\r\nretry-after-ms: 30\r\n"
 BAD_GATEWAY: dict[str, Any] = {"status": 502, "code": "bad_gateway"}
 NO_MODEL = "The model 'gpt-5' may not be used here (--allow-model)."
-SDKS = {"openai": (CHATS, CHAT), "anthropic": (MESSAGES, MESSAGE)}
+SDKS = {"openai": (CHATS, ASKED_CHAT), "anthropic": (MESSAGES, ASKED_MESSAGE)}
 
 # What is asked, what upstream answers, what the SDK tells, and how often upstream is asked.
 FAILURES: dict[str, tuple[dict[str, Any], Any, dict[str, Any], int]] = {
     **{f"{sdk} {status}": (asks(*call, **params, retries=1), api_refusal(sdk, status, SOON), raises(status, status=status, message=f"No {status}", request_id="req_7", retry_after="7", milliseconds="30"), 1 + (status in AGAIN))
        for status in PASSED for sdk, (call, params) in SDKS.items()},
     **{f"{sdk} {status}": (asks(*call, **params), api_refusal(sdk, status), raises(502, status=502, request_id="req_7", retry_after=None), 1) for status in FAILED for sdk, (call, params) in SDKS.items()},
-    "openai 429 without a word when": (asks(*CHATS, **CHAT, retries=0), api_refusal("openai", 429), raises(429, retry_after="1"), 1),
-    "openai 429 that is final": (asks(*CHATS, **CHAT), api_refusal("openai", 429, SOON + b"X-Should-Retry: false\r\n"), raises(429, status=429), 1),
-    "anthropic 400 that is not": (asks(*MESSAGES, **MESSAGE, retries=1), api_refusal("anthropic", 400, SOON + b"X-Should-Retry: true\r\n"), raises(400, status=400), 2),
-    "message tokens that nobody counts": (asks("anthropic", "messages.count_tokens", **CHAT), api_refusal("anthropic", 404), raises(404, message="No 404"), 1),
+    "openai 429 without a word when": (asks(*CHATS, **ASKED_CHAT, retries=0), api_refusal("openai", 429), raises(429, retry_after="1"), 1),
+    "openai 429 that is final": (asks(*CHATS, **ASKED_CHAT), api_refusal("openai", 429, SOON + b"X-Should-Retry: false\r\n"), raises(429, status=429), 1),
+    "anthropic 400 that is not": (asks(*MESSAGES, **ASKED_MESSAGE, retries=1), api_refusal("anthropic", 400, SOON + b"X-Should-Retry: true\r\n"), raises(400, status=400), 2),
+    "message tokens that nobody counts": (asks("anthropic", "messages.count_tokens", **ASKED_CHAT), api_refusal("anthropic", 404), raises(404, message="No 404"), 1),
     "response that is gone": (asks("openai", "responses.retrieve", "resp_1"), api_refusal("openai", 404), raises(404, code="c"), 1),
-    "cut document": (asks(*CHATS, **CHAT), whole(COMPLETION)[:-1], raises(502, **BAD_GATEWAY), 1),
-    "cut chunked document": (asks(*RESPONSES, **RESPONSE), OK + JSON + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(json.dumps(RESPONDED).encode()), raises(502, **BAD_GATEWAY), 1),
-    "cut document without a length": (asks(*MESSAGES, **MESSAGE), OK + JSON + b"\r\n" + json.dumps(SAID)[:-1].encode(), raises(502, status=502), 1),
-    "no answer": (asks(*CHATS, **CHAT), b"", raises(502, **BAD_GATEWAY), 1),
-    "no answer that is HTTP": (asks(*MESSAGES, **MESSAGE), b"SSH-2.0-x\r\n", raises(502, status=502), 1),
-    "no answer in time": (asks(*CHATS, **CHAT, at="late"), until_gone, raises(504, status=504, code="timeout"), 1),
-    "no message in time": (asks(*MESSAGES, **MESSAGE, at="late"), until_gone, raises(504, status=504), 1),
-    "cut chat stream": (asks(*CHATS, **CHAT, stream=True, then="say so"), once_seen(CHAT_EVENTS[1]), raises(CUT, given=payloads(CHAT_EVENTS[1])), 1),
-    "cut response stream": (asks(*RESPONSES, **RESPONSE, stream=True, then="say so"), once_seen(RESPONSE_EVENTS[0]), raises(CUT, given=payloads(RESPONSE_EVENTS[0])), 1),
-    "cut message stream": (asks(*MESSAGES, **MESSAGE, stream=True, then="say so"), once_seen(MESSAGE_EVENTS[0]), raises(CUT, given=payloads(MESSAGE_EVENTS[0])), 1),
-    "stream without an end": (asks(*CHATS, **CHAT, stream=True), streamed(*CHAT_EVENTS[:2]), raises(CUT), 1),
-    "error in a chat stream": (asks(*CHATS, **CHAT, stream=True, then="say so"), once_seen(CHAT_EVENTS[1], OVERLOADED),
+    "cut document": (asks(*CHATS, **ASKED_CHAT), whole(COMPLETION)[:-1], raises(502, **BAD_GATEWAY), 1),
+    "cut chunked document": (asks(*RESPONSES, **ASKED_RESPONSE), OK + JSON + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(json.dumps(RESPONDED).encode()), raises(502, **BAD_GATEWAY), 1),
+    "cut document without a length": (asks(*MESSAGES, **ASKED_MESSAGE), OK + JSON + b"\r\n" + json.dumps(SAID)[:-1].encode(), raises(502, status=502), 1),
+    "no answer": (asks(*CHATS, **ASKED_CHAT), b"", raises(502, **BAD_GATEWAY), 1),
+    "no answer that is HTTP": (asks(*MESSAGES, **ASKED_MESSAGE), b"SSH-2.0-x\r\n", raises(502, status=502), 1),
+    "no answer in time": (asks(*CHATS, **ASKED_CHAT, at="late"), until_gone, raises(504, status=504, code="timeout"), 1),
+    "no message in time": (asks(*MESSAGES, **ASKED_MESSAGE, at="late"), until_gone, raises(504, status=504), 1),
+    "cut chat stream": (asks(*CHATS, **ASKED_CHAT, stream=True, then="say so"), once_seen(CHAT_EVENTS[1]), raises(CUT, given=payloads(CHAT_EVENTS[1])), 1),
+    "cut response stream": (asks(*RESPONSES, **ASKED_RESPONSE, stream=True, then="say so"), once_seen(RESPONSE_EVENTS[0]), raises(CUT, given=payloads(RESPONSE_EVENTS[0])), 1),
+    "cut message stream": (asks(*MESSAGES, **ASKED_MESSAGE, stream=True, then="say so"), once_seen(MESSAGE_EVENTS[0]), raises(CUT, given=payloads(MESSAGE_EVENTS[0])), 1),
+    "stream without an end": (asks(*CHATS, **ASKED_CHAT, stream=True), streamed(*CHAT_EVENTS[:2]), raises(CUT), 1),
+    "error in a chat stream": (asks(*CHATS, **ASKED_CHAT, stream=True, then="say so"), once_seen(CHAT_EVENTS[1], OVERLOADED),
                                raises(ERROR_EVENT, message="Overloaded", code="c", given=payloads(CHAT_EVENTS[1])), 1),
-    "error in a response stream": (asks(*RESPONSES, **RESPONSE, stream=True, then="say so"), once_seen(RESPONSE_EVENTS[0], OVERLOADED), raises(ERROR_EVENT, message="Overloaded"), 1),
-    "error in a message stream": (asks(*MESSAGES, **MESSAGE, stream=True, then="say so"), once_seen(MESSAGE_EVENTS[0], typed("error", error={"type": "overloaded_error", "message": "Overloaded"})),
+    "error in a response stream": (asks(*RESPONSES, **ASKED_RESPONSE, stream=True, then="say so"), once_seen(RESPONSE_EVENTS[0], OVERLOADED), raises(ERROR_EVENT, message="Overloaded"), 1),
+    "error in a message stream": (asks(*MESSAGES, **ASKED_MESSAGE, stream=True, then="say so"), once_seen(MESSAGE_EVENTS[0], named("error", error={"type": "overloaded_error", "message": "Overloaded"})),
                                   raises(ERROR_EVENT, message="Overloaded", given=payloads(MESSAGE_EVENTS[0])), 1),
-    "failure behind pings": (asks(*CHATS, **CHAT, stream=True, at="pings"), with_pings(b"", api_refusal("openai", 500)), raises(ERROR_EVENT, message="Upstream failed with status 500.", given=[]), 1),
-    "failed message behind pings": (asks(*MESSAGES, **MESSAGE, stream=True, at="pings"), with_pings(b"", api_refusal("anthropic", 500)), raises(ERROR_EVENT, message="Upstream failed with status 500.", given=[]), 1),
+    "failure behind pings": (asks(*CHATS, **ASKED_CHAT, stream=True, at="pings"), with_pings(b"", api_refusal("openai", 500)), raises(ERROR_EVENT, message="Upstream failed with status 500.", given=[]), 1),
+    "failed message behind pings": (asks(*MESSAGES, **ASKED_MESSAGE, stream=True, at="pings"), with_pings(b"", api_refusal("anthropic", 500)), raises(ERROR_EVENT, message="Upstream failed with status 500.", given=[]), 1),
 }  # fmt: skip
 
 # What is asked, and what the SDK tells, of which upstream hears nothing.
@@ -8301,19 +8301,19 @@ OURS: dict[str, tuple[dict[str, Any], Any]] = {
 }  # fmt: skip
 
 LEFT: dict[str, tuple[dict[str, Any], Any]] = {
-    "openai leaves": (asks(*CHATS, **CHAT, stream=True, then="leave"), payloads(choice(content="a"))),
-    "anthropic leaves": (asks(*MESSAGES, **MESSAGE, stream=True, then="leave"), payloads(MESSAGE_EVENTS[0])),
+    "openai leaves": (asks(*CHATS, **ASKED_CHAT, stream=True, then="leave"), payloads(chat_choice(content="a"))),
+    "anthropic leaves": (asks(*MESSAGES, **ASKED_MESSAGE, stream=True, then="leave"), payloads(MESSAGE_EVENTS[0])),
 }
 
 # What is asked, and the events that upstream sends before and behind two pings; None: they come before its head.
 PINGED: dict[str, tuple[dict[str, Any], list[bytes] | None, list[bytes]]] = {
-    "chat with pings": (asks(*CHATS, **CHAT, stream=True, at="pings"), CHAT_EVENTS[:2], CHAT_EVENTS[2:]),
-    "chat with pings before its head": (asks(*CHATS, **CHAT, stream=True, at="pings"), None, CHAT_EVENTS),
-    "chat with pings within an event": (asks(*CHATS, **CHAT, stream=True, at="pings"), [CHAT_EVENTS[0][:50]], [CHAT_EVENTS[0][50:], *CHAT_EVENTS[1:]]),
-    "response with pings": (asks(*RESPONSES, **RESPONSE, stream=True, at="pings"), RESPONSE_EVENTS[:2], RESPONSE_EVENTS[2:]),
-    "message with pings": (asks(*MESSAGES, **MESSAGE, stream=True, at="pings"), MESSAGE_EVENTS[:5], MESSAGE_EVENTS[5:]),
-    "message with pings before its head": (asks(*MESSAGES, **MESSAGE, stream=True, at="pings"), None, MESSAGE_EVENTS),
-    "message helper with pings": (asks("anthropic", "messages.stream", **MESSAGE, final="get_final_message", at="pings"), MESSAGE_EVENTS[:1], MESSAGE_EVENTS[1:]),
+    "chat with pings": (asks(*CHATS, **ASKED_CHAT, stream=True, at="pings"), CHAT_EVENTS[:2], CHAT_EVENTS[2:]),
+    "chat with pings before its head": (asks(*CHATS, **ASKED_CHAT, stream=True, at="pings"), None, CHAT_EVENTS),
+    "chat with pings within an event": (asks(*CHATS, **ASKED_CHAT, stream=True, at="pings"), [CHAT_EVENTS[0][:50]], [CHAT_EVENTS[0][50:], *CHAT_EVENTS[1:]]),
+    "response with pings": (asks(*RESPONSES, **ASKED_RESPONSE, stream=True, at="pings"), RESPONSE_EVENTS[:2], RESPONSE_EVENTS[2:]),
+    "message with pings": (asks(*MESSAGES, **ASKED_MESSAGE, stream=True, at="pings"), MESSAGE_EVENTS[:5], MESSAGE_EVENTS[5:]),
+    "message with pings before its head": (asks(*MESSAGES, **ASKED_MESSAGE, stream=True, at="pings"), None, MESSAGE_EVENTS),
+    "message helper with pings": (asks("anthropic", "messages.stream", **ASKED_MESSAGE, final="get_final_message", at="pings"), MESSAGE_EVENTS[:1], MESSAGE_EVENTS[1:]),
 }  # fmt: skip
 
 
@@ -8331,7 +8331,7 @@ def say_to(at: str, text: str, sdk: str = "openai", **more: Any) -> dict[str, An
 
 
 # What is asked of an upstream that nobody here wrote, and of our own; and what is said, or what else the SDK tells.
-OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
+UNPLAYED: dict[str, tuple[dict[str, Any], Any]] = {
     "aimock chat": (say_to("aimock", "hello"), HELLO), "aimock chat stream": (say_to("aimock", "unicode", stream=True), UNICODE),
     "aimock response": (asks("openai", "responses.create", model="gpt-6-luna", input="hello", at="aimock"), HELLO),
     "aimock response stream": (asks("openai", "responses.create", model="gpt-6-luna", input="hello", stream=True, at="aimock"), HELLO),
@@ -8390,7 +8390,7 @@ def told(request: Any, aimock: str, tmp_path_factory: Any) -> Iterator[Told]:
         held = stack.enter_context(Client(servers["full"])).ask(ASKED, path="/v1/chat/completions", X_Client_Request_Id="held")
         used = stack.enter_context(Client(servers["minute"])).ask({}, path="/v1/chat/completions")
         assert (held.head().status, used.head().status) == (200, 400)
-        all_asked = {**WHOLE_ANSWERS, **FAILURES, **OURS, **LEFT, **PINGED, **OTHERS}
+        all_asked = {**WHOLE_ANSWERS, **FAILURES, **OURS, **LEFT, **PINGED, **UNPLAYED}
         asked = [{**asked, "name": name, "url": servers[asked["url"]].url + "/v1"} for name, (asked, *_) in all_asked.items()]
         for each in asked:  # at a server of its own: Chromium has six connections to one
             each["then"] = each["then"].replace("say so", servers["seen"].url + "/v1/responses/seen")
@@ -8458,9 +8458,9 @@ def test_sdk_that_leaves_has_upstream_closed(told: Told, name: str) -> None:
     assert name in told.answered and len(told.heads[name]) == 1
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", UNPLAYED)
 def test_sdk_with_servers_that_nobody_here_plays(told: Told, name: str) -> None:
-    expected = OTHERS[name][1]
+    expected = UNPLAYED[name][1]
     if isinstance(expected, dict):
         told.check(name, expected)
     else:
@@ -8482,7 +8482,7 @@ def zstd(data: bytes) -> bytes:
 
 @pytest.mark.parametrize(("allowed", "coding", "status"), [("gpt-6-luna", "", 200), ("gpt-6-luna", "zstd", 415), ("*", "zstd", 200)])
 def test_codex_starts_with_websocket_and_goes_on_with_post(provider: Provider, allowed: str, coding: str, status: int) -> None:
-    body = json.dumps({**RESPONSE, "stream": True, "store": False, "tools": [{"type": "custom", "name": "exec"}]}).encode()
+    body = json.dumps({**ASKED_RESPONSE, "stream": True, "store": False, "tools": [{"type": "custom", "name": "exec"}]}).encode()
     with running(provider, allow_model=allowed) as server:
         with Client(server).ask(method="GET", path="/v1/responses", **CODEX, **HANDSHAKE) as client:
             head = client.head()  # whose status is all that it looks at: for 426 alone it asks with POST at once, and from then on
