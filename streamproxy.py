@@ -3694,10 +3694,11 @@ class Exchange:
         fields = {"Content-Type": "application/json", **failure.fields}
         if self.request.path.startswith("/v1/messages"):
             fields.setdefault("Request-Id", self.id)  # where Anthropic's SDKs look for it
-        if failure.status in (429, 503):
+        if self.stream and self.stream.paid and failure.status >= 500:
+            if isinstance(failure, Aborted) or not {"Retry-After", "X-Should-Retry"} & fields.keys():
+                fields["X-Should-Retry"] = "false"  # SDKs heed it: who asks again may pay again
+        elif failure.status in (429, 503):
             fields.setdefault("Retry-After", "1")
-        elif failure.status >= 500 and self.stream and self.stream.asked and not {"Retry-After", "X-Should-Retry"} & fields.keys():
-            fields["X-Should-Retry"] = "false"  # SDKs heed it: what was asked may have been paid for
         self._answer(failure.status, encode_error(failure, self.request.path), fields)
 
     def drop(self, failure: ProxyError) -> None:
@@ -4975,6 +4976,13 @@ class Stream:
         self.call, self.answer = prompt_call(adapted), refusal.asked
         return True
 
+    @property
+    def paid(self) -> bool:
+        """Whether what was asked may have been paid for: not where upstream refused it, or had no room for it."""
+        refusal = self.answer
+        refused = isinstance(refusal, Refusal) and (refusal.refused < 500 or refusal.refused in PASSED_STATUSES)
+        return self.asked and not refused
+
     def on_head(self) -> None:
         """Upstream has taken the request, or refused it."""
         if self.call.adapted and not isinstance(self.answer, Refusal):
@@ -5230,8 +5238,6 @@ class Server(http.server.ThreadingHTTPServer):
         if self.draining:
             return
         self.state = self.DRAINING
-        if self.limits.total:
-            self.hub.log.info(f"shutting down once {self.limits.total} streams have ended; a second signal cuts them off")
         if self.hub.loop.started:
             self.hub.loop.post(self._drain)
             if not self._wait_until_empty(self.settings.drain_timeout):
@@ -5263,6 +5269,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self._changed.notify_all()
 
     def _drain(self) -> None:
+        if self.limits.total:
+            self.hub.log.info(f"shutting down once {self.limits.total} streams have ended; a second signal cuts them off")
         self.hub.loop.unwatch(self.socket)
         for _ in range(BACKLOG):  # those who connected before
             if not self._accept():
@@ -5274,7 +5282,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _abort(self) -> None:
         self.state = self.ABORTING
         for client in list(self.clients):
-            client.abort(Aborted("The server is shutting down.", fields={"Retry-After": "1"}))
+            client.abort(Aborted("The server is shutting down."))
 
     def _close_clients(self) -> None:
         for client in list(self.clients):
@@ -5327,8 +5335,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.path:
             _remove_stale_socket(self.path)
         else:  # which what it accepts inherits
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            tune(self.socket)
         socketserver.TCPServer.server_bind(self)  # http.server's looks its own name up, which may take long
         self.socket.setblocking(False)
         self._listening = True
