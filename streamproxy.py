@@ -133,7 +133,6 @@ MAX_PIPELINED = 64 * 1024
 # Seconds.
 LINGER_TIMEOUT = 30.0  # for what a client still sends that was refused: nginx's lingering_time
 END_GRACE = 1.0  # for usage and [DONE] to follow a finish_reason
-EARLY_GRACE = 5.0  # for text to follow one that came before any
 ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is over
 KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
 STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
@@ -237,7 +236,8 @@ def place_of(error: BaseException) -> str:
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    return f"{type(error).__name__} in line {trace.tb_lineno if trace else '?'}"
+    reason = f" ({reason_of(error)})" if isinstance(error, OSError) else ""  # as of a lack of descriptors
+    return f"{type(error).__name__} in line {trace.tb_lineno if trace else '?'}{reason}"
 
 
 def internal_error(error: BaseException) -> ProxyError:
@@ -408,7 +408,7 @@ class EventParser:
             self._held += len(line)
         elif not self._strict and name != b"retry":
             self._strays.append(line)
-            self._held += len(line)
+            self._held += len(line) + 50  # as in memory: nobody sends many
 
 
 class EventCutter:
@@ -511,6 +511,10 @@ def dicts_in(values: object) -> list[dict[str, Any]]:
 
 _WELL = frozenset(("", "0", "200", "null", "none", "nil", "undefined", "false", "ok", "success", "succeeded"))
 _ERROR_NAME = re.compile("(?:error|exception)s?$", re.IGNORECASE)  # error, overloaded_error, ThrottlingException
+_EVENT_NAME = re.compile(  # of an event that may have news of its own to tell
+    "(?!message$)(?!.*(?:bad|invalid|fail|denied|forbid|unauth|limit|exceed|missing|unsupported|found|unavail))"
+    "[a-z]+(?:[._][a-z]+)*"
+)
 _ERROR_WORDS = re.compile(r"\W*\w*(?:error|exception)\b", re.IGNORECASE)  # of a text that is not JSON
 _FAILED = re.compile(
     "error|abort|fail|cancel|insufficient|time.?d?.?out|interrupt|exception|unavailable|overload|disconnect|malformed"
@@ -539,39 +543,45 @@ def find_error(payload: object, type: str = "message") -> object:
         return next(filter(None, map(find_error, dicts_in(payload))), None)
     if not isinstance(payload, dict):
         return None
-    names = [payload.get(name) for name in ("type", "object", "event")]
-    named = any(isinstance(name, str) and _ERROR_NAME.search(name) for name in names)
-    if named or not is_nothing(payload.get("error")):
+    names = [name for name in (type, *map(payload.get, ("type", "object", "event"))) if isinstance(name, str)]
+    if any(map(_ERROR_NAME.search, names)) or not is_nothing(payload.get("error")):
         return payload
     choices = dicts_in(payload.get("choices"))
     parts = [part for choice in choices for part in (choice.get("delta"), choice.get("message"))]
     # A vendor's members, but not in an event of a typed protocol: there items have errors that end nothing.  Azure's
     # filters have some, too.
-    members = {} if isinstance(names[0], str) else {name: payload[name] for name in payload if "filter" not in name}
+    typed = isinstance(payload.get("type"), str)
+    members = {} if typed else {name: payload[name] for name in payload if "filter" not in name}
     for holder in [*choices, *map(fold, dicts_in(parts) + dicts_in(members))]:
         error = holder.get("error")
         if not is_nothing(error):
             return error if isinstance(error, (str, dict, list)) else holder
     if choices:
         return None
-    return payload if is_bad_news(payload) else next(filter(has_bad_code, dicts_in(members)), None)
+    if is_bad_news(payload, named=any(map(_EVENT_NAME.fullmatch, names))):
+        return payload
+    return next(filter(has_bad_code, dicts_in(members)), None)
 
 
-def is_bad_news(payload: dict[str, Any]) -> bool:
-    """Tell of a payload without choices whether it is itself an error: error_code, detail, success, message, ..."""
+def is_bad_news(payload: dict[str, Any], named: bool) -> bool:
+    """Tell of a payload without choices whether it is itself an error: error_code, detail, success, message, ...
+
+    named: it is an event of some type, which may have a message or a detail that is none.
+    """
     said = fold(payload)
     for code in ("errorcode", "errcode"):
         if code in said:
             return not is_nothing(said[code])
-    if not all(is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "errors", "fault")):
-        return True
-    if sentence_of(said.get("detail")) or has_bad_code(payload) or False in (said.get("success"), said.get("ok")):
-        return True
     status = str(said.get("status") or said.get("statuscode") or said.get("httpstatus") or "")
-    if re.fullmatch("[45][0-9][0-9]", status) or (_FAILED.search(status) and "object" not in said):
+    if (
+        not all(is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "errors", "fault"))
+        or has_bad_code(payload) or said.get("success") is False or said.get("ok") is False
+        or re.fullmatch("[45][0-9][0-9]", status) or (_FAILED.search(status) and "object" not in said)
+    ):  # fmt: skip
         return True
-    about = said.keys() & {"code", "status", "success", "ok", "usage", "model", "object", "role", "content", "delta"}
-    return not about and bool(sentence_of(said.get("message")) or sentence_of(said.get("msg")))
+    about = said.keys() & {"code", "status", "success", "ok", "usage", "model", "role", "content", "delta"}
+    words = said.get("detail"), *(said.get(name) for name in ("message", "msg") if not about)
+    return not named and any(map(sentence_of, words))
 
 
 def has_bad_code(members: dict[str, Any]) -> bool:
@@ -658,7 +668,8 @@ def load_event(event: Event) -> Any:
     try:
         return {} if event.type == "ping" else load_payload(event.data)
     except Garbled:
-        if _ERROR_NAME.search(event.type) or _ERROR_WORDS.match(event.data):
+        named = event.type not in ("message", "")
+        if _ERROR_NAME.search(event.type) if named else _ERROR_WORDS.match(event.data):
             raise quoting("Upstream reported an error.", 502, event.data) from None
         if event.type != "message":
             return {}  # somebody's own event
@@ -794,6 +805,9 @@ def parse_reason(choice: dict[str, Any]) -> str:
     return reason
 
 
+_Joiner = codecs.getincrementaldecoder("utf-16-le")  # which imports a module: later there may be no descriptor for it
+
+
 def join_halves(joiner: codecs.IncrementalDecoder, text: str) -> str:
     """Return text with the surrogate pairs whole that upstream split over two events.
 
@@ -817,7 +831,7 @@ def form_of(begin: bytes, label: int) -> int:
     """Return what a body is, of which begin has come and which label says what; _UNTOLD: more has to come."""
     text = begin.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
     if not text or codecs.BOM_UTF8.startswith(text):
-        return _UNTOLD
+        return _UNTOLD if len(begin) < READ_SIZE else label
     if text[:1] in (b"{", b"["):
         return _EVENTS if _FIELD_IN_DOCUMENT.search(text) else _DOCUMENT
     if label == _EVENTS or _FIELD.match(text):
@@ -852,7 +866,6 @@ class Answer:
         self.model: str | None = None
         self.usage: dict[str, Any] | None = None
         self.finish_reason: str | None = None
-        self.grace = END_GRACE  # seconds that what follows is waited for where the state is ENDING
         self.life = 0  # grows with all that says that upstream is alive and not about to end
         self.events = self.pieces = self.size = 0  # pieces and size: of what was passed on, in bytes
         self._redact = redact
@@ -871,7 +884,7 @@ class Answer:
             self.failure = Garbled("Upstream compressed its answer, although asked not to.")
         label = fields.get("content-type", "").partition(",")[0].partition(";")[0].strip().lower()
         self._label = _EVENTS if label == "text/event-stream" else _DOCUMENT if label.endswith("json") else _OTHER
-        self._form = _OTHER if _AS_IT_COMES.match(label) else _UNTOLD
+        self._form = _OTHER if self.passes and _AS_IT_COMES.match(label) else _UNTOLD
         self._start(status, fields, label)
         return self
 
@@ -1023,8 +1036,7 @@ class TextAnswer(Answer):
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         super().__init__(redact)
         self._parser = EventParser(strict=False)
-        joiner = codecs.getincrementaldecoder("utf-16-le")
-        self._joiners = {"reasoning": joiner("replace"), "message": joiner("replace")}
+        self._joiners = {"reasoning": _Joiner("replace"), "message": _Joiner("replace")}
         self._messages: str | None = ""  # what messages have told; None: deltas tell, and a message would repeat it
 
     def encode(self, type: str, **payload: Any) -> bytes:
@@ -1107,7 +1119,9 @@ class TextAnswer(Answer):
         reason = choice.get("finish_reason") and parse_reason(choice)
         if reason:
             self.finish_reason = self._redact(reason)
-            self.state, self.grace = self.ENDING, END_GRACE if self.pieces else EARLY_GRACE
+            # Beside a role or reasoning, before any text, it came early: then nothing is hurried.
+            early = not self.pieces and any(part[name] for name in part if name != "content")
+            self.state = self.SETTLED if early else self.ENDING
         elif text:
             self.state = min(self.state, self.SETTLED)  # a finish_reason before it came early
 
@@ -1258,7 +1272,8 @@ class PassedAnswer(Answer):
             out.append(data)
 
     def _just_goes_on(self, block: bytes) -> int:
-        count = goes_on(block) if self.events and block and self.state < Answer.ENDING else 0
+        looked = self.events and 0 < len(block) < MAX_SKIMMED and self.state < Answer.ENDING
+        count = goes_on(block) if looked else 0
         self.events += count
         self.life += count
         return count
@@ -1274,7 +1289,7 @@ class PassedAnswer(Answer):
     def _take_piece(self, piece: bytes, passed: int) -> bytes:
         """Take one event; return what the client is to have of it."""
         counts = self.state < self.ENDING
-        if self.events and counts and is_dull(piece):
+        if self.events and counts and len(piece) < MAX_SKIMMED and is_dull(piece):
             self.events += 1
             self.life += 1
             return piece[passed:]
@@ -1843,15 +1858,17 @@ class Settings:
         shown=" ".join(f"{name}={json.dumps(value)}" for name, value in DEFAULT_PARAMS.items()))
     system: str = _row("", _matching(r"[^\0]*", "text"), "TEXT", "system message put before every conversation")
     client_param: tuple[str, ...] = _row((), _read_members, "NAME", "member a client may set itself, repeatable")
-    connect_timeout: float = _row(10.0, _read_seconds, "SECONDS", "to connect to upstream, TLS included; 0: no limit")
-    first_byte_timeout: float = _row(120.0, _read_seconds, "SECONDS", "from then to the first event; 0: no limit")
-    idle_timeout: float = _row(60.0, _read_seconds, "SECONDS", "between two events of upstream; 0: no limit")
+    connect_timeout: float = _row(
+        10.0, _read_seconds, "SECONDS", "to connect to upstream, look-up and TLS included; 0: no limit")
+    first_byte_timeout: float = _row(
+        120.0, _read_seconds, "SECONDS", "from then, or the last comment, to the first event; 0: no limit")
+    idle_timeout: float = _row(60.0, _read_seconds, "SECONDS", "between two events or comments of upstream; 0: no limit")
     total_timeout: float = _row(3600.0, _read_seconds, "SECONDS", "for a whole answer; 0: no limit")
     client_timeout: float = _row(
         30.0, _read_seconds, "SECONDS", "for a client to send its request, and for each stalled write; 0: no limit")
     keep_alive_timeout: float = _row(
         75.0, _read_seconds, "SECONDS", "for a client's idle connection, between two requests; 0: no limit")
-    heartbeat: float = _row(15.0, _read_seconds, "SECONDS", "of silence before a comment, in SSE mode; 0: never")
+    heartbeat: float = _row(15.0, _read_seconds, "SECONDS", "of silence before a ping, in event streams; 0: never")
     max_body: int = _row(1024 * 1024, _read_size, "BYTES", "largest request body")
     max_streams: int = _row(1024, _read_count, "COUNT", "streams at a time; 0: no limit")
     max_streams_per_client: int = _row(0, _read_count, "COUNT", "streams at a time of one client; 0: no limit")
@@ -3146,7 +3163,7 @@ class LogWriter:
 
     def _emit(self, level: int, line: object) -> None:
         if log.isEnabledFor(level):  # log.log would look for the line of code, too
-            log.handle(log.makeRecord(log.name, level, __file__, 0, line, (), None))
+            log.handle(log.makeRecord(log.name, level, "streamproxy.py", 0, line, (), None))
 
     def _guard(self, lines: int, call: Callable[..., object], *args: object) -> bool:
         """Make a call of somebody's handlers and filters; so many lines are lost if it raises."""
@@ -3289,7 +3306,7 @@ class Client(Peer):
                 self.loop.begin(self.exchange.go_on)
         elif self.state != self.ANSWERING:
             self.loop.begin(self.begin)
-        elif len(self.data) > MAX_PIPELINED and self.exchange:
+        elif self.exchange and len(self.data) > MAX_PIPELINED + self.exchange.body_room():
             self.exchange.drop(Aborted("The client sent too much while its answer was on its way."))
 
     def begin(self) -> None:
@@ -3370,7 +3387,7 @@ class Client(Peer):
         if self.state == self.IDLE and not self.data.strip(b"\r\n"):
             self.close()
         elif self.state == self.LINGERING:
-            self._set_alarm()
+            self._set_alarm()  # for less long, now
 
     def abort(self, failure: ProxyError) -> None:
         """End what is under way, truthfully."""
@@ -3522,7 +3539,8 @@ class Exchange:
         """What there is at the path, by method."""
         routes = api_routes(self.request.path, self.server.settings)
         if not routes:
-            return _ROUTES.get(self.request.path, {})
+            lost = self.cors and self.request.method == "OPTIONS"  # a page is to read that there is nothing
+            return _ROUTES.get(self.request.path, {"OPTIONS": Exchange.answer_preflight} if lost else {})
         answer = Exchange.get_models if self.request.path.startswith("/v1/models") else Exchange.pass_on
         return {**dict.fromkeys(routes, answer), "OPTIONS": Exchange.answer_preflight}
 
@@ -3535,11 +3553,13 @@ class Exchange:
         counts: among the requests of a minute.
         """
         self.server.access.check_origin(self.request.fields)
+        if self.server.state == self.server.ABORTING:  # it came behind one that was
+            raise Aborted("The server is shutting down.")
         self._then, self._counts = then, counts
         self.server.lookout.look(self._on_looked)
 
     def _on_looked(self) -> None:
-        if self.client.exchange is self:  # or it has left meanwhile
+        if self.client.exchange is self and not self.status:  # or it has left meanwhile, or was refused
             self._step(self._enter)
 
     def _enter(self) -> None:
@@ -3560,6 +3580,10 @@ class Exchange:
         if expected and not (self.client.data or self.request.body.complete):
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.expect_body()
+
+    def body_room(self) -> int:
+        """Return how much of its body may come before the exchange is ready for it."""
+        return 0 if self.request.body.complete else self.server.settings.max_body
 
     def on_body(self, part: bytes) -> bool:
         """Take a part of the body; tell if it is whole, and good."""
@@ -3688,10 +3712,13 @@ class Exchange:
         small = body.left is not None and body.left <= MAX_DISCARDED and "expect" not in self.request.fields
         client.keeps_alive = client.keeps_alive and not over and (body.complete or small)
         fields = {"Content-Type": "application/json", **failure.fields}
-        if failure.status in (429, 503):
+        if self.request.path.startswith("/v1/messages"):
+            fields.setdefault("Request-Id", self.id)  # where Anthropic's SDKs look for it
+        if self.stream and self.stream.paid and failure.status >= 500:
+            if isinstance(failure, Aborted) or not {"Retry-After", "X-Should-Retry"} & fields.keys():
+                fields["X-Should-Retry"] = "false"  # SDKs heed it: who asks again may pay again
+        elif failure.status in (429, 503):
             fields.setdefault("Retry-After", "1")
-        elif failure.status >= 500 and self.stream and self.stream.asked and not {"Retry-After", "X-Should-Retry"} & fields.keys():
-            fields["X-Should-Retry"] = "false"  # SDKs heed it: what was asked may have been paid for
         self._answer(failure.status, encode_error(failure, self.request.path), fields)
 
     def drop(self, failure: ProxyError) -> None:
@@ -3699,7 +3726,7 @@ class Exchange:
         if self.stream and not self.stream.over:
             self.stream.drop(failure)
         else:
-            self.failure, self.client.keeps_alive = self.failure or failure, False
+            self.failure = self.failure or failure
             self.status = self.status or failure.status
             self._end(cut=True)
 
@@ -3731,11 +3758,10 @@ class Exchange:
             return
         if self.failure:
             self.status = self.status or self.failure.status
-        if not stream.viewer.intact:
-            client.keeps_alive = False
-            if not self.request.http11:
-                client.reset()  # its body ends where the connection does
-        self._end(cut=not stream.viewer.intact)
+        cut = not stream.viewer.intact
+        if cut and not self.request.http11:
+            client.reset()  # its body ends where the connection does
+        self._end(cut)
 
     def encode_head(self, status: int, fields: Mapping[str, str]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
@@ -4661,7 +4687,7 @@ class Source:
     def due(self) -> float:
         """When this state has lasted too long."""
         if self.state == self.ENDING:
-            return self.since + self.answer.grace
+            return self.since + END_GRACE
         limit: float = getattr(self.hub.settings, self._CLOCKS[self.state][0])
         return self.since + limit if limit else math.inf
 
@@ -4974,6 +5000,13 @@ class Stream:
         self.call, self.answer = prompt_call(adapted), refusal.asked
         return True
 
+    @property
+    def paid(self) -> bool:
+        """Whether what was asked may have been paid for: not where upstream refused it, or had no room for it."""
+        refusal = self.answer
+        refused = isinstance(refusal, Refusal) and (refusal.refused < 500 or refusal.refused in PASSED_STATUSES)
+        return self.asked and not refused
+
     def on_head(self) -> None:
         """Upstream has taken the request, or refused it."""
         if self.call.adapted and not isinstance(self.answer, Refusal):
@@ -5229,8 +5262,6 @@ class Server(http.server.ThreadingHTTPServer):
         if self.draining:
             return
         self.state = self.DRAINING
-        if self.limits.total:
-            self.hub.log.info(f"shutting down once {self.limits.total} streams have ended; a second signal cuts them off")
         if self.hub.loop.started:
             self.hub.loop.post(self._drain)
             if not self._wait_until_empty(self.settings.drain_timeout):
@@ -5262,6 +5293,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self._changed.notify_all()
 
     def _drain(self) -> None:
+        if self.limits.total:
+            self.hub.log.info(f"shutting down once {self.limits.total} streams have ended; a second signal cuts them off")
         self.hub.loop.unwatch(self.socket)
         for _ in range(BACKLOG):  # those who connected before
             if not self._accept():
@@ -5273,7 +5306,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _abort(self) -> None:
         self.state = self.ABORTING
         for client in list(self.clients):
-            client.abort(Aborted("The server is shutting down.", fields={"Retry-After": "1"}))
+            client.abort(Aborted("The server is shutting down."))
 
     def _close_clients(self) -> None:
         for client in list(self.clients):
@@ -5326,8 +5359,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.path:
             _remove_stale_socket(self.path)
         else:  # which what it accepts inherits
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            tune(self.socket)
         socketserver.TCPServer.server_bind(self)  # http.server's looks its own name up, which may take long
         self.socket.setblocking(False)
         self._listening = True
@@ -5705,27 +5737,35 @@ class _LogFormatter(logging.Formatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal ends it; return the exit status."""
+    status, serve = prepare(argv)
+    return serve() if serve else status
+
+
+def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] | None]:
+    """Return the exit status, or what serves until a signal ends it, in any thread.  For the main thread."""
     sys.stdout, sys.stderr = sys.stdout or _open_nothing(), sys.stderr or _open_nothing()
     flags = vars(build_parser().parse_args(argv))
     try:
         settings = Settings.load(os.environ, flags)
         server = Server(settings)
-        output = _Output(sys.stderr)
-        output.setFormatter(_LogFormatter(settings.log_format))
-        log.addHandler(output)
-        log.setLevel(logging.INFO)
-        _tune_process()
-        _serve(server)
     except SettingsError as error:
         print(f"streamproxy: {error}", file=sys.stderr)
-        return 2
+        return 2, None
     except OSError as error:
         print(f"streamproxy: cannot listen at {settings.bind}: {reason_of(error)}", file=sys.stderr)
-        return 1
-    except RuntimeError:
-        print("streamproxy: no thread can be started: the system's limit is reached", file=sys.stderr)
-        return 1
-    return 0
+        return 1, None
+    output = _Output(sys.stderr)
+    output.setFormatter(_LogFormatter(settings.log_format))
+    log.addHandler(output)
+    log.setLevel(logging.INFO)
+    _tune_process()
+    # A byte comes for each signal, whichever thread the system gives it to.
+    news, teller = socket.socketpair()
+    teller.setblocking(False)
+    signal.set_wakeup_fd(teller.fileno())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return 0, functools.partial(_serve, server, news, teller)
 
 
 def _open_nothing() -> TextIO:
@@ -5733,14 +5773,8 @@ def _open_nothing() -> TextIO:
     return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
-def _serve(server: Server) -> None:
-    """Serve until a signal begins the drain; any further one ends that.  Raises RuntimeError where threads cannot start."""
-    # A byte comes for each signal, whichever thread the system gives it to.
-    news, teller = socket.socketpair()
-    teller.setblocking(False)
-    signal.set_wakeup_fd(teller.fileno())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+def _serve(server: Server, news: socket.socket, teller: socket.socket) -> int:
+    """Serve until a signal begins the drain; any further one ends that.  Return the exit status."""
     asked = threading.Event()
 
     def heed() -> None:
@@ -5757,9 +5791,39 @@ def _serve(server: Server) -> None:
             for work in (heed, functools.partial(_announce, server)):
                 threading.Thread(target=work, daemon=True).start()
             asked.wait()
+        except RuntimeError:
+            print("streamproxy: no thread can be started: the system's limit is reached", file=sys.stderr)
+            return 1
         finally:
             server.stop()
-            signal.set_wakeup_fd(-1)
+            if threading.current_thread() is threading.main_thread():  # else it is over
+                signal.set_wakeup_fd(-1)
+    return 0
+
+
+def run_script() -> None:
+    """Serve in a thread that goes on after the last line of the script.
+
+    Until then, CPython keeps the script's syntax tree: half of the memory that this program takes at rest.
+    """
+    status, serve = prepare()
+    if not serve:
+        sys.exit(status)
+
+    def go_on() -> None:
+        threading.main_thread().join()
+        with contextlib.suppress(Exception):  # not on every system
+            import ctypes
+
+            ctypes.CDLL(None).malloc_trim(0)
+        status = 1
+        try:
+            status = serve()
+        finally:
+            if status:
+                os._exit(status)
+
+    threading.Thread(target=go_on, name="main").start()
 
 
 def describe(settings: Settings) -> str:
@@ -5783,7 +5847,7 @@ def _announce(server: Server) -> None:
     if server.settings.demo:
         to = f"--unix-socket {server.url[5:]} http://localhost" if server.path else server.url
         lines.append(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # the latter: it was closed
         _write_all(sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode())
 
 
@@ -5811,4 +5875,4 @@ def _tune_process() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script()
