@@ -3178,7 +3178,7 @@ class Peer:
     def __init__(self, sock: socket.socket, loop: Loop) -> None:
         """sock must not block."""
         self.sock, self.loop = sock, loop
-        self.pending = b""  # what the socket did not take
+        self.pending: bytes | memoryview = b""  # what the socket did not take
         self.lost = False  # the client is gone, and what is sent goes nowhere
         loop.watch(sock, READ, self.on_ready)
 
@@ -3202,7 +3202,7 @@ class Peer:
         if self.lost:
             return
         if self.pending:
-            self.pending += data
+            self.pending = b"".join((self.pending, data))
             return
         try:
             sent = self.sock.send(data)
@@ -3213,7 +3213,7 @@ class Peer:
             self.loop.post(self._lose)  # not from here: whoever sends is not done
             return
         if sent < len(data):
-            self.pending = data[sent:]
+            self.pending = memoryview(data)[sent:]  # or a large answer would be copied with each of its pieces
             self.loop.watch(self.sock, READ | WRITE, self.on_ready)
             self.on_blocked()
 
