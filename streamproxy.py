@@ -3147,7 +3147,8 @@ class LogWriter:
             self._guard(1, self._emit, *self._lines.popleft())
         lost = self._lost
         told = lost and self._guard(0, self._emit, logging.ERROR, f"{lost} lines of log were lost")
-        if all([self._guard(count, handler.flush) for handler in log.handlers]) and told:
+        flushed = [self._guard(count, handler.flush) for handler in log.handlers]
+        if told and all(flushed):
             self._lost -= lost
 
     def _emit(self, level: int, line: object) -> None:
