@@ -1611,7 +1611,6 @@ def body_decoder(fields: Mapping[str, str], default: BodyDecoder, lenient: bool 
 
 _LINE_START = re.compile(f"{_TOKEN[:-1]}|\r?\\Z".encode())  # or what can become one
 _REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])")  # RFC 9112 section 3
-_BARE_LF = re.compile(b"(?<!\r)\n")
 _BAD_LINE = "The request line is not in HTTP's grammar."
 _HOST = re.compile(r"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
 
@@ -1676,8 +1675,11 @@ def parse_request_head(data: bytes) -> tuple[Request, bytes] | None:
         raise RequestError("The head of the request is too large.", 431 if 0 <= data.find(b"\n", begin) < MAX_HEAD_SIZE else 414)
     request = parse_request_line(data)
     if end < 0 or not request:
-        if _BARE_LF.search(data):
+        lines = data.count(b"\r\n", begin)
+        if data.count(b"\n", begin) > lines:
             raise RequestError("A line of the request ends in a bare LF.")
+        if lines > MAX_FIELDS + 1:
+            raise RequestError("The request has too many header fields.", 431)
         return None
     request.take_fields(data[begin:end])
     return request, data[end + 4 :]
@@ -3156,10 +3158,10 @@ class LogWriter:
         for _ in range(count):
             self._guard(1, self._emit, *self._lines.popleft())
         lost = self._lost
-        if lost and self._guard(0, self._emit, logging.ERROR, f"{lost} lines of log were lost"):
+        told = lost and self._guard(0, self._emit, logging.ERROR, f"{lost} lines of log were lost")
+        flushed = [self._guard(count, handler.flush) for handler in log.handlers]
+        if told and all(flushed):
             self._lost -= lost
-        for handler in log.handlers:
-            self._guard(count, handler.flush)
 
     def _emit(self, level: int, line: object) -> None:
         if log.isEnabledFor(level):  # log.log would look for the line of code, too
@@ -3304,8 +3306,8 @@ class Client(Peer):
         if self.state == self.BODY:
             if self._read_body() and self.exchange:
                 self.loop.begin(self.exchange.go_on)
-        elif self.state != self.ANSWERING:
-            self.loop.begin(self.begin)
+        elif self.state == self.IDLE or (self.state == self.HEAD and (b"\n" in data or len(self.data) > MAX_HEAD_SIZE)):
+            self.loop.begin(self.begin)  # which must not look through a head that drips in each time
         elif self.exchange and len(self.data) > MAX_PIPELINED + self.exchange.body_room():
             self.exchange.drop(Aborted("The client sent too much while its answer was on its way."))
 
@@ -4814,8 +4816,8 @@ class Source:
             if stream.first_text_at is None and answer.pieces:
                 stream.first_text_at = self.hub.loop.now
             stream.viewer.more()
-            if stream.viewer.client.pending:
-                self.watch()
+        if out and stream.viewer.client.pending:
+            self.watch()
         if answer.life != life and self.state != self.OVER:
             self.since = self.hub.loop.now
             if self.state < self.FLOWING or (self.state == self.ENDING) != (answer.state == Answer.ENDING):

@@ -2300,6 +2300,7 @@ def test_client_that_does_not_read_stops_upstream_being_read_and_nothing_is_lost
 
 
 def test_what_a_slow_client_has_not_taken_is_not_copied_each_time_it_takes_some() -> None:
+    tracemalloc = pytest.importorskip("tracemalloc")
     with Stage() as stage:
         stage.begin()
         stage.stream.record.append(b"x" * 20_000_000)
@@ -3548,6 +3549,7 @@ NO_HEADS = {
     "a line too long": (b"x" * 65537, 414), "a line too long behind an empty one": (b"\r\n" + b"x" * 65537, 414), "a target too long": (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n", 414),
     "fields too long": (b"GET / HTTP/1.1\r\nA: " + b"x" * 65536, 431), "fields too long, and whole": (b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"x" * 65536 + b"\r\n\r\n", 431),
     "too many fields": (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"A: b\r\n" * 100 + b"\r\n", 431),
+    "too many fields, and more to come": (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 101, 431),
 }  # fmt: skip
 
 
@@ -3769,6 +3771,36 @@ def test_head_and_body_must_arrive_within_one_timeout(sent: dict[int, bytes], la
             assert [entry["status"] for entry in still.lines.requests] == [408]
         still.turn()
         assert client.rest() == b""
+
+
+def test_head_that_drips_in_is_not_looked_through_each_time(monkeypatch: Any) -> None:
+    looks, parse = [], streamproxy.parse_request_head
+    monkeypatch.setattr(streamproxy, "parse_request_head", lambda data: (looks.append(len(data)), parse(data))[1])
+    with StillServer() as still, still.client() as client:
+        head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nA: " + b"x" * 3000 + b"\r\n\r\n"
+        for at in range(len(head)):
+            client.send(head[at : at + 1])
+            still.turn()
+        still.turn()
+        assert client.head().status == 200 and len(looks) <= 6
+
+
+def test_what_comes_behind_an_error_waits_for_a_client_that_does_not_read() -> None:
+    with StillServer() as still, still.client().ask(ASKED, path="/v1/chat/completions") as client:
+        still.turn(2)
+        asking, upstream = next(iter(still.server.clients)), still.connect()
+        upstream.sock.setblocking(False)
+        upstream.send(STREAM_HEAD, chunk(event({"error": {"message": "no"}})))
+        left = chunk(event({"x": "y" * 50_000})) * 200
+        for _ in range(300):
+            with contextlib.suppress(BlockingIOError):
+                left = left[upstream.sock.send(left) :]
+            still.turn()
+        assert asking.pending and len(left) > 5_000_000
+        upstream.sock.close()
+        client.sock.close()
+        still.turn(3)
+        assert not still.server.clients
 
 
 @pytest.mark.parametrize("answered", [True, False])
@@ -5918,6 +5950,26 @@ def test_lines_of_log_that_were_lost_are_counted(caplog: Any) -> None:
     lost = sum(int(words.split()[0]) for words in told if words.endswith("lines of log were lost"))
     kept = [words for words in told if words.startswith("line ")]
     assert kept == [f"line {number}" for number in range(len(kept))] and len(kept) + lost == count and told[-1] == "last"
+
+
+def test_lines_that_a_full_disk_took_are_counted_once_there_is_room(caplog: Any) -> None:
+    writer, room, flushes = streamproxy.LogWriter(), threading.Event(), []
+
+    def flush() -> None:
+        flushes.append(1)
+        if not room.is_set():
+            raise OSError(errno.ENOSPC, "no space")
+
+    with logging_through(lambda record: None):
+        streamproxy.log.handlers[-1].flush = flush  # type: ignore[method-assign]
+        for number in range(3):
+            writer.info(f"line {number}")
+            wait_for(lambda: len(flushes) > number)
+        room.set()
+        writer.info("last")
+        writer.close(DEADLINE)
+    told = [record.getMessage() for record in caplog.records if "lost" in record.getMessage()]
+    assert told[-1] == "3 lines of log were lost"
 
 
 def test_error_is_said_at_once_and_then_once_a_second_with_how_often_it_was(caplog: Any) -> None:
