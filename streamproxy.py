@@ -4753,7 +4753,7 @@ class Source:
             if not parsed:
                 return
             status, fields, rest = parsed
-            body = BodyDecoder(0) if status in (204, 304) else body_decoder(fields, BodyDecoder())
+            body = BodyDecoder(0) if status in (204, 304) else body_decoder(fields, BodyDecoder(), lenient=True)
         except ValueError as error:
             self.stream.fail(Garbled(f"Upstream's answer cannot be read: {error}."))
             return
