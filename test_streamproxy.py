@@ -33,6 +33,7 @@ import string
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -5644,9 +5645,9 @@ OUTPUTS = {"nobody reads it": stuck_pipe, "its reader is gone": orphaned_pipe, "
 @contextlib.contextmanager
 def launched_into(name: str, kind: str, *flags: str, **environ: str) -> Iterator[tuple[Any, Front]]:
     """The program, of whose standard output or error a kind of trouble is made."""
-    front = Front(f"http://127.0.0.1:{free_port()}")
-    command = [sys.executable, str(PROGRAM), "--bind", front.url[7:], *flags]
     with contextlib.ExitStack() as stack:
+        front = Front(f"unix:{stack.enter_context(tempfile.TemporaryDirectory())}/s")  # a port could not be read
+        command = [sys.executable, str(PROGRAM), "--bind", front.url, *flags]
         outputs: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         make = OUTPUTS[kind]
         if make:
@@ -5776,7 +5777,7 @@ def test_lines_that_a_full_disk_took_are_counted_once_there_is_room(caplog: Any)
         streamproxy.log.handlers[-1].flush = flush  # type: ignore[method-assign]
         for number in range(3):
             writer.info(f"line {number}")
-            wait_for(lambda: len(flushes) > number)
+            wait_for(lambda number=number: len(flushes) > number)
         room.set()
         writer.info("last")
         writer.close(DEADLINE)
@@ -5915,10 +5916,10 @@ def test_lack_of_memory_costs_the_requests_that_need_it_and_no_others(provider: 
             assert client.chunk() == b"b" and client.chunk() == b""
 
 
-def test_lack_of_descriptors_is_told_to_who_asks_and_said_in_the_log_once_a_second(provider: Provider) -> None:
+def test_lack_of_descriptors_is_told_to_who_asks_and_said_in_the_log_once_a_second(provider: Provider, tmp_path: Path) -> None:
     limited = 'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
-    front = Front(f"http://127.0.0.1:{free_port()}")
-    process = subprocess.Popen([sys.executable, "-c", limited, str(PROGRAM), "--bind", front.url[7:]], stdout=subprocess.DEVNULL,
+    front = Front(f"unix:{tmp_path}/s")
+    process = subprocess.Popen([sys.executable, "-c", limited, str(PROGRAM), "--bind", front.url], stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, env={**os.environ, "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": provider.url})  # fmt: skip
     try:
         wait_for(lambda: process.poll() is not None or not refused(front))
