@@ -117,6 +117,7 @@ log = logging.getLogger("streamproxy")
 
 # Bytes.
 READ_SIZE = 64 * 1024  # asked of a socket at a time; it leaves at once, so this bounds what waits for a slow client
+TAKE_SIZE = 16 * 1024  # the same of a client: of a body in chunks of one byte, as much holds up the rest for 3 ms
 MAX_HEAD_SIZE = 64 * 1024  # of a head, of a request or an answer
 MAX_SKIMMED = 256 * 1024  # of a JSON document that is parsed only for the log's sake: it would hold up the rest
 MAX_EVENT_SIZE = 16 * 1024 * 1024  # of an event or a JSON document, held until it is whole: images make several MB
@@ -158,7 +159,8 @@ SPARE_CONNECTIONS = 256  # beyond two a stream: those between two requests, and 
 BACKLOG = 1024  # of connections that wait to be accepted (socketserver: 5)
 MAX_SURPLUS = 256  # connections beyond those, which are answered that there are too many
 MAX_WORKERS = 4  # threads that are parked; more of them starve the loop of the interpreter
-MAX_BEGINNINGS = 8  # new connections, and requests, of a turn of the loop
+MAX_BEGINNINGS = 8  # new connections, requests, and clients that leave, of a turn of the loop
+MAX_ALARMS = 64  # that go off in a turn
 MAX_READY = 1024  # sockets seen to in a turn
 MAX_LOG_LINES = 4000  # that wait to be written
 
@@ -2792,7 +2794,7 @@ class _Selector:
         self._selector.modify(fd, events & READ | events // WRITE * selectors.EVENT_WRITE)
 
     def poll(self, timeout: float | None, most: int) -> list[tuple[int, int]]:
-        ready = self._selector.select(timeout)[:most]
+        ready = self._selector.select(timeout)  # all of them: which are the first is always the same
         return [(key.fd, events & READ | events // selectors.EVENT_WRITE * WRITE) for key, events in ready]
 
 
@@ -2835,6 +2837,7 @@ class Loop:
         self._watched: dict[int, tuple[int, Callable[[int], object]]] = {}  # by descriptor
         self._posts: collections.deque[Callable[[], object]] = collections.deque()
         self._begun: collections.deque[Callable[[], object]] = collections.deque()
+        self._full = 0  # turns in which not all could be seen to, since an alarm is due
         self._alarms: list[tuple[float, int, Alarm]] = []  # a heap; an entry counts if its alarm has that time
         self._stale = 0  # of those, how many do not count, about
         self._order = itertools.count()  # so that the heap never compares alarms
@@ -2860,9 +2863,10 @@ class Loop:
             self._thread.join()
 
     def close(self) -> None:
-        """Do what was posted since, and be of no more use."""
-        while self._posts:
-            self._call(self._posts.popleft())
+        """Do what was posted, or had to wait, since then, and be of no more use."""
+        for calls in (self._posts, self._begun):
+            while calls:
+                self._call(calls.popleft())
         for resource in (self._epoll, self._bell, self._rope):
             resource.close()
 
@@ -2873,9 +2877,12 @@ class Loop:
             self._asleep = False
             self._rope.send(b"!")
 
-    def begin(self, call: Callable[[], object]) -> None:
-        """Make a call that begins something new, of which a turn makes a few: what is under way comes first."""
-        self._begun.append(call)
+    def begin(self, call: Callable[[], object], urgent: bool = False) -> None:
+        """Make a call that takes its time, of which a turn makes a few: pieces of text come first.
+
+        urgent: it ends something that costs, and goes before those that begin something.
+        """
+        (self._begun.appendleft if urgent else self._begun.append)(call)
 
     def watch(self, sock: socket.socket, events: int, call: Callable[[int], object]) -> None:
         """Call when sock is ready for events: READ, WRITE or both.  Undone by unwatch, before sock is closed."""
@@ -2918,8 +2925,10 @@ class Loop:
         if self._begun:
             for _ in range(min(len(self._begun), MAX_BEGINNINGS)):
                 self._call(self._begun.popleft())
-        if self._alarms and self._alarms[0][0] <= self.now and len(ready) < MAX_READY:
-            self._ring()
+        if self._alarms and self._alarms[0][0] <= self.now:
+            self._full += 1
+            if len(ready) < MAX_READY or self._full > len(self._watched) // MAX_READY:  # all had their turn
+                self._ring()
 
     def _poll(self, timeout: float) -> list[tuple[int, int]]:
         if self._alarms:
@@ -2936,8 +2945,11 @@ class Loop:
         return ready
 
     def _ring(self) -> None:
-        """Have the alarms go off whose time has come."""
-        while self._alarms and self._alarms[0][0] <= self.now:
+        """Have alarms go off whose time has come: a few, and the others in the next turns."""
+        self._full = 0
+        for _ in range(MAX_ALARMS):
+            if not self._alarms or self._alarms[0][0] > self.now:
+                break
             when, _, alarm = heapq.heappop(self._alarms)
             if alarm.at == when:
                 alarm.at = math.inf
@@ -3188,7 +3200,7 @@ class Peer:
             self._flush()
         if events & ~WRITE and not self.lost:
             try:
-                data = self.sock.recv(READ_SIZE)
+                data = self.sock.recv(TAKE_SIZE)
             except BlockingIOError:
                 return
             except OSError:
@@ -3210,11 +3222,10 @@ class Peer:
         except BlockingIOError:
             sent = 0
         except OSError:
-            self.lost = True
-            self.loop.post(self._lose)  # not from here: whoever sends is not done
+            self._lose()
             return
         if sent < len(data):
-            self.pending = memoryview(data)[sent:]  # or a large answer would be copied with each of its pieces
+            self.pending = memoryview(data)[sent:]  # of a large answer, what is left is not copied again and again
             self.loop.watch(self.sock, READ | WRITE, self.on_ready)
             self.on_blocked()
 
@@ -3231,7 +3242,7 @@ class Peer:
         except OSError:
             self._lose()
             return
-        self.pending = self.pending[sent:]
+        self.pending = self.pending[sent:] or b""
         if self.pending:
             self.on_blocked()
         else:
@@ -3239,9 +3250,13 @@ class Peer:
             self.on_drained()
 
     def _lose(self) -> None:
+        """Take note that the client is gone, and end as soon as a turn has time: many may leave at once."""
+        self.lost, self.pending = True, b""
+        self.loop.unwatch(self.sock)
+        self.loop.begin(self._end_lost, urgent=True)
+
+    def _end_lost(self) -> None:
         if self.sock.fileno() >= 0:  # it was not closed meanwhile
-            self.lost, self.pending = True, b""
-            self.loop.unwatch(self.sock)
             self.on_lost()
 
     def on_data(self, data: bytes) -> None:
@@ -3289,7 +3304,8 @@ class Client(Peer):
             return
         self.data = self.data + data if self.data else data
         if self.state == self.BODY:
-            self._read_body()
+            if self._read_body() and self.exchange:
+                self.loop.begin(self.exchange.go_on)
         elif self.state == self.IDLE or (self.state == self.HEAD and (b"\n" in data or len(self.data) > MAX_HEAD_SIZE)):
             self.loop.begin(self.begin)  # which must not look through a head that drips in each time
         elif self.exchange and len(self.data) > MAX_PIPELINED + self.exchange.body_room():
@@ -3316,7 +3332,8 @@ class Client(Peer):
     def expect_body(self) -> None:
         """Read the body of the request, and have its exchange go on once it is there."""
         self.state = self.BODY
-        self._read_body()
+        if self._read_body() and self.exchange:
+            self.exchange.go_on()
 
     def on_answered(self, cut: bool) -> None:
         """The answer has left: read on, or close; at once where it was cut, or it would look complete."""
@@ -3417,7 +3434,8 @@ class Client(Peer):
         else:
             self._set_alarm()
 
-    def _read_body(self) -> None:
+    def _read_body(self) -> bool:
+        """Take what has come of the body; tell if it is whole, and good."""
         assert self.exchange
         body = self.exchange.request.body
         part = body.feed(self.data)
@@ -3426,7 +3444,7 @@ class Client(Peer):
             self.state = self.ANSWERING
         else:
             self._set_alarm()
-        self.exchange.on_body(part)
+        return self.exchange.on_body(part)
 
     def _linger(self, data: bytes) -> None:
         """Drop what is left of a request: a little for the sake of the connection, else until the client closes."""
@@ -3554,7 +3572,7 @@ class Exchange:
         self.server.limits.enter(name or key, self._counts)
         self.place = name or key
         if self.request.method != "POST":
-            self._go_on()
+            self.go_on()
             return
         if "transfer-encoding" not in fields and "content-length" not in fields:
             raise RequestError("A body needs a Content-Length.", 411)
@@ -3569,20 +3587,22 @@ class Exchange:
         """Return how much of its body may come before the exchange is ready for it."""
         return 0 if self.request.body.complete else self.server.settings.max_body
 
-    def on_body(self, part: bytes) -> None:
-        """Take a part of the body; go on once it is whole."""
+    def on_body(self, part: bytes) -> bool:
+        """Take a part of the body; tell if it is whole, and good."""
         self.received += part
         limit = self.server.settings.max_body
         if self.request.body.broken:
             self.refuse(RequestError("The chunked coding of the body is broken."))
         elif len(self.received) > limit:
             self.refuse(RequestError(f"The body is larger than {limit} bytes.", 413))
-        elif self.request.body.complete:
-            self._step(self._go_on)
+        else:
+            return self.request.body.complete
+        return False
 
-    def _go_on(self) -> None:
-        assert self._then
-        self._then()
+    def go_on(self) -> None:
+        """Do what the request was let in for, unless its client has left meanwhile."""
+        if self._then:
+            self._step(self._then)
 
     # What is answered.
 
@@ -4217,15 +4237,15 @@ class Connection:
         return self.flush()
 
     def flush(self) -> bool:
-        """Go on with write."""
-        while self._unsent:
+        """Go on with write, once: whoever reads as fast as this sends would hold up the rest."""
+        if self._unsent:
             try:
                 sent = self.sock.send(self._unsent)
             except BlockingIOError:
                 return False
             # A view: what is left of a large body is not copied again and again.
             self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
-        return True
+        return not self._unsent
 
     def close(self) -> None:
         self.sock.close()
@@ -4305,12 +4325,10 @@ class TlsConnection(Connection):
         return plain
 
     def flush(self) -> bool:
-        while self._push():
-            if not self._unsent:
-                return True
+        if self._push() and self._unsent:
             sent = self._tls.write(self._unsent[:READ_SIZE])
             self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
-        return False
+        return self._push() and not self._unsent
 
     def close(self) -> None:
         """Say so first (RFC 8446 section 6.1); what was sent of a request tells what that is worth."""
@@ -4698,6 +4716,8 @@ class Source:
     def on_ready(self, events: int) -> None:
         if self.state == self.SENDING:
             self._send()
+            if self.stream.viewer.blocked:
+                return
         data = self.connection.read()
         if data is None:
             return
@@ -4722,7 +4742,7 @@ class Source:
     def _on_dialed(self) -> None:
         dial, self._dial = self._dial, None
         assert dial
-        if self.state == self.OVER:
+        if self.state == self.OVER or self.stream.viewer.client.lost:
             if dial.connection:
                 dial.connection.close()
         elif dial.connection:
@@ -4769,9 +4789,11 @@ class Source:
             self.stream.fail(UpstreamError("Upstream closed the connection without an answer."), stale=True)
             return
         self._head, self._body = b"", body
-        # A refusal may come before a large request was read; then nobody reads a second one behind it.
-        unread = status >= 400 and len(self.stream.call.body) > MAX_DISCARDED
-        self._keeps_alive = not unread and body.left is not None and "close" not in fields.get("connection", "").lower()
+        # What comes before all was sent, or refuses a large request, may be all that comes: nobody reads on, and
+        # certainly no second request behind it.  Behind a 101 another protocol is spoken.
+        large = len(self.stream.call.body) > MAX_DISCARDED
+        last = self.state == self.SENDING or (large and status >= 400) or status == 101
+        self._keeps_alive = not last and body.left is not None and "close" not in fields.get("connection", "").lower()
         self.answer = self.stream.answer = self.answer.start(status, fields)
         self.stream.on_head()
         self._take(body, rest)
@@ -4943,6 +4965,8 @@ class Stream:
     def ask(self, fresh: bool = False) -> None:
         """Ask upstream; fresh: not on a warm connection."""
         self.asked = False
+        if self.viewer.client.lost:  # which this is about to be told
+            return
         self._source = Source(self)
         self._source.open(fresh)
         self.set_alarm()
@@ -5145,7 +5169,7 @@ class Lookout:
 
     def _release(self, asked: list[Callable[[], object]]) -> None:
         for then in asked:
-            self._hub.loop.post(then)  # each on its own: a fault in one is none in another
+            self._hub.loop.begin(then)  # each on its own: a fault in one is none in another
         asked.clear()
 
     def _on_alarm(self) -> None:

@@ -2300,6 +2300,69 @@ def test_client_that_does_not_read_stops_upstream_being_read_and_nothing_is_lost
         assert decoder.complete
 
 
+def test_what_a_slow_client_has_not_taken_is_not_copied_each_time_it_takes_some() -> None:
+    with Stage() as stage:
+        stage.begin()
+        stage.stream.record.append(b"x" * 20_000_000)
+        stage.stream.viewer.open()
+        assert stage.stream.viewer.blocked
+        stage.client.sock.recv(1_000_000)
+        tracemalloc.start()
+        stage.turn()
+        assert stage.stream.viewer.blocked and tracemalloc.get_traced_memory()[1] < 1_000_000
+        tracemalloc.stop()
+        while stage.stream.viewer.blocked:
+            stage.client.sock.recv(1_000_000)
+            stage.turn()
+
+
+def large_call(stage: Stage) -> None:
+    """Have the stage's request be larger than what sockets hold."""
+    stage.stream.call = streamproxy.Call("/chat/completions", b"x" * 20_000_000)
+
+
+@pytest.mark.parametrize("rest", ["all in one", "the end a moment later"])
+def test_connection_is_not_used_again_where_upstream_answered_before_it_had_all_of_the_request(rest: str) -> None:
+    with Stage() as stage:
+        large_call(stage)
+        upstream = stage.connect()
+        upstream.until(b"\r\n\r\n")
+        upstream.send(stage.head, chunk(delta("a", "stop")))
+        stage.turn()
+        assert stage.seen() == b"HEAD 1\r\na\r\n"
+        upstream.send(chunk(DONE), b"0\r\n\r\n" if rest == "all in one" else b"")
+        stage.turn()
+        assert stage.ended and stage.stream.viewer.intact and upstream.gone() and not stage.hub.pool
+
+
+def test_upstream_is_not_read_beyond_what_the_client_takes_while_it_is_still_sent_to() -> None:
+    with Stage() as stage:
+        large_call(stage)
+        upstream = stage.connect()
+        upstream.until(b"\r\n\r\n")
+        upstream.send(stage.head)
+        stage.turn()
+        stage.upstream = upstream
+        stage.block()
+        upstream.sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                upstream.sock.send(chunk(delta("y" * 30000)))
+        for _ in range(20):  # we go on to send, and to be answered
+            upstream.sock.recv(200_000)
+            stage.turn()
+        assert len(stage.stream.record.take()) < streamproxy.READ_SIZE
+        upstream.sock.settimeout(DEADLINE)
+
+
+def test_connection_on_which_upstream_changes_the_protocol_is_not_used_again() -> None:
+    with Stage() as stage:
+        upstream = stage.connect()
+        upstream.send(b"HTTP/1.1 101 Switching Protocols\r\nContent-Length: 0\r\n\r\n")
+        stage.turn()
+        assert stage.ended and upstream.gone() and not stage.hub.pool
+
+
 def test_truncated_after_back_pressure_still_gives_all_text_that_came() -> None:
     with Stage() as stage:
         stage.begin()
@@ -2470,6 +2533,47 @@ def test_loop_begins_a_few_new_requests_a_turn_and_goes_on_with_all_that_is_unde
     loop.turn()  # which waits for nothing while there is something to begin
     assert begun[streamproxy.MAX_BEGINNINGS :] == [-1, *range(streamproxy.MAX_BEGINNINGS, streamproxy.MAX_BEGINNINGS + 3)]
     loop.close()
+
+
+def test_loop_ends_what_costs_before_it_begins_something_new() -> None:
+    loop, seen = streamproxy.Loop(), []
+    for number in range(streamproxy.MAX_BEGINNINGS):
+        loop.begin(functools.partial(seen.append, number))
+    loop.begin(functools.partial(seen.append, -1), urgent=True)
+    loop.turn(0)
+    assert seen == [-1, *range(streamproxy.MAX_BEGINNINGS - 1)]
+    loop.close()
+
+
+def test_loop_has_a_few_alarms_go_off_a_turn() -> None:
+    now = 100.0
+    loop, calls = streamproxy.Loop(lambda: now), []
+    for number in range(streamproxy.MAX_ALARMS + 3):
+        streamproxy.Alarm(loop, functools.partial(calls.append, number)).by(101 + number / 1000)
+    now = 102.0
+    loop.turn(0)
+    assert calls == list(range(streamproxy.MAX_ALARMS))
+    loop.turn()  # which waits for nothing while there are more
+    assert calls == list(range(streamproxy.MAX_ALARMS + 3))
+    loop.close()
+
+
+def test_loop_has_alarms_go_off_once_all_that_was_ready_before_was_seen_to(monkeypatch: Any) -> None:
+    monkeypatch.setattr(streamproxy, "MAX_READY", 4)
+    now, seen = 100.0, []
+    loop = streamproxy.Loop(lambda: now)
+    pairs = [socket.socketpair() for _ in range(20)]
+    for number, (near, far) in enumerate(pairs):
+        far.send(b"x")  # which nobody reads: it is always ready
+        loop.watch(near, streamproxy.READ, lambda events, number=number: seen.append(number))  # type: ignore[misc]
+    streamproxy.Alarm(loop, functools.partial(seen.append, -1)).by(now)
+    while -1 not in seen:
+        loop.turn(0)
+    assert sorted(set(seen)) == list(range(-1, 20)) and len(seen) <= 30
+    loop.close()
+    for near, far in pairs:
+        near.close()
+        far.close()
 
 
 class Threads:
@@ -3549,6 +3653,89 @@ def test_empty_line_behind_a_body_is_no_request(provider: Provider, caplog: Any)
         head = client.head()
         assert head.status == 200 and client.exactly(3) == b"ok\n" and client.rest() == b""
     assert len(log_entries(caplog, 1)) == 1
+
+
+MANY = 3 * streamproxy.MAX_BEGINNINGS
+
+
+def test_clients_that_leave_at_once_hold_up_no_text_and_cost_nothing_more() -> None:
+    with StillServer() as still:
+        clients = [still.client().ask(PROMPT) for _ in range(MANY)]
+        still.turn(4)
+        upstreams = [still.connect() for _ in clients]
+        still.turn()
+        for client in clients[1:]:
+            client.sock.close()
+        upstreams[0].send(STREAM_HEAD, chunk(delta("a")))
+        still.turn()
+        assert clients[0].head().status == 200 and clients[0].chunk() == b"a"
+        assert len(still.lines.requests) == streamproxy.MAX_BEGINNINGS
+        still.turn(3)
+        assert len(still.lines.requests) == MANY - 1 and still.server.snapshot()["streams"] == 1
+        clients[0].sock.close()
+
+
+def test_client_that_left_while_many_do_is_not_asked_for_any_more() -> None:
+    with StillServer() as still:
+        others = [still.client() for _ in range(MANY)]
+        client = still.client().ask(PROMPT)
+        still.turn(4)
+        for leaving in [client, *others]:  # the last is seen to first
+            leaving.sock.close()
+        upstream = still.connect()
+        still.turn(5)
+        assert upstream.rest() == b"" and not still.server.clients and len(still.lines.requests) == 1
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_bodies_that_come_at_once_are_begun_with_a_few_a_turn(tokens: bool, tmp_path: Path) -> None:
+    settings = {"token_file": token_file(tmp_path, f"alice {ALICE}\n")} if tokens else {}
+    with StillServer(**settings) as still:
+        clients = [still.client() for _ in range(MANY)]
+        for client in clients:
+            client.send(f"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\nx-api-key: {ALICE}\r\n\r\n".encode())
+        still.turn(4)
+        while tokens and still.jobs:
+            still.jobs.popleft()()
+            still.turn(5)
+        assert not still.jobs
+        for client in clients:
+            client.send(b'{"prompt": "a"}')
+        still.turn()
+        assert len(still.jobs) == streamproxy.MAX_BEGINNINGS
+        still.turn(3)
+        assert len(still.jobs) == MANY
+        still.jobs.clear()
+
+
+def test_requests_that_waited_for_the_token_file_are_begun_with_a_few_a_turn(tmp_path: Path) -> None:
+    with StillServer(token_file=token_file(tmp_path, f"alice {ALICE}\n")) as still:
+        [still.client().ask(PROMPT, x_api_key=ALICE) for _ in range(MANY)]
+        still.turn(5)
+        for _ in range(2):  # the first look was begun for the first of them
+            still.jobs.popleft()()
+            still.turn(2)
+        assert 0 < len(still.jobs) <= 1 + 2 * streamproxy.MAX_BEGINNINGS
+        still.turn(3)
+        assert len(still.jobs) == MANY
+        still.jobs.clear()
+
+
+@pytest.mark.parametrize("state", ["LINGERING", "an empty line"])
+def test_drain_waits_but_a_moment_for_who_has_nothing_to_ask(state: str) -> None:
+    with StillServer(drain_timeout=100.0) as still:
+        client = still.client()
+        if state == "LINGERING":
+            client.send(b"POST /none HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\nabc")
+        else:
+            client.send(b"\r\n")
+        still.turn(2)
+        assert repr(next(iter(still.server.clients))) == f"<Client {'LINGERING' if state == 'LINGERING' else 'IDLE'}>"
+        still.server.state = still.server.DRAINING
+        still.hub.loop.post(still.server._drain)
+        still.turn()
+        still.at(streamproxy.END_GRACE)
+        assert not still.server.clients
 
 
 def test_stop_answers_who_connected_while_the_loop_was_busy(provider: Provider) -> None:
@@ -6730,7 +6917,7 @@ def test_command_line_json_log(provider: Provider) -> None:
             client.head()
             client.body()
         process.send_signal(signal.SIGTERM)
-        entry = json.loads(process.stderr.readline())
+        entry = next(entry for entry in map(json.loads, process.stderr) if "ending" in entry)
         assert (entry["ending"], entry["pieces"], entry["usage"]) == ("complete", 1, None)
 
 
