@@ -5783,6 +5783,19 @@ def test_looked_at_token_file_admits_nobody_who_was_refused_meanwhile(tmp_path: 
         assert got.startswith(b"HTTP/1.1 503 ") and got.count(b"HTTP/1.1 ") == 1 and len(still.lines.requests) == 1
 
 
+def test_request_whose_body_is_whole_just_as_it_is_refused_is_not_asked() -> None:
+    with StillServer() as still, still.client() as client:
+        client.send(b"POST / HTTP/1.1\r\n" + H + b'Content-Length: 15\r\n\r\n{"prompt": ')
+        still.turn(2)
+        asking = next(iter(still.server.clients))
+        near, asking.sock = asking.sock, Full(asking.sock)  # type: ignore[assignment]
+        client.send(b'"x"}')
+        still.hub.loop.post(lambda: asking.abort(streamproxy.Aborted("The server is shutting down.")))
+        still.turn(3)
+        assert asking.pending and not still.jobs
+        asking.sock = near
+
+
 class Full:
     """A socket that takes nothing as yet."""
 
