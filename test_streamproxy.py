@@ -2307,7 +2307,8 @@ def test_what_a_slow_client_has_not_taken_is_not_copied_each_time_it_takes_some(
         stage.stream.viewer.open()
         assert stage.stream.viewer.blocked
         stage.client.sock.recv(1_000_000)
-        tracemalloc.start()
+        tracemalloc = pytest.importorskip("tracemalloc")  # PyPy has none
+    tracemalloc.start()
         stage.turn()
         assert stage.stream.viewer.blocked and tracemalloc.get_traced_memory()[1] < 1_000_000
         tracemalloc.stop()
