@@ -2308,7 +2308,7 @@ def test_what_a_slow_client_has_not_taken_is_not_copied_each_time_it_takes_some(
         assert stage.stream.viewer.blocked
         stage.client.sock.recv(1_000_000)
         tracemalloc = pytest.importorskip("tracemalloc")  # PyPy has none
-    tracemalloc.start()
+        tracemalloc.start()
         stage.turn()
         assert stage.stream.viewer.blocked and tracemalloc.get_traced_memory()[1] < 1_000_000
         tracemalloc.stop()
