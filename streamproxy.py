@@ -288,6 +288,134 @@ _API_ERRORS: dict[int, tuple[str, str | None]] = {
 }
 
 
+# 3 ------------------------------------------------------------------- Secrets
+
+# Characters.  Shorter parts of a key are in many a word, and a shorter key is nobody's secret: "x", "none".
+_PART_SIZE = 8
+
+HIDDEN = "[redacted]"
+_MASK = re.compile(r'\*{3}[^\s"\\]{0,1000}')
+# What stands before a mask, read backwards: as far as a blank, a quote, or an escape of JSON's.
+_WORD = re.compile(r'[^\s"\\]{0,1000}?(?=(?:[0-9a-f]{4}u|[^\s"\\])\\|[\s"\\]|\Z)', re.IGNORECASE)
+
+# JSON's escapes of what need not be escaped: visible ASCII but the quote and the backslash.  An escaped backslash before
+# u0041 makes no escape of it.
+_ESCAPED = re.compile(r"\\u00(2[013-9A-Fa-f]|[346][0-9A-Fa-f]|5[0-9ABDEFabdef]|7[0-9A-Ea-e])(?<!\\\\u00..)")
+
+# What is searched at a time, and the places in a text that are looked at one by one.  A text with more of them, which
+# nobody sends but to hold us up, is hidden whole.
+_BLOCK_SIZE = 16 * 1024
+_MAX_PLACES = 20_000
+
+_ANY_BIT = b"\0" + b"\1" * 255
+
+
+class _KeyParts:
+    """The parts of a key, and where they begin in a text: told in a time that does not depend on what the text is.
+
+    Bit n of a character's byte says that the key has it at a place that is n modulo 8.  A part may begin where the
+    bytes of 8 characters, each turned by one bit more than the one before, have a bit in common: Shift-And, for all
+    places of a block at once.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._parts = {key[at : at + _PART_SIZE] for at in range(len(key) - _PART_SIZE + 1)}
+        self._tables = []
+        for begin in range(0, len(key) - _PART_SIZE + 1, 160):  # of a longer key, most bytes would have all bits
+            table = bytearray(256)
+            for at, character in enumerate(key[begin : begin + 159 + _PART_SIZE]):
+                table[character] |= 1 << at % 8
+            self._tables.append(bytes(table))
+        self._turns = []  # by how many characters and bits, and masks of the bits that stay in their byte, or come round
+        for step in (1, 2, 4):
+            stay = int.from_bytes(bytes([0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
+            around = int.from_bytes(bytes([0xFF ^ 0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
+            self._turns.append((step, stay, around))
+
+    def find(self, data: bytes) -> list[int] | None:
+        """Return where parts begin; None: in too many places."""
+        found, looked_at = [], 0
+        for at in range(0, len(data), _BLOCK_SIZE):
+            block = data[at : at + _BLOCK_SIZE + _PART_SIZE - 1]
+            places = {at + place for table in self._tables for place in self._places(block.translate(table))}
+            looked_at += len(places)
+            if looked_at > _MAX_PLACES:
+                return None
+            found += [place for place in sorted(places) if data[place : place + _PART_SIZE] in self._parts]
+        return found
+
+    def _places(self, block: bytes) -> Iterator[int]:
+        bits = int.from_bytes(block, "little")
+        for step, stay, around in self._turns:
+            bits &= (bits >> 9 * step & stay) | (bits >> 9 * step - 8 & around)
+        marks = bits.to_bytes(len(block), "little").translate(_ANY_BIT) if bits else b""
+        place = marks.find(1)
+        while place >= 0:
+            yield place
+            place = marks.find(1, place + 1)
+
+
+def redactor(key: str) -> Callable[[str], str]:
+    """Return what takes key, its parts of 8 characters or more and masked keys (sk-...***...) out of a text.
+
+    A key of fewer characters is not looked for.  The text may be JSON, or have it in it, whose escapes hide
+    nothing, and it is so still.  A text without secrets is returned as it is.
+    """
+    parts = _KeyParts(key.encode())
+
+    def redact(text: str) -> str:
+        if len(text) < _PART_SIZE and "***" not in text:
+            return text
+        return redact_again(text) if len(text) < 200 else search(text)
+
+    def search(text: str) -> str:
+        plain = _unescaped(text)
+        shown = hide(_hide_masked(plain) if "***" in plain else plain)
+        return text if shown == plain else shown
+
+    def hide(text: str) -> str:
+        data = text.encode("utf-8", "surrogatepass")
+        places = parts.find(data)
+        if not places:
+            return HIDDEN if places is None else text
+        out: list[bytes] = []
+        at = 0  # up to which data was shown or hidden
+        for place in places:
+            if place > at or not out:
+                out += [data[at:place], HIDDEN.encode()]
+            at = place + _PART_SIZE
+        return b"".join([*out, data[at:]]).decode("utf-8", "surrogatepass")
+
+    redact_again = functools.lru_cache(maxsize=64)(search)  # names of models, and the like
+    return redact
+
+
+def redact_bytes(data: bytes, redact: Callable[[str], str]) -> bytes:
+    return redact(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+
+
+def _unescaped(text: str) -> str:
+    """Return what says the same as text, as JSON, with fewer escapes; and as UTF-8, if it was ASCII in UTF-16."""
+    text = text.replace("\0", "")
+    if "\\" not in text:
+        return text
+    parts = _ESCAPED.split(text.replace("\\/", "/"))
+    parts[1::2] = bytes.fromhex("".join(parts[1::2])).decode()
+    return "".join(parts)
+
+
+def _hide_masked(text: str) -> str:
+    out: list[str] = []
+    at = 0
+    for mask in _MASK.finditer(text):
+        if len(out) > _MAX_PLACES // 10:
+            return HIDDEN
+        begin = _WORD.match(text[max(at, mask.start() - 1000) : mask.start()][::-1])
+        out += [text[at : mask.start() - (begin.end() if begin else 0)], HIDDEN]
+        at = mask.end()
+    return "".join([*out, text[at:]])
+
+
 # 3 ------------------------------------------------------------------- Event streams
 
 
@@ -689,21 +817,6 @@ def check_payload(payload: object, type: str = "message") -> dict[str, Any]:
     raise Garbled("Upstream sent JSON that is not an object.")
 
 
-def conceal(text: str, redact: Callable[[str], str]) -> str:
-    r"""Return text without secrets, also where JSON escapes them as \u0073k-...; unchanged where it has none."""
-    plain = _ESCAPED.sub(lambda match: (match[2] or chr(int(match[1], 16))) if match[1] or match[2] else match[0], text)
-    hidden = redact(plain)
-    return text if hidden == plain else hidden
-
-
-# JSON's escapes of visible ASCII, but for the quote and the backslash, which it must escape.
-_ESCAPED = re.compile(r"\\(?:u00(2[013-9a-f]|[346][0-9a-f]|5[0-9abd-f]|7[0-9a-e])|(/)|.)", re.IGNORECASE | re.DOTALL)
-
-
-def conceal_bytes(data: bytes, redact: Callable[[str], str]) -> bytes:
-    return conceal(data.decode("utf-8", "surrogateescape"), redact).encode("utf-8", "surrogateescape")
-
-
 # Refusals: answers whose status is no success.
 
 _COMPRESSION = re.compile("(?:x-)?(?:gzip|compress|deflate|bzip2)|br|zstd|dcb|dcz|lz4|snappy|exi", re.IGNORECASE)
@@ -959,7 +1072,7 @@ class Answer:
                 self.model = self._redact(model[:100])
             if usage and isinstance(usage, dict):
                 with contextlib.suppress(RecursionError, ValueError):
-                    told = conceal(json.dumps(usage, allow_nan=False), self._redact)  # to the log and the client
+                    told = self._redact(json.dumps(usage, allow_nan=False))  # to the log and the client
                     self.usage = {**(self.usage or {}), **json.loads(told)}
 
     def _fail(self, error: UpstreamError) -> None:
@@ -968,8 +1081,8 @@ class Answer:
             return
         if error.status == 529 and not self.passes:
             error.status = 503  # which more than some APIs know
-        error.message, error.logged = conceal(error.message, self._redact), conceal(error.logged, self._redact)
-        error.document = conceal_bytes(error.document, self._redact)
+        error.message, error.logged = self._redact(error.message), self._redact(error.logged)
+        error.document = redact_bytes(error.document, self._redact)
         self.failure, self.state = error.bare(), self.OPEN
 
     # What the kinds of answers differ in; what the client is to have of it goes to out.
@@ -1297,7 +1410,7 @@ class PassedAnswer(Answer):
         self.life += counts and len(events) + self._parser.idle
         self._parser.idle = 0
         secret = False in [self._is_harmless(event) for event in events]
-        return conceal_bytes(piece[passed:], self._redact) if secret else piece[passed:]
+        return redact_bytes(piece[passed:], self._redact) if secret else piece[passed:]
 
     def _is_harmless(self, event: Event) -> bool:
         """Take event; False: it is an error, and may have secrets."""
@@ -1364,7 +1477,7 @@ class PassedAnswer(Answer):
             with contextlib.suppress(Garbled):
                 if event.type not in self._LAST_TYPES or load_payload(event.data):
                     self._is_harmless(event)
-        self._pass(conceal_bytes(rest[self._cutter.passed :], self._redact), out)
+        self._pass(redact_bytes(rest[self._cutter.passed :], self._redact), out)
 
     def _take_document(self, document: bytes, out: list[bytes]) -> bytes:
         """Return a JSON document as the client is to have it.
@@ -1389,7 +1502,7 @@ class PassedAnswer(Answer):
         except Garbled:
             pass
         except UpstreamError as error:
-            document = conceal_bytes(document, self._redact)
+            document = redact_bytes(document, self._redact)
             if self._label == _EVENTS:  # its head has left
                 self._pass(document, out)
             elif self._stream:
@@ -1945,147 +2058,6 @@ class Settings:
     def __repr__(self) -> str:
         shown = {setting.name: "***" if setting.secret else getattr(self, setting.name) for setting in self.TABLE}
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
-
-
-# Characters.  Shorter parts of a key are in many a word, and a shorter key is nobody's secret: "x", "none".
-_PART_SIZE = 8
-
-HIDDEN = "[redacted]"
-_MASK = re.compile(r'\*{3}[^\s"\\]{0,1000}')
-_WORD = re.compile(r'[^\s"\\]{0,1000}')
-
-# What is searched at a time, and the places in a text that are looked at one by one.  A text with more of them, which
-# nobody sends but to hold us up, is hidden whole.
-_BLOCK_SIZE = 16 * 1024
-_MAX_PLACES = 20_000
-
-_ANY_BIT = b"\0" + b"\1" * 255
-
-
-class _KeyParts:
-    """The parts of a key, and where they begin in a text: told in a time that does not depend on what the text is.
-
-    Bit n of a character's byte says that the key has it at a place that is n modulo 8.  A part may begin where the
-    bytes of 8 characters, each turned by one bit more than the one before, have a bit in common: Shift-And, for all
-    places of a block at once.
-    """
-
-    def __init__(self, key: bytes) -> None:
-        self._parts = {key[at : at + _PART_SIZE] for at in range(len(key) - _PART_SIZE + 1)}
-        self._tables = []
-        for begin in range(0, len(key) - _PART_SIZE + 1, 160):  # of a longer key, most bytes would have all bits
-            table = bytearray(256)
-            for at, character in enumerate(key[begin : begin + 159 + _PART_SIZE]):
-                table[character] |= 1 << at % 8
-            self._tables.append(bytes(table))
-        self._turns = []  # by how many characters and bits, and masks of the bits that stay in their byte, or come round
-        for step in (1, 2, 4):
-            stay = int.from_bytes(bytes([0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
-            around = int.from_bytes(bytes([0xFF ^ 0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
-            self._turns.append((step, stay, around))
-
-    def find(self, data: bytes) -> list[int] | None:
-        """Return where parts begin; None: in too many places."""
-        found, looked_at = [], 0
-        for at in range(0, len(data), _BLOCK_SIZE):
-            block = data[at : at + _BLOCK_SIZE + _PART_SIZE - 1]
-            places = {at + place for table in self._tables for place in self._places(block.translate(table))}
-            looked_at += len(places)
-            if looked_at > _MAX_PLACES:
-                return None
-            found += [place for place in sorted(places) if data[place : place + _PART_SIZE] in self._parts]
-        return found
-
-    def _places(self, block: bytes) -> Iterator[int]:
-        bits = int.from_bytes(block, "little")
-        for step, stay, around in self._turns:
-            bits &= (bits >> 9 * step & stay) | (bits >> 9 * step - 8 & around)
-        marks = bits.to_bytes(len(block), "little").translate(_ANY_BIT) if bits else b""
-        place = marks.find(1)
-        while place >= 0:
-            yield place
-            place = marks.find(1, place + 1)
-
-
-def redactor(key: str) -> Callable[[str], str]:
-    """Return what takes key, its parts of 8 characters or more and masked keys (sk-...***...) out of a text.
-
-    A key of fewer characters is not looked for.
-    """
-    parts = _KeyParts(key.encode())
-
-    def redact(text: str) -> str:
-        if len(text) < _PART_SIZE and "***" not in text:
-            return text
-        return redact_again(text) if len(text) < 200 else search(text)
-
-    def search(text: str) -> str:
-        shown = _hide_masked(text) if "***" in text else text
-        data = shown.encode("utf-8", "surrogatepass")
-        places = parts.find(data)
-        if not places:
-            return HIDDEN if places is None else shown
-        out: list[bytes] = []
-        at = 0  # up to which data was shown or hidden
-        for place in places:
-            if place > at or not out:
-                out += [data[at:place], HIDDEN.encode()]
-            at = place + _PART_SIZE
-        return b"".join([*out, data[at:]]).decode("utf-8", "surrogatepass")
-
-    redact_again = functools.lru_cache(maxsize=64)(search)  # names of models, and the like
-    return redact
-
-
-def _hide_masked(text: str) -> str:
-    out: list[str] = []
-    at = 0
-    for mask in _MASK.finditer(text):
-        if len(out) > _MAX_PLACES // 10:
-            return HIDDEN
-        begin = _WORD.match(text[max(at, mask.start() - 1000) : mask.start()][::-1])
-        out += [text[at : mask.start() - (begin.end() if begin else 0)], HIDDEN]
-        at = mask.end()
-    return "".join([*out, text[at:]])
-
-
-_LENIENT_JSON = json.JSONDecoder(strict=False)
-
-
-def redact_document(document: bytes, redact: Callable[[str], str]) -> bytes:
-    """Return document without what redact takes out, also where JSON escapes it; its very bytes if there is none.
-
-    Only the strings of JSON in which it was are written anew.  What cannot be mended so is hidden whole.
-    """
-    text = document.decode("utf-8", "surrogateescape")
-    if _is_clean(text, redact):
-        return document
-    out: list[str] = []
-    at = 0
-    with contextlib.suppress(ValueError):  # the rest is not JSON
-        while (begin := text.find('"', at)) >= 0 and len(out) <= _MAX_PLACES // 10:
-            string, end = _LENIENT_JSON.raw_decode(text, begin)
-            shown, escaped = redact(string), text.find("\\", begin, end) >= 0
-            out += [redact(text[at:begin]), text[begin:end]]
-            if shown != string:
-                out[-1] = json.dumps(shown, ensure_ascii=escaped)
-            at = end
-    mended = "".join([*out, redact(text[at:])])
-    if len(out) > _MAX_PLACES // 10 or not _is_clean(mended, redact):
-        return json.dumps(HIDDEN).encode()
-    return mended.encode("utf-8", "surrogateescape")
-
-
-def _is_clean(text: str, redact: Callable[[str], str]) -> bool:
-    """Tell whether redact finds nothing in a document: neither in its text nor, decoded, in its strings."""
-    if "\0" in text:  # UTF-16 and UTF-32, which some parsers of JSON take
-        text = text.replace("\0", "")
-    if "\\" in text:
-        # As if it were one string, whose quotes are line ends: that is as fast as one string is decoded.
-        flat = text.replace("\\\\", "\\u005c").replace('\\"', "\\u0022").replace('"', "\n")
-        with contextlib.suppress(ValueError):
-            text = _LENIENT_JSON.decode(f'"{flat}"')
-    return redact(text) == text
 
 
 # 7 ------------------------------------------------------------------- Requests
