@@ -3572,8 +3572,8 @@ class Exchange:
         return False
 
     def go_on(self) -> None:
-        """Do what the request was let in for, unless its client has left meanwhile."""
-        if self._then:
+        """Do what the request was let in for, unless its client has left, or was refused, meanwhile."""
+        if self._then and not self.status:
             self._step(self._then)
 
     # What is answered.

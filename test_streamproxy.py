@@ -33,6 +33,7 @@ import string
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -2309,6 +2310,7 @@ def test_what_a_slow_client_has_not_taken_is_not_copied_each_time_it_takes_some(
         stage.stream.viewer.open()
         assert stage.stream.viewer.blocked
         stage.client.sock.recv(1_000_000)
+        tracemalloc = pytest.importorskip("tracemalloc")  # PyPy has none
         tracemalloc.start()
         stage.turn()
         assert stage.stream.viewer.blocked and tracemalloc.get_traced_memory()[1] < 1_000_000
@@ -5785,6 +5787,19 @@ def test_looked_at_token_file_admits_nobody_who_was_refused_meanwhile(tmp_path: 
         assert got.startswith(b"HTTP/1.1 503 ") and got.count(b"HTTP/1.1 ") == 1 and len(still.lines.requests) == 1
 
 
+def test_request_whose_body_is_whole_just_as_it_is_refused_is_not_asked() -> None:
+    with StillServer() as still, still.client() as client:
+        client.send(b"POST / HTTP/1.1\r\n" + H + b'Content-Length: 15\r\n\r\n{"prompt": ')
+        still.turn(2)
+        asking = next(iter(still.server.clients))
+        near, asking.sock = asking.sock, Full(asking.sock)  # type: ignore[assignment]
+        client.send(b'"x"}')
+        still.hub.loop.post(lambda: asking.abort(streamproxy.Aborted("The server is shutting down.")))
+        still.turn(3)
+        assert asking.pending and not still.jobs
+        asking.sock = near
+
+
 class Full:
     """A socket that takes nothing as yet."""
 
@@ -5834,9 +5849,9 @@ OUTPUTS = {"nobody reads it": stuck_pipe, "its reader is gone": orphaned_pipe, "
 @contextlib.contextmanager
 def launched_into(name: str, kind: str, *flags: str, **environ: str) -> Iterator[tuple[Any, Front]]:
     """The program, of whose standard output or error a kind of trouble is made."""
-    front = Front(f"http://127.0.0.1:{free_port()}")
-    command = [sys.executable, str(PROGRAM), "--bind", front.url[7:], *flags]
     with contextlib.ExitStack() as stack:
+        front = Front(f"unix:{stack.enter_context(tempfile.TemporaryDirectory())}/s")  # a port could not be read
+        command = [sys.executable, str(PROGRAM), "--bind", front.url, *flags]
         outputs: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         make = OUTPUTS[kind]
         if make:
@@ -5966,7 +5981,7 @@ def test_lines_that_a_full_disk_took_are_counted_once_there_is_room(caplog: Any)
         streamproxy.log.handlers[-1].flush = flush  # type: ignore[method-assign]
         for number in range(3):
             writer.info(f"line {number}")
-            wait_for(lambda: len(flushes) > number)
+            wait_for(lambda number=number: len(flushes) > number)
         room.set()
         writer.info("last")
         writer.close(DEADLINE)
@@ -6105,10 +6120,10 @@ def test_lack_of_memory_costs_the_requests_that_need_it_and_no_others(provider: 
             assert client.chunk() == b"b" and client.chunk() == b""
 
 
-def test_lack_of_descriptors_is_told_to_who_asks_and_said_in_the_log_once_a_second(provider: Provider) -> None:
+def test_lack_of_descriptors_is_told_to_who_asks_and_said_in_the_log_once_a_second(provider: Provider, tmp_path: Path) -> None:
     limited = 'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
-    front = Front(f"http://127.0.0.1:{free_port()}")
-    process = subprocess.Popen([sys.executable, "-c", limited, str(PROGRAM), "--bind", front.url[7:]], stdout=subprocess.DEVNULL,
+    front = Front(f"unix:{tmp_path}/s")
+    process = subprocess.Popen([sys.executable, "-c", limited, str(PROGRAM), "--bind", front.url], stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, env={**os.environ, "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": provider.url})  # fmt: skip
     try:
         wait_for(lambda: process.poll() is not None or not refused(front))
