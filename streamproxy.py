@@ -21,15 +21,15 @@ It terminates no TLS, stores nothing and knows no users: nginx in front does the
 
 Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
-     9  Loop      tells that a client's socket can be read
-    11  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 5, 6, 7, 8)
-    12  Upstream  opens a connection, in a thread of 10, unless the Pool has one that is warm
-    13  Source    sends the request, and reads the answer
-                    BodyDecoder  upstream's framing to the bytes of the body                 (pure: 5)
-                    EventParser  bytes to events                                             (pure: 3)
-                    Answer       events to what the client asked for                         (pure: 4)
-    14  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
-    15  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
+    11  Loop      tells that a client's socket can be read
+    13  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 7, 8, 9, 10)
+    14  Upstream  opens a connection, in a thread of 12, unless the Pool has one that is warm
+    15  Source    sends the request, and reads the answer
+                    BodyDecoder  upstream's framing to the bytes of the body                 (pure: 7)
+                    EventParser  bytes to events                                             (pure: 4)
+                    Answer       events to what the client asked for                         (pure: 6, by 3 and 5)
+    16  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
+    17  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
 
 One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
 only what may block:
@@ -416,7 +416,7 @@ def _hide_masked(text: str) -> str:
     return "".join([*out, text[at:]])
 
 
-# 3 ------------------------------------------------------------------- Event streams
+# 4 ------------------------------------------------------------------- Event streams
 
 
 class Event:
@@ -581,7 +581,7 @@ def encode_event(data: str, type: str = "", last_event_id: str = "") -> bytes:
 PING = b": ping\n"
 
 
-# 4 ------------------------------------------------------------------- Answers
+# 5 ------------------------------------------------------------------- Payloads
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -633,6 +633,11 @@ def dicts_in(values: object) -> list[dict[str, Any]]:
     """Return the JSON objects in an array or among the members of an object."""
     values = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
     return [value for value in values if isinstance(value, dict)]
+
+
+def holders_in(payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the JSON objects in which an answer tells of itself: payload, its members, and its choices."""
+    return [payload, *dicts_in(payload), *dicts_in(payload.get("choices"))]
 
 
 # Errors: every server has clothes of its own for them.
@@ -775,24 +780,11 @@ def quoting(words: str, status: int, error: object) -> UpstreamError:
     return failure
 
 
-def parse_event(event: Event) -> dict[str, Any]:
-    """Return the JSON object in an event; {} where it says nothing.
-
-    Raises Garbled, and UpstreamError for an error that upstream sent this way.
-    """
-    return check_event(load_event(event), event)
-
-
-def check_event(payload: Any, event: Event) -> dict[str, Any]:
-    """Return payload, of event, if it is a JSON object that tells of no error.  Raises as parse_event."""
-    if event.type == "message" and '"error' not in event.data and isinstance(payload, dict):  # mostly
-        if payload.get("choices") or (payload.get("usage") and "choices" in payload):
-            return payload
-    return check_payload(payload, event.type)
-
-
 def load_event(event: Event) -> Any:
-    """Return the JSON in an event; {} where it says nothing.  Raises as parse_event."""
+    """Return the JSON in an event; {} where it says nothing.
+
+    Raises Garbled, and UpstreamError for what can only be an error.
+    """
     try:
         return {} if event.type == "ping" else load_payload(event.data)
     except Garbled:
@@ -804,8 +796,16 @@ def load_event(event: Event) -> Any:
         raise
 
 
-def check_payload(payload: object, type: str = "message") -> dict[str, Any]:
-    """Return payload, if it is a JSON object that tells of no error.  Raises Garbled, and UpstreamError."""
+def check_payload(payload: Any, data: str, type: str = "message") -> dict[str, Any]:
+    """Return payload, which data is, of an event of type, if it is a JSON object that tells of no error.
+
+    Raises Garbled, and UpstreamError for an error that upstream sent this way.
+    """
+    if (
+        type == "message" and '"error' not in data and isinstance(payload, dict)
+        and (payload.get("choices") or (payload.get("usage") and "choices" in payload))
+    ):  # fmt: skip
+        return payload  # mostly
     error = find_error(payload, type)
     if error is not None:
         status = next((int(kind) for kind in kinds_of(error) if kind.isdigit() and int(kind) in PASSED_STATUSES), 502)
@@ -819,25 +819,7 @@ def check_payload(payload: object, type: str = "message") -> dict[str, Any]:
 
 # Refusals: answers whose status is no success.
 
-_COMPRESSION = re.compile("(?:x-)?(?:gzip|compress|deflate|bzip2)|br|zstd|dcb|dcz|lz4|snappy|exi", re.IGNORECASE)
 _WAIT = re.compile("[0-9]{1,9}|[A-Z][a-z]{2}, [0-9A-Za-z :]{20,26}")  # RFC 9110 section 10.2.3
-
-
-def compression_of(fields: Mapping[str, str]) -> str:
-    """Return the Content-Encoding of an answer, if it is one: servers also send none, utf-8 and identity."""
-    codings = [coding.strip() for coding in fields.get("content-encoding", "").split(",")]
-    return ", ".join(filter(_COMPRESSION.fullmatch, codings)).lower()
-
-
-def inflate(data: bytes, coding: str) -> bytes:
-    """Return what coding has packed, little more than MAX_ERROR_SIZE at most; b"" where it cannot be read."""
-    if not coding:
-        return data
-    if "gzip" in coding or "deflate" in coding:
-        for wbits in (47, -15):  # the formats of gzip and zlib, and what RFC 9110 section 8.4.1.2 warns of
-            with contextlib.suppress(zlib.error):
-                return zlib.decompressobj(wbits).decompress(data, MAX_ERROR_SIZE + 1)
-    return b""
 
 
 def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
@@ -932,12 +914,13 @@ def join_halves(joiner: codecs.IncrementalDecoder, text: str) -> str:
     return joiner.decode(text.encode("utf-16-le", "surrogatepass"))
 
 
+# 6 ------------------------------------------------------------------- Answers
+
 # What a body is.  Its first bytes tell: labels are wrong too often.
 _UNTOLD, _EVENTS, _DOCUMENT, _OTHER = range(4)
 _FIELD = re.compile(rb"(?:data|event|id|retry|error) ?:|:")
 _FIELD_STARTS = (b"data:", b"event:", b"id:", b"retry:", b"error:")
 _FIELD_IN_DOCUMENT = re.compile(rb"[\r\n](?:data|event|id|retry|error) ?:")  # no JSON has a line that begins so
-_AS_IT_COMES = re.compile("(?:audio|image|video|multipart)/|.*(?:ndjson|jsonl|json-seq)")
 
 
 def form_of(begin: bytes, label: int) -> int:
@@ -952,6 +935,83 @@ def form_of(begin: bytes, label: int) -> int:
     return _UNTOLD if any(start.startswith(text) for start in _FIELD_STARTS) else label
 
 
+_COMPRESSION = re.compile("(?:x-)?(?:gzip|compress|deflate|bzip2)|br|zstd|dcb|dcz|lz4|snappy|exi", re.IGNORECASE)
+_AS_IT_COMES = re.compile("(?:audio|image|video|multipart)/|.*(?:ndjson|jsonl|json-seq)")
+_WHOLE_AT_CLOSE = re.compile("(?:audio|image|video)/|application/octet-stream")
+
+# Fields of upstream's head that are for the client to see, their names in lower case.
+_BACK = frozenset(("retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "request-id", "openai-processing-ms"))
+
+
+def passes_back(name: str) -> bool:
+    return name in _BACK or name == "openai-version" or name.startswith(("x-ratelimit-", "anthropic-ratelimit-"))
+
+
+class Head:
+    """What the head of an answer of upstream's says."""
+
+    def __init__(self, status: int, fields: Mapping[str, str]) -> None:
+        self.status, self.fields = status, fields
+        self.content_type = fields.get("content-type", "")
+        self.media = self.content_type.partition(",")[0].partition(";")[0].strip().lower()
+        self.label = _DOCUMENT if self.media.endswith("json") else _OTHER  # what the body is, it says
+        if self.media == "text/event-stream":
+            self.label = _EVENTS
+
+    @property
+    def compression(self) -> str:
+        """The Content-Encoding, if it is one: servers also send none, utf-8 and identity."""
+        codings = [coding.strip() for coding in self.fields.get("content-encoding", "").split(",")]
+        return ", ".join(filter(_COMPRESSION.fullmatch, codings)).lower()
+
+    @property
+    def framed(self) -> bool:
+        """Whether the body ends where HTTP says, or where the connection does, as well."""
+        told = self.fields.get("content-length") or "transfer-encoding" in self.fields
+        return bool(told or _WHOLE_AT_CLOSE.match(self.media))
+
+
+_NO_HEAD = Head(200, {})  # before upstream's has come
+_STREAM_HEAD = Head(200, {"content-type": "text/event-stream"})  # the same, where a stream was asked for
+
+
+class Notes:
+    """What the log tells of an answer, and which of its choices have ended."""
+
+    def __init__(self, redact: Callable[[str], str]) -> None:
+        self.request_id: str | None = None  # upstream's
+        self.model: str | None = None
+        self.usage: dict[str, Any] | None = None
+        self.finish_reason: str | None = None
+        self.finished: set[str] = set()  # indexes of choices
+        self.events = self.pieces = self.size = 0  # pieces and size: of what was passed on, in bytes
+        self._redact = redact
+
+    def take(self, payload: dict[str, Any]) -> None:
+        """Note the model and the usage, wherever in payload they stand."""
+        for holder in holders_in(payload):
+            model, usage = holder.get("model"), holder.get("usage")
+            if self.model is None and model and isinstance(model, str):
+                self.model = self._redact(model[:100])
+            if usage and isinstance(usage, dict):
+                with contextlib.suppress(RecursionError, ValueError):
+                    told = self._redact(json.dumps(usage, allow_nan=False))  # to the log and the client
+                    self.usage = {**(self.usage or {}), **json.loads(told)}
+
+    def take_end(self, payload: dict[str, Any]) -> None:
+        """Note why the answer ended, as any of the APIs says it.  Raises UpstreamError: it failed."""
+        for holder in holders_in(payload):
+            reason = holder.get("stop_reason") or holder.get("finish_reason")
+            if holder.get("object") == "response":
+                details = holder.get("incomplete_details")
+                reason = details.get("reason") if isinstance(details, dict) else holder.get("status")
+            if isinstance(reason, str) and reason not in ("", "null"):
+                self.finish_reason = self._redact(reason[:80])
+        for choice in dicts_in(payload.get("choices")):
+            if parse_reason(choice):
+                self.finished.add(str(choice.get("index")))
+
+
 class Answer:
     """What the client is sent, made from the body that upstream sends.
 
@@ -963,43 +1023,55 @@ class Answer:
     # end in a moment; when that is over, close(None).  DONE: nothing more is waited for.
     OPEN, SETTLED, ENDING, DONE = range(4)
 
-    content_type = ""
-    eager = False  # the head leaves as soon as upstream's has come, not with the first text
-    pings = False  # heartbeats make sense
     passes = False  # upstream's own documents and fields are for the client
     choices = 1  # that were asked for
-    status = 200
 
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         """redact takes secrets out of what upstream says of its errors, and of its fields."""
         self.state = self.OPEN
         self.failure: UpstreamError | None = None
         self.fields: dict[str, str] = {}  # of upstream's head, those that the client is to see
-        self.request_id: str | None = None  # upstream's
-        self.model: str | None = None
-        self.usage: dict[str, Any] | None = None
-        self.finish_reason: str | None = None
+        self.head = _NO_HEAD
+        self.notes = Notes(redact)
         self.life = 0  # grows with all that says that upstream is alive and not about to end
-        self.events = self.pieces = self.size = 0  # pieces and size: of what was passed on, in bytes
         self._redact = redact
-        self._label = self._form = _UNTOLD
+        self._form = _UNTOLD
         self._held = bytearray()  # what has come, until it is told what it is, or of a document, until it is whole
 
     def start(self, status: int, fields: Mapping[str, str]) -> Answer:
         """Take upstream's head, which says how the body is to be read; return what takes the body."""
-        self.request_id = self._redact((fields.get("x-request-id") or fields.get("request-id") or "")[:200]) or None
+        head = Head(status, dict(zip(fields, self._redact("\n".join(fields.values())).split("\n"))))
+        self.notes.request_id = (head.fields.get("x-request-id") or head.fields.get("request-id") or "")[:200] or None
         if self.passes:
-            fields = dict(zip(fields, self._redact("\n".join(fields.values())).split("\n")))
-            self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
+            self.fields = {name.title(): value for name, value in head.fields.items() if passes_back(name)}
         if not (status in (200, 201, 202) or (self.passes and 200 <= status < 300)):
-            return Refusal(self, status, fields)
-        if compression_of(fields):
+            return Refusal(self, head)
+        if head.compression:
             self.failure = Garbled("Upstream compressed its answer, although asked not to.")
-        label = fields.get("content-type", "").partition(",")[0].partition(";")[0].strip().lower()
-        self._label = _EVENTS if label == "text/event-stream" else _DOCUMENT if label.endswith("json") else _OTHER
-        self._form = _OTHER if self.passes and _AS_IT_COMES.match(label) else _UNTOLD
-        self._start(status, fields, label)
+        self.head = head
+        self._form = _OTHER if self.passes and _AS_IT_COMES.match(head.media) else _UNTOLD
+        self._on_form()
         return self
+
+    @property
+    def status(self) -> int:
+        """The status of the client's answer."""
+        return self.head.status
+
+    @property
+    def content_type(self) -> str:
+        """What the client's answer is; "": it is not said."""
+        return self.head.content_type
+
+    @property
+    def pings(self) -> bool:
+        """Whether heartbeats make sense."""
+        return (self._form or self.head.label) == _EVENTS
+
+    @property
+    def eager(self) -> bool:
+        """Whether the head leaves as soon as upstream's has come, not with the first text."""
+        return self.pings or self._form == _OTHER
 
     def feed(self, body: bytes) -> bytes:
         """Return what body adds to the answer, for the client."""
@@ -1047,33 +1119,18 @@ class Answer:
 
     def _take_bytes(self, body: bytes, out: list[bytes]) -> None:
         """Take what is no event stream, or not yet known to be one."""
-        before = len(self._held)
         self.life += 1
-        self.events += self._label != _EVENTS and (self._form or self._label) != _UNTOLD
-        if self._form == _OTHER:
-            self._take_other(body, out)
-            return
+        self.notes.events += self.head.label != _EVENTS
+        begin = max(0, len(self._held) - 8)
         self._held += body
-        if self._form == _UNTOLD or _FIELD_IN_DOCUMENT.search(self._held, max(0, before - 8)):
-            self._form = form_of(bytes(self._held), self._label)
-            self._on_form()
-        if self._form == _EVENTS:
+        if self._form == _UNTOLD or (self._form == _DOCUMENT and _FIELD_IN_DOCUMENT.search(self._held, begin)):
+            self._form = form_of(bytes(self._held), self.head.label)
+        if self._form == _DOCUMENT and len(self._held) > MAX_EVENT_SIZE:
+            self._form = _OTHER
+        self._on_form()
+        if self._form in (_EVENTS, _OTHER):
             body, self._held = bytes(self._held), bytearray()
-            self._take_events(body, out)
-        elif self._form == _OTHER or len(self._held) > MAX_EVENT_SIZE:
-            self._form, body, self._held = _OTHER, bytes(self._held), bytearray()
-            self._take_other(body, out)
-
-    def _note(self, payload: dict[str, Any]) -> None:
-        """Keep what the log tells of an answer, wherever in payload it stands."""
-        for holder in [payload, *dicts_in(payload), *dicts_in(payload.get("choices"))]:
-            model, usage = holder.get("model"), holder.get("usage")
-            if self.model is None and model and isinstance(model, str):
-                self.model = self._redact(model[:100])
-            if usage and isinstance(usage, dict):
-                with contextlib.suppress(RecursionError, ValueError):
-                    told = self._redact(json.dumps(usage, allow_nan=False))  # to the log and the client
-                    self.usage = {**(self.usage or {}), **json.loads(told)}
+            (self._take_events if self._form == _EVENTS else self._take_other)(body, out)
 
     def _fail(self, error: UpstreamError) -> None:
         if isinstance(error, Garbled) and self.state >= self.SETTLED:
@@ -1087,11 +1144,8 @@ class Answer:
 
     # What the kinds of answers differ in; what the client is to have of it goes to out.
 
-    def _start(self, status: int, fields: Mapping[str, str], label: str) -> None:
-        pass
-
     def _on_form(self) -> None:
-        """Take note of what the body is."""
+        """Take note of what the body is, as far as that is known."""
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
         raise NotImplementedError
@@ -1103,19 +1157,37 @@ class Answer:
         raise NotImplementedError
 
 
+def inflate(data: bytes, coding: str) -> bytes:
+    """Return what coding has packed, little more than MAX_ERROR_SIZE at most; b"" where it cannot be read."""
+    if not coding:
+        return data
+    if "gzip" in coding or "deflate" in coding:
+        for wbits in (47, -15):  # the formats of gzip and zlib, and what RFC 9110 section 8.4.1.2 warns of
+            with contextlib.suppress(zlib.error):
+                return zlib.decompressobj(wbits).decompress(data, MAX_ERROR_SIZE + 1)
+    return b""
+
+
 class Refusal(Answer):
     """An answer whose status is no success: a failure, told once its document is whole or too large."""
 
-    def __init__(self, asked: Answer, status: int, fields: Mapping[str, str]) -> None:
+    status = 200  # of what may have been begun
+    eager = False
+
+    def __init__(self, asked: Answer, head: Head) -> None:
         """asked: what the client waits for, and may have the start of already."""
         super().__init__(asked._redact)
-        self.content_type, self.pings, self.fields = asked.content_type, asked.pings, asked.fields
-        self.request_id, self.passes = asked.request_id, asked.passes
-        self.asked = asked
-        self.refused = status
+        self.passes, self.fields, self.notes.request_id = asked.passes, asked.fields, asked.notes.request_id
+        self.asked, self.head, self.refused = asked, head, head.status
         self.document = b""  # once it is whole
-        self._coding = compression_of(fields)
-        self._retry_after = fields.get("retry-after", "")
+
+    @property
+    def content_type(self) -> str:
+        return self.asked.content_type
+
+    @property
+    def pings(self) -> bool:
+        return self.asked.pings
 
     def ping(self) -> bytes:
         return self.asked.ping()
@@ -1125,14 +1197,14 @@ class Refusal(Answer):
 
     def _take_bytes(self, body: bytes, out: list[bytes]) -> None:
         self.life += 1
-        self.events += 1
+        self.notes.events += 1
         self._held += body
         if len(self._held) > MAX_ERROR_SIZE:
             self._finish(None, out)
 
     def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
-        self.document = document = inflate(bytes(self._held), self._coding)
-        failure = refusal(self.refused, document, self._retry_after)
+        self.document = document = inflate(bytes(self._held), self.head.compression)
+        failure = refusal(self.refused, document, self.head.fields.get("retry-after", ""))
         if self.passes and failure.status != 502 and document.strip() and len(document) <= MAX_ERROR_SIZE:
             failure.document = document
             if document.lstrip()[:1] not in (b"{", b"[", b'"'):
@@ -1144,7 +1216,9 @@ class Refusal(Answer):
 class TextAnswer(Answer):
     """The answer to one prompt as bare text."""
 
+    status = 200
     content_type = "text/plain; charset=utf-8"
+    pings = eager = False
 
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         super().__init__(redact)
@@ -1158,7 +1232,7 @@ class TextAnswer(Answer):
     def end(self) -> bytes:
         halves = [(type, joiner.decode(b"", True)) for type, joiner in self._joiners.items()]
         rest = [self.encode(type, text=half) for type, half in halves if half]
-        return b"".join(rest) + self.encode("done", finish_reason=self.finish_reason, usage=self.usage)
+        return b"".join(rest) + self.encode("done", finish_reason=self.notes.finish_reason, usage=self.notes.usage)
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
         parser = self._parser
@@ -1176,7 +1250,7 @@ class TextAnswer(Answer):
         try:
             if self._form == _DOCUMENT:
                 data = self._held.decode("utf-8", "replace")
-                payload = check_payload(load_payload(data))
+                payload = check_payload(load_payload(data), data)
                 if not payload.get("choices"):
                     raise Garbled("Upstream sent JSON that is not a chat completion.")
                 self._take_payload(payload, data, out)
@@ -1189,18 +1263,19 @@ class TextAnswer(Answer):
 
     def _take_event(self, event: Event, out: list[bytes]) -> bool:
         """Take event; tell whether it is the last."""
-        self.events += 1
+        self.notes.events += 1
         self.life += 1
-        if event.data.strip() == "[DONE]":
+        data = event.data
+        if data.strip() == "[DONE]":
             self.state = self.DONE
             return True
-        self._take_payload(parse_event(event), event.data, out)
+        self._take_payload(check_payload(load_event(event), data, event.type), data, out)
         return False
 
     def _take_payload(self, payload: dict[str, Any], data: str, out: list[bytes]) -> None:
         usage = '"usage"' in data and (payload.get("usage", payload) or data.count('"usage"') > 1)  # mostly null
-        if usage or (self.model is None and payload.get("model")):
-            self._note(payload)
+        if usage or (self.notes.model is None and payload.get("model")):
+            self.notes.take(payload)
         try:
             for choice in payload.get("choices") or ():
                 if self.choices == 1 or not choice.get("index"):
@@ -1226,14 +1301,14 @@ class TextAnswer(Answer):
                 out.append(self.encode("reasoning", text=reasoning))
         text = text and join_halves(self._joiners["message"], text)
         if text:
-            self.pieces += 1
-            self.size += len(text.encode())
+            self.notes.pieces += 1
+            self.notes.size += len(text.encode())
             out.append(self.encode("message", text=text))
         reason = choice.get("finish_reason") and parse_reason(choice)
         if reason:
-            self.finish_reason = self._redact(reason)
+            self.notes.finish_reason = self._redact(reason)
             # Beside a role or reasoning, before any text, it came early: then nothing is hurried.
-            early = not self.pieces and any(part[name] for name in part if name != "content")
+            early = not self.notes.pieces and any(part[name] for name in part if name != "content")
             self.state = self.SETTLED if early else self.ENDING
         elif text:
             self.state = min(self.state, self.SETTLED)  # a finish_reason before it came early
@@ -1314,7 +1389,6 @@ class PassedAnswer(Answer):
     # What ends a stream, beside [DONE]: Anthropic's messages, OpenAI's responses.
     _LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
     _EVENT = re.compile(rb"(?:[^\n]+\n)*?\r?\n|(?:[^\r]+\r)*\r|.+", re.DOTALL)  # lines and a blank one, or the rest
-    _WHOLE_AT_CLOSE = re.compile("(?:audio|image|video)/|application/octet-stream")
     _SKIMMED = re.compile(rb'"(model|usage)"\s*:\s*("[^"\\]*"|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 
     def __init__(
@@ -1326,21 +1400,17 @@ class PassedAnswer(Answer):
         """
         super().__init__(redact)
         self.choices = choices
-        self.pings = stream
-        self.content_type = "text/event-stream" if stream else ""
+        self.head = _STREAM_HEAD if stream else _NO_HEAD
         self._api = "/v1/messages" if messages else "/v1/"
         self._stream = stream
         self._parser = EventParser(sys.maxsize, strict=False)  # of the events that are looked at
-        self._finished: set[str] = set()  # indexes of choices
         self._cutter = EventCutter()
-        self._length: str | None = None  # as upstream's head says
-        self._framed = True  # the body ends where HTTP says, or where the connection does, as well
         self._is_open = False  # the client has a head of ours for a stream, and nothing of upstream's
 
     def ping(self) -> bytes:
         if self._cutter.passed:
             return b""
-        self._is_open = self._is_open or self._label == self._form == _UNTOLD
+        self._is_open = self._is_open or self.head is _STREAM_HEAD
         return encode_event('{"type": "ping"}', "ping") if self._api == "/v1/messages" else PING
 
     def encode(self, type: str, **payload: Any) -> bytes:
@@ -1349,23 +1419,14 @@ class PassedAnswer(Answer):
         data = encode_error(UpstreamError(payload["error"]), self._api).decode().strip()
         return encode_event(data, "error" if self._api == "/v1/messages" else "")
 
-    def _start(self, status: int, fields: Mapping[str, str], label: str) -> None:
-        self.status = status
-        self.content_type = fields.get("content-type", "")
-        self.eager = self._label == _EVENTS or self._form == _OTHER
-        self._length = fields.get("content-length")
-        self._framed = bool(self._length or "transfer-encoding" in fields or self._WHOLE_AT_CLOSE.match(label))
-        self._on_form()
-
     def _on_form(self) -> None:
-        self.pings = (self._form or self._label) == _EVENTS
-        if self._form == _OTHER and self._length is not None:
-            self.fields["Content-Length"] = self._length
+        if self._form == _OTHER and "content-length" in self.head.fields:
+            self.fields["Content-Length"] = self.head.fields["content-length"]
 
     def _pass(self, data: bytes, out: list[bytes]) -> None:
         if data:
-            self.pieces += 1
-            self.size += len(data)
+            self.notes.pieces += 1
+            self.notes.size += len(data)
             out.append(data)
 
     def _take_other(self, body: bytes, out: list[bytes]) -> None:
@@ -1374,25 +1435,21 @@ class PassedAnswer(Answer):
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
         cutter = self._cutter
         if body[-2:] == b"\n\n" and not cutter.rest:  # mostly, whole events come, and nothing is held
-            data = body if self._just_goes_on(body) else self._look_through(body, 0)
+            self._pass(self._take_block(body, 0), out)
         else:
             passed, block = cutter.passed, cutter.feed(body)
-            data = block[passed:] if self._just_goes_on(block) else self._look_through(block, passed)
-            data += cutter.pass_on(0 if block else passed)
-        if data:
-            self.pieces += 1
-            self.size += len(data)
-            out.append(data)
+            data = self._take_block(block, passed)
+            self._pass(data + cutter.pass_on(0 if block else passed), out)
 
-    def _just_goes_on(self, block: bytes) -> int:
-        looked = self.events and 0 < len(block) < MAX_SKIMMED and self.state < Answer.ENDING
-        count = goes_on(block) if looked else 0
-        self.events += count
-        self.life += count
-        return count
-
-    def _look_through(self, block: bytes, passed: int) -> bytes:
+    def _take_block(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""
+        counts = block and self.state < self.ENDING
+        if counts and self.notes.events and len(block) < MAX_SKIMMED:
+            count = goes_on(block)
+            if count:
+                self.notes.events += count
+                self.life += count
+                return block[passed:]
         out = []
         for event in self._EVENT.findall(block):
             out.append(self._take_piece(event, passed))
@@ -1402,8 +1459,8 @@ class PassedAnswer(Answer):
     def _take_piece(self, piece: bytes, passed: int) -> bytes:
         """Take one event; return what the client is to have of it."""
         counts = self.state < self.ENDING
-        if self.events and counts and len(piece) < MAX_SKIMMED and is_dull(piece):
-            self.events += 1
+        if self.notes.events and counts and len(piece) < MAX_SKIMMED and is_dull(piece):
+            self.notes.events += 1
             self.life += 1
             return piece[passed:]
         events = self._parser.feed(piece)
@@ -1414,7 +1471,7 @@ class PassedAnswer(Answer):
 
     def _is_harmless(self, event: Event) -> bool:
         """Take event; False: it is an error, and may have secrets."""
-        self.events += 1
+        self.notes.events += 1
         try:
             self._take_event(event)
         except UpstreamError as error:
@@ -1430,7 +1487,7 @@ class PassedAnswer(Answer):
         with contextlib.suppress(Garbled):  # what is not as it should be is for the client to see
             payload = load_event(event)
             ends = ends or (isinstance(payload, dict) and payload.get("type") in self._LAST_TYPES)
-            payload = payload if ends else check_event(payload, event)
+            payload = payload if ends else check_payload(payload, event.data, event.type)
         if ends and self.failure is None:
             self.state = self.ENDING
         self._take_payload(payload, event.data)
@@ -1439,31 +1496,21 @@ class PassedAnswer(Answer):
         """Take note of what payload, which data is, says of the answer and of its end."""
         if not isinstance(payload, dict):
             return
-        if self.model is None or '"usage"' in data:
-            self._note(payload)
-        if '_reason"' not in data and '"response"' not in data:  # nor of its end
-            return
-        for holder in [payload, *dicts_in(payload), *dicts_in(payload.get("choices"))]:
-            reason = holder.get("stop_reason") or holder.get("finish_reason")
-            if holder.get("object") == "response":
-                details = holder.get("incomplete_details")
-                reason = details.get("reason") if isinstance(details, dict) else holder.get("status")
-            if isinstance(reason, str) and reason not in ("", "null"):
-                self.finish_reason = self._redact(reason[:80])
-        for choice in dicts_in(payload.get("choices")):
-            if parse_reason(choice):
-                self._finished.add(str(choice.get("index")))
-        if self.state == self.OPEN and len(self._finished) >= self.choices and self.failure is None:
+        if self.notes.model is None or '"usage"' in data:
+            self.notes.take(payload)
+        if '_reason"' in data or '"response"' in data:
+            self.notes.take_end(payload)
+        if self.state == self.OPEN and len(self.notes.finished) >= self.choices and self.failure is None:
             self.state = self.SETTLED
 
     def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
         if self._form == _EVENTS:
             self._finish_events(out)
-        elif self._form == _UNTOLD and self._label == _EVENTS:
+        elif self._form == _UNTOLD and self.head.label == _EVENTS:
             self._pass(bytes(self._held), out)
         elif cut:
             raise cut
-        elif self._form == _DOCUMENT or self._framed:
+        elif self._form == _DOCUMENT or self.head.framed:
             document = self._take_document(bytes(self._held), out) if self._form == _DOCUMENT else bytes(self._held)
             if self._form != _OTHER:
                 self.fields["Content-Length"] = str(len(document))
@@ -1484,26 +1531,26 @@ class PassedAnswer(Answer):
 
         Raises UpstreamError where it is cut, or an error although a stream was asked for.
         """
-        if len(document) > MAX_SKIMMED and self._framed and document.find(b'"error', 0, 2048) < 0:
+        if len(document) > MAX_SKIMMED and self.head.framed and document.find(b'"error', 0, 2048) < 0:
             ends = self._SKIMMED.findall(document[:2048] + document[-2048:])
-            self._note({name.decode(): load_payload(value.decode("utf-8", "replace")) for name, value in ends})
+            self.notes.take({name.decode(): load_payload(value.decode("utf-8", "replace")) for name, value in ends})
             return document
         text = document.decode("utf-8", "replace")
         try:
             payload = load_payload(text)
         except Garbled:
-            if self._framed:
+            if self.head.framed:
                 return document
             raise UpstreamError("Upstream ended before the end of its answer.", ending="truncated") from None
         with contextlib.suppress(UpstreamError):  # which the document tells
             self._take_payload(payload, text)
         try:
-            check_payload(payload)
+            check_payload(payload, text)
         except Garbled:
             pass
         except UpstreamError as error:
             document = redact_bytes(document, self._redact)
-            if self._label == _EVENTS:  # its head has left
+            if self.head.label == _EVENTS:  # its head has left
                 self._pass(document, out)
             elif self._stream:
                 error.document = document
@@ -1515,15 +1562,7 @@ class PassedAnswer(Answer):
         return document
 
 
-# Fields of upstream's head that are for the client to see, their names in lower case.
-_BACK = frozenset(("retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "request-id", "openai-processing-ms"))
-
-
-def passes_back(name: str) -> bool:
-    return name in _BACK or name == "openai-version" or name.startswith(("x-ratelimit-", "anthropic-ratelimit-"))
-
-
-# 5 ------------------------------------------------------------------- HTTP framing
+# 7 ------------------------------------------------------------------- HTTP framing
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 _QUOTED = r'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'  # section 5.6.4
@@ -1805,7 +1844,7 @@ def readable_line(data: bytes) -> Request:
     return Request()
 
 
-# 6 ------------------------------------------------------------------- Settings
+# 8 ------------------------------------------------------------------- Settings
 
 
 def is_loopback(host: str) -> bool:
@@ -2060,7 +2099,7 @@ class Settings:
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
-# 7 ------------------------------------------------------------------- Requests
+# 9 ------------------------------------------------------------------- Requests
 
 USER_AGENT = f"streamproxy/{__version__}"
 
@@ -2489,7 +2528,7 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
-# 8 ------------------------------------------------------------------- Access
+# 10 ------------------------------------------------------------------ Access
 
 
 class Tokens:
@@ -2747,7 +2786,7 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
-# 9 ------------------------------------------------------------------- Loop
+# 11 ------------------------------------------------------------------ Loop
 
 READ, WRITE = 1, 4  # as in poll(2); a hang-up or an error is told by other bits, and by the next read
 
@@ -2957,7 +2996,7 @@ class Loop:
                 on_fault(error)
 
 
-# 10 ------------------------------------------------------------------ Threads
+# 12 ------------------------------------------------------------------ Threads
 
 
 class Workers:
@@ -3154,7 +3193,7 @@ def start_thread(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="worker", daemon=True).start()
 
 
-# 11 ------------------------------------------------------------------ Clients
+# 13 ------------------------------------------------------------------ Clients
 
 
 class Peer:
@@ -3800,11 +3839,11 @@ class Exchange:
             seconds=round(self.client.loop.clock() - self.began_at, 3),
         )
         if stream:
-            answer, first = stream.answer, stream.first_text_at
+            notes, first = stream.answer.notes, stream.first_text_at
             entry.update(
                 ttft=None if first is None else round(first - self.began_at, 3),
-                model=answer.model, finish_reason=answer.finish_reason, pieces=answer.pieces, bytes=answer.size,
-                usage=answer.usage, upstream_id=answer.request_id,
+                model=notes.model, finish_reason=notes.finish_reason, pieces=notes.pieces, bytes=notes.size,
+                usage=notes.usage, upstream_id=notes.request_id,
             )  # fmt: skip
         self.server.hub.log.info(entry)
 
@@ -3861,7 +3900,7 @@ _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
-# 12 ------------------------------------------------------------------ Upstream
+# 14 ------------------------------------------------------------------ Upstream
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -4582,7 +4621,7 @@ class Pool:
                 self.drop(spare)
 
 
-# 13 ------------------------------------------------------------------ Sources
+# 15 ------------------------------------------------------------------ Sources
 
 
 class Dial:
@@ -4785,7 +4824,7 @@ class Source:
         if answer.state == Answer.DONE or answer.failure:
             self._conclude(answer)
         elif out:
-            if stream.first_text_at is None and answer.pieces:
+            if stream.first_text_at is None and answer.notes.pieces:
                 stream.first_text_at = self.hub.loop.now
             stream.viewer.more()
         if out and stream.viewer.client.pending:
@@ -4807,7 +4846,7 @@ class Source:
     def _conclude(self, answer: Answer) -> None:
         """End the stream with an answer that is done, or that failed and of which nothing more passes."""
         stream = self.stream
-        if stream.first_text_at is None and answer.pieces:
+        if stream.first_text_at is None and answer.notes.pieces:
             stream.first_text_at = self.hub.loop.now
         if answer.state == Answer.DONE:
             stream.complete()
@@ -4819,12 +4858,12 @@ class Source:
     def _flow(self, answer: Answer) -> None:
         if answer.state == answer.ENDING:
             self.state = self.ENDING
-        elif answer.events and self.state != self.SENDING:
+        elif answer.notes.events and self.state != self.SENDING:
             self.state = self.FLOWING
         self.stream.set_alarm()
 
 
-# 14 ------------------------------------------------------------------ Viewers
+# 16 ------------------------------------------------------------------ Viewers
 
 
 class Record:
@@ -4914,7 +4953,7 @@ class Viewer:
         self.state = self.OPEN
 
 
-# 15 ------------------------------------------------------------------ Streams
+# 17 ------------------------------------------------------------------ Streams
 
 
 class Stream:
@@ -5087,7 +5126,7 @@ class Hub:
         self.log.close(CLOSE_TIMEOUT)
 
 
-# 16 ------------------------------------------------------------------ Server
+# 18 ------------------------------------------------------------------ Server
 
 
 class Lookout:
@@ -5413,7 +5452,7 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
             raise listener.stream.failure
 
 
-# 17 ------------------------------------------------------------------ Demo upstream
+# 19 ------------------------------------------------------------------ Demo upstream
 
 DEMO_PAUSE = 0.05  # seconds between two words: a human pace
 DEMO_ANSWER = (
@@ -5493,7 +5532,7 @@ def demo_upstream(settings: Settings) -> Iterator[Settings]:
             server.shutdown()
 
 
-# 18 ------------------------------------------------------------------ Chat page
+# 20 ------------------------------------------------------------------ Chat page
 
 _PAGE = r"""<!doctype html>
 <html lang="en">
@@ -5648,7 +5687,7 @@ PAGE = _PAGE.encode()
 PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
 
 
-# 19 ------------------------------------------------------------------ Command line
+# 21 ------------------------------------------------------------------ Command line
 
 
 class _ArgumentParser(argparse.ArgumentParser):

@@ -695,7 +695,7 @@ def test_answer_as_events_of_our_own() -> None:
         'data: {"text": "ä"}\n\n'
         'event: done\ndata: {"finish_reason": "length", "usage": {"total_tokens": 3}}\n\n'
     )
-    assert (answer.pieces, answer.size) == (2, 4)
+    assert (answer.notes.pieces, answer.notes.size) == (2, 4)
 
 
 def passed_to(*parts: bytes, label: str = "text/event-stream", status: int = 200, **options: Any) -> tuple[Any, bytes]:
@@ -914,7 +914,7 @@ def test_finish_reason_may_say_nothing(reason: Any) -> None:
     for answer, _ in (answer_to(delta("a", reason)), passed_to(ROLE, delta("a", reason))):
         assert answer.failure and answer.failure.ending == "truncated" and answer.state == answer.OPEN
     for answer, _ in (answer_to(delta("a", reason), DONE), passed_to(ROLE, delta("a", reason), STOP)):
-        assert answer.state == answer.DONE and answer.finish_reason in (None, "stop")
+        assert answer.state == answer.DONE and answer.notes.finish_reason in (None, "stop")
 
 
 @pytest.mark.parametrize(
@@ -924,8 +924,8 @@ def test_finish_reason_may_say_nothing(reason: Any) -> None:
 def test_finish_reason_may_be_any_other_and_is_told(reason: str) -> None:
     answer, out = answer_to(delta("a"), delta("", reason), answer=streamproxy.EventAnswer("id"))
     assert json.loads(out.split(b"event: done\ndata: ")[1]) == {"finish_reason": reason, "usage": None}
-    assert (answer.state, answer.finish_reason) == (answer.DONE, reason)
-    assert passed_to(ROLE, delta("a", reason))[0].finish_reason == reason
+    assert (answer.state, answer.notes.finish_reason) == (answer.DONE, reason)
+    assert passed_to(ROLE, delta("a", reason))[0].notes.finish_reason == reason
 
 
 def test_finish_reason_may_come_early_or_in_every_chunk_and_what_follows_counts() -> None:
@@ -983,7 +983,7 @@ def test_answer_finds_text_and_reasoning_wherever_they_are(name: str) -> None:
     events, text, reasoning = TEXT_ELSEWHERE[name]
     for answer in (streamproxy.TextAnswer(), streamproxy.EventAnswer("id")):
         answer, out = answer_to(ROLE, *events, STOP, answer=answer)
-        assert answer.state == answer.DONE and answer.finish_reason in ("stop", None)
+        assert answer.state == answer.DONE and answer.notes.finish_reason in ("stop", None)
         if answer.pings:
             told = streamproxy.EventParser().feed(out)[:-1]
             out = "".join(json.loads(event.data)["text"] for event in told if event.type == "message").encode()
@@ -1007,7 +1007,7 @@ def test_answer_takes_the_first_choice_where_several_were_asked_for() -> None:
 ])  # fmt: skip
 def test_usage_stands_where_it_likes(payload: dict[str, Any]) -> None:
     for answer, _ in (answer_to(delta("a"), event(payload), DONE), passed_to(ROLE, delta("a"), event(payload), DONE)):
-        assert answer.usage == {"total_tokens": 3} and answer.state == answer.DONE
+        assert answer.notes.usage == {"total_tokens": 3} and answer.state == answer.DONE
 
 
 def typed_payload(type: str, **members: object) -> bytes:
@@ -1050,7 +1050,7 @@ def test_typed_streams_are_whole_after_their_end_whether_the_type_is_in_the_json
     ):
         answer, out = passed_to(*parts)
         assert (answer.failure, answer.state, out) == (None, answer.DONE, b"".join(parts))
-    assert answer.model == "m" and (answer.usage == {"total_tokens": 3}) == (
+    assert answer.notes.model == "m" and (answer.notes.usage == {"total_tokens": 3}) == (
         "cancelled" not in name and "message" not in name
     )
     answer, _ = passed_to(begin, last[: len(last) // 2], done)
@@ -1076,7 +1076,7 @@ def test_messages_tell_model_usage_and_stop_reason() -> None:
         b"event: content_block_delta\n" + typed_payload("content_block_delta", delta={"type": "text_delta", "text": "a"}),
         typed_payload("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 9}),
         b"event: message_stop\n" + typed_payload("message_stop"), messages=True)  # fmt: skip
-    assert (answer.model, answer.finish_reason, answer.usage) == (
+    assert (answer.notes.model, answer.notes.finish_reason, answer.notes.usage) == (
         "claude",
         "max_tokens",
         {"input_tokens": 3, "output_tokens": 9},
@@ -1119,7 +1119,7 @@ def test_first_bytes_tell_what_a_body_is_whatever_its_label(label: str, body: by
     for parts in ([body], [body[at : at + 1] for at in range(len(body))]):
         for framing in ({"transfer-encoding": "chunked"}, {"transfer-encoding": ""}):
             answer, out = passed_to(*parts, label=label, fields=framing)
-            assert (out, answer.state, answer.finish_reason) == (body, answer.DONE, "stop")
+            assert (out, answer.state, answer.notes.finish_reason) == (body, answer.DONE, "stop")
             cut, out = passed_to(body[: len(body) // 2], label=label, fields=framing)
             whole_doc = body.endswith(b"}") and framing["transfer-encoding"]  # by its framing
             assert bool(cut.failure) != bool(whole_doc) or label == "application/octet-stream"
@@ -1161,11 +1161,11 @@ def test_document_that_the_connection_s_end_ends_is_whole_only_if_it_parses(
 def test_json_document_is_held_until_it_is_whole_and_others_are_not() -> None:
     answer = streamproxy.PassedAnswer()
     answer.start(200, {"content-type": "application/json", "content-length": "9"})
-    assert not answer.eager and not answer.pings and answer.feed(b' {"a"') == b"" and answer.events and answer.life
+    assert not answer.eager and not answer.pings and answer.feed(b' {"a"') == b"" and answer.notes.events and answer.life
     answer.close(streamproxy.UpstreamError("cut"))
     assert answer.failure and answer.failure.message == "cut"
     answer, out = passed_to(b' {"a"', b": 1}", label="application/json", fields={"content-length": "9"})
-    assert out == b' {"a": 1}' and answer.fields["Content-Length"] == "9" and answer.pieces == 1
+    assert out == b' {"a": 1}' and answer.fields["Content-Length"] == "9" and answer.notes.pieces == 1
     answer = streamproxy.PassedAnswer()
     answer.start(200, {"content-type": "audio/mpeg", "content-length": "4"})
     assert (
@@ -1181,7 +1181,7 @@ def test_json_document_is_held_until_it_is_whole_and_others_are_not() -> None:
 def test_large_json_document_is_only_skimmed() -> None:
     document = {"model": "m", "data": [0] * 200_000, "usage": {"total_tokens": 3, "details": {"x": 1}}}
     answer, _ = passed_to(json.dumps(document).encode(), label="application/json")
-    assert (answer.model, answer.usage) == ("m", {"total_tokens": 3, "details": {"x": 1}})
+    assert (answer.notes.model, answer.notes.usage) == ("m", {"total_tokens": 3, "details": {"x": 1}})
 
 
 @pytest.mark.parametrize("coding", ["none", "", "identity", "identity, identity", "utf-8", "Identity", "aws-chunked"])
@@ -1358,7 +1358,7 @@ def test_fields_that_pass_back_and_the_key_in_none_of_them() -> None:
                 "Content-Type": asked.content_type,
                 **(answer.failure.fields if answer.failure else {}),
             }
-            check_no_key(repr(told) + repr(answer.request_id))
+            check_no_key(repr(told) + repr(answer.notes.request_id))
             assert name == "content-type" or name.title() in told
     answer = streamproxy.PassedAnswer()
     answer.start(200, {name: "x" for name in [*passing, "set-cookie", "openai-organization", "server", "x-hop"]})
@@ -1436,12 +1436,12 @@ def test_life_grows_with_events_comments_and_bytes_of_documents() -> None:
         for data in (b": keep-alive\n\n", b":\n", b"\n", ROLE, b": x\n\n", b"event: ping\ndata: x\n\n", b"id: 3\n\n"):
             answer.feed(data)
             lives.append(answer.life)
-        assert len(set(lives)) == len(lives) - isinstance(answer, streamproxy.PassedAnswer) and answer.events == 2
+        assert len(set(lives)) == len(lives) - isinstance(answer, streamproxy.PassedAnswer) and answer.notes.events == 2
     answer.feed(b"data: {")
     assert answer.life == lives[-1]  # an event that drips in is none yet
     answer = streamproxy.PassedAnswer()
     answer.start(200, {"content-type": "application/json"})
-    assert [(answer.feed(b"\n"), answer.life, answer.events) for _ in range(2)] == [(b"", 1, 1), (b"", 2, 2)]
+    assert [(answer.feed(b"\n"), answer.life, answer.notes.events) for _ in range(2)] == [(b"", 1, 1), (b"", 2, 2)]
 
 
 def test_heartbeats_stand_between_events_alone() -> None:
@@ -1647,14 +1647,14 @@ def test_answers_are_the_same_however_their_body_is_cut() -> None:
                 (
                     answer.state,
                     answer.failure and answer.failure.message,
-                    answer.events,
-                    repr(answer.usage),
-                    answer.finish_reason,
+                    answer.notes.events,
+                    repr(answer.notes.usage),
+                    answer.notes.finish_reason,
                     text.state,
                     text.failure and text.failure.message,
                     told,
-                    repr(text.usage),
-                    text.finish_reason,
+                    repr(text.notes.usage),
+                    text.notes.finish_reason,
                 )
             )
         assert len(results) == 1, stream
@@ -2276,7 +2276,7 @@ def test_after_finish_reason_usage_is_awaited_for_a_moment_only(later: tuple[byt
         assert stage.seen(late - 0.1) == b"" and not stage.ended
         assert stage.seen(late) == b"0\r\n\r\n"
         assert stage.ended and stage.stream.viewer.intact and not stage.stream.failure
-        assert stage.stream.answer.usage == ({"total_tokens": 3} if later else None)
+        assert stage.stream.answer.notes.usage == ({"total_tokens": 3} if later else None)
 
 
 def test_client_that_does_not_read_stops_upstream_being_read_and_nothing_is_lost() -> None:
@@ -4871,10 +4871,10 @@ def test_api_event_that_seems_to_go_on_is_looked_at_in_the_state_it_arrives_in()
     answer = streamproxy.PassedAnswer()
     answer.start(200, {"content-type": "text/event-stream"})
     answer.feed(b": " + goes_on + b"\n")
-    assert answer.events == 0  # a comment is none
+    assert answer.notes.events == 0  # a comment is none
     answer.feed(b"data: " + goes_on + b"e")
     answer.feed(b"vent: error\n\n")
-    assert answer.failure and answer.events == 1
+    assert answer.failure and answer.notes.events == 1
 
 
 def test_api_several_choices_need_as_many_finish_reasons(server: Any, provider: Provider) -> None:
