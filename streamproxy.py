@@ -2827,6 +2827,9 @@ class Alarm:
         if when < self.at:
             self._loop.arm(self, when)
 
+    def __lt__(self, other: object) -> bool:
+        return False  # a heap asks, of two with one time
+
     def close(self) -> None:
         self.call = None  # the loop may hold an alarm for long, but not what it would call
         self._loop.arm(self, math.inf)
@@ -2849,9 +2852,8 @@ class Loop:
         self._posts: collections.deque[Callable[[], object]] = collections.deque()
         self._begun: collections.deque[Callable[[], object]] = collections.deque()
         self._full = 0  # turns in which not all could be seen to, since an alarm is due
-        self._alarms: list[tuple[float, int, Alarm]] = []  # a heap; an entry counts if its alarm has that time
+        self._alarms: list[tuple[float, Alarm]] = []  # a heap; an entry counts if its alarm has that time
         self._stale = 0  # of those, how many do not count, about
-        self._order = itertools.count()  # so that the heap never compares alarms
         self._bell, self._rope = socket.socketpair()  # pulling the rope rings the bell, which wakes the selector
         self._bell.setblocking(False)
         self._asleep = False
@@ -2914,9 +2916,9 @@ class Loop:
         self._stale += alarm.at != math.inf
         alarm.at = when
         if when != math.inf:
-            heapq.heappush(self._alarms, (when, next(self._order), alarm))
+            heapq.heappush(self._alarms, (when, alarm))
         if self._stale > 1000 + len(self._alarms) // 2:  # they would stay until their time
-            self._alarms = [entry for entry in self._alarms if entry[2].at == entry[0]]
+            self._alarms = [entry for entry in self._alarms if entry[1].at == entry[0]]
             heapq.heapify(self._alarms)
             self._stale = 0
 
@@ -2961,7 +2963,7 @@ class Loop:
         for _ in range(MAX_ALARMS):
             if not self._alarms or self._alarms[0][0] > self.now:
                 break
-            when, _, alarm = heapq.heappop(self._alarms)
+            when, alarm = heapq.heappop(self._alarms)
             if alarm.at == when:
                 alarm.at = math.inf
                 if alarm.call:
