@@ -959,8 +959,8 @@ class Head:
     @property
     def compression(self) -> str:
         """The Content-Encoding, if it is one: servers also send none, utf-8 and identity."""
-        codings = [coding.strip() for coding in self.fields.get("content-encoding", "").split(",")]
-        return ", ".join(filter(_COMPRESSION.fullmatch, codings)).lower()
+        codings = self.fields.get("content-encoding", "")
+        return codings and ", ".join(filter(_COMPRESSION.fullmatch, map(str.strip, codings.split(",")))).lower()
 
     @property
     def framed(self) -> bool:
@@ -1038,10 +1038,14 @@ class Answer:
 
     def start(self, status: int, fields: Mapping[str, str]) -> Answer:
         """Take upstream's head, which says how the body is to be read; return what takes the body."""
-        head = Head(status, dict(zip(fields, self._redact("\n".join(fields.values())).split("\n"))))
-        self.notes.request_id = (head.fields.get("x-request-id") or head.fields.get("request-id") or "")[:200] or None
+        told = "\n".join(fields.values())
+        shown = self._redact(told)
+        if shown != told:
+            fields = dict(zip(fields, shown.split("\n")))
+        head = Head(status, fields)
+        self.notes.request_id = (fields.get("x-request-id") or fields.get("request-id") or "")[:200] or None
         if self.passes:
-            self.fields = {name.title(): value for name, value in head.fields.items() if passes_back(name)}
+            self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
         if not (status in (200, 201, 202) or (self.passes and 200 <= status < 300)):
             return Refusal(self, head)
         if head.compression:
@@ -1423,31 +1427,32 @@ class PassedAnswer(Answer):
 
     def _pass(self, data: bytes, out: list[bytes]) -> None:
         if data:
-            self.notes.pieces += 1
-            self.notes.size += len(data)
+            notes = self.notes
+            notes.pieces += 1
+            notes.size += len(data)
             out.append(data)
 
     def _take_other(self, body: bytes, out: list[bytes]) -> None:
         self._pass(body, out)
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
-        cutter = self._cutter
+        cutter, notes = self._cutter, self.notes
         if body[-2:] == b"\n\n" and not cutter.rest:  # mostly, whole events come, and nothing is held
-            self._pass(self._take_block(body, 0), out)
+            block, passed, rest = body, 0, b""
         else:
             passed, block = cutter.passed, cutter.feed(body)
-            data = self._take_block(block, passed)
-            self._pass(data + cutter.pass_on(0 if block else passed), out)
+            rest = cutter.pass_on(0 if block else passed)
+        count = goes_on(block) if notes.events and block and self.state < self.ENDING else 0
+        if count:
+            notes.events += count
+            self.life += count
+            data = block[passed:] if passed else block
+        else:
+            data = self._look_through(block, passed)
+        self._pass(data + rest if rest else data, out)
 
-    def _take_block(self, block: bytes, passed: int) -> bytes:
+    def _look_through(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""
-        counts = block and self.state < self.ENDING
-        if counts and self.notes.events and len(block) < MAX_SKIMMED:
-            count = goes_on(block)
-            if count:
-                self.notes.events += count
-                self.life += count
-                return block[passed:]
         out = []
         for event in self._EVENT.findall(block):
             out.append(self._take_piece(event, passed))
@@ -1481,9 +1486,10 @@ class PassedAnswer(Answer):
 
     def _take_event(self, event: Event) -> None:
         payload: Any = {}
-        ends = event.data.strip() == "[DONE]" or event.type in self._LAST_TYPES
+        done = event.data.strip() == "[DONE]"
+        ends = done or event.type in self._LAST_TYPES
         with contextlib.suppress(Garbled):  # what is not as it should be is for the client to see
-            payload = load_event(event)
+            payload = {} if done else load_event(event)
             ends = ends or (isinstance(payload, dict) and payload.get("type") in self._LAST_TYPES)
             payload = payload if ends else check_payload(payload, event.data, event.type)
         if ends and self.failure is None:
@@ -1496,7 +1502,7 @@ class PassedAnswer(Answer):
             return
         if self.notes.model is None or '"usage"' in data:
             self.notes.take(payload)
-        if '_reason"' in data or '"response"' in data:
+        if data.count('_reason"') > data.count('_reason":null') or '"response"' in data:
             self.notes.take_end(payload)
         if self.state == self.OPEN and len(self.notes.finished) >= self.choices and self.failure is None:
             self.state = self.SETTLED
