@@ -21,15 +21,15 @@ It terminates no TLS, stores nothing and knows no users: nginx in front does the
 
 Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
-    11  Loop      tells that a client's socket can be read
-    13  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 7, 8, 9, 10)
-    14  Upstream  opens a connection, in a thread of 12, unless the Pool has one that is warm
-    15  Source    sends the request, and reads the answer
-                    BodyDecoder  upstream's framing to the bytes of the body                 (pure: 7)
+    12  Loop      tells that a client's socket can be read
+    14  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 8 to 11)
+    15  Upstream  opens a connection, in a thread of 13, unless the Pool has one that is warm
+    16  Source    sends the request, and reads the answer
+                    BodyDecoder  upstream's framing to the bytes of the body                 (pure: 8)
                     EventParser  bytes to events                                             (pure: 4)
-                    Answer       events to what the client asked for                         (pure: 6, by 3 and 5)
-    16  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
-    17  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
+                    Answer       events to what the client asked for                         (pure: 3, 5 to 7)
+    17  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
+    18  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
 
 One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
 only what may block:
@@ -539,38 +539,6 @@ class EventParser:
             self._held += len(line) + 50  # as in memory: nobody sends many
 
 
-class EventCutter:
-    """The events of a stream in the bytes they came in, as they become whole."""
-
-    # What passes of an event that is not whole: it says nothing yet.
-    _QUIET = re.compile(rb"(?:(?:event|id|retry)?:[^\r\n]*(?:\r?\n|\Z))*[^\r\n]{0,8}")
-
-    def __init__(self) -> None:
-        self.rest = bytearray()  # what came behind the last blank line
-        self.passed = 0  # bytes of it that were passed on
-
-    def feed(self, body: bytes) -> bytes:
-        """Return the events that body completes, with what was passed on of the first."""
-        begin = max(0, len(self.rest) - 2)
-        self.rest += body
-        blanks = (b"\n\n", b"\n\r\n", b"\r\r")
-        end = max((at + len(blank) for blank in blanks if (at := self.rest.rfind(blank, begin)) >= 0), default=0)
-        events = bytes(self.rest[:end])
-        del self.rest[:end]
-        return events
-
-    def pass_on(self, passed: int) -> bytes:
-        """Return what may pass of the event that is not whole, of which passed bytes did."""
-        size, data = len(self.rest), b""
-        if size > MAX_EVENT_SIZE or (size < 256 and self._QUIET.fullmatch(self.rest)):
-            data, passed = bytes(self.rest[passed:]), size
-        if size > MAX_EVENT_SIZE:
-            del self.rest[1024:-4]  # its type, which comes first, is all that is looked at then
-            passed = len(self.rest)
-        self.passed = passed
-        return data
-
-
 def encode_event(data: str, type: str = "", last_event_id: str = "") -> bytes:
     """Return one event.  Line ends in data become data lines of their own (WHATWG HTML 9.2.6)."""
     head = (f"id: {last_event_id}\n" if last_event_id else "") + (f"event: {type}\n" if type else "")
@@ -583,28 +551,6 @@ PING = b": ping\n"
 
 # 5 ------------------------------------------------------------------- Payloads
 
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise json.JSONDecodeError("not JSON", name, 0)
-
-
-def _parse_number(text: str) -> float:
-    number = float(text) if len(text) < 400 else float("inf")  # int() takes quadratic time in Python 3.9
-    if not -1e308 < number < 1e308:
-        raise ValueError("a number is too large")
-    return int(text) if text.lstrip("-").isdigit() else number
-
-
-def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        raise ValueError("a member is named twice")  # and upstream may take the other one
-    return members
-
-
-load_json = json.JSONDecoder(
-    parse_constant=_refuse_constant, parse_int=_parse_number, parse_float=_parse_number, object_pairs_hook=_unique_members
-).decode
 
 # What servers send beside JSON, such as NaN, is null.  For what is as short as an event, a decoder that leaves
 # integers to the interpreter is twice as fast.
@@ -961,8 +907,8 @@ class Head:
     @property
     def compression(self) -> str:
         """The Content-Encoding, if it is one: servers also send none, utf-8 and identity."""
-        codings = [coding.strip() for coding in self.fields.get("content-encoding", "").split(",")]
-        return ", ".join(filter(_COMPRESSION.fullmatch, codings)).lower()
+        codings = self.fields.get("content-encoding", "")
+        return codings and ", ".join(filter(_COMPRESSION.fullmatch, map(str.strip, codings.split(",")))).lower()
 
     @property
     def framed(self) -> bool:
@@ -1040,10 +986,14 @@ class Answer:
 
     def start(self, status: int, fields: Mapping[str, str]) -> Answer:
         """Take upstream's head, which says how the body is to be read; return what takes the body."""
-        head = Head(status, dict(zip(fields, self._redact("\n".join(fields.values())).split("\n"))))
-        self.notes.request_id = (head.fields.get("x-request-id") or head.fields.get("request-id") or "")[:200] or None
+        told = "\n".join(fields.values())
+        shown = self._redact(told)
+        if shown != told:
+            fields = dict(zip(fields, shown.split("\n")))
+        head = Head(status, fields)
+        self.notes.request_id = (fields.get("x-request-id") or fields.get("request-id") or "")[:200] or None
         if self.passes:
-            self.fields = {name.title(): value for name, value in head.fields.items() if passes_back(name)}
+            self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
         if not (status in (200, 201, 202) or (self.passes and 200 <= status < 300)):
             return Refusal(self, head)
         if head.compression:
@@ -1340,6 +1290,41 @@ class EventAnswer(TextAnswer):
 _encode_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
+# 7 ------------------------------------------------------------------- Passed answers
+
+
+class EventCutter:
+    """The events of a stream in the bytes they came in, as they become whole."""
+
+    # What passes of an event that is not whole: it says nothing yet.
+    _QUIET = re.compile(rb"(?:(?:event|id|retry)?:[^\r\n]*(?:\r?\n|\Z))*[^\r\n]{0,8}")
+
+    def __init__(self) -> None:
+        self.rest = bytearray()  # what came behind the last blank line
+        self.passed = 0  # bytes of it that were passed on
+
+    def feed(self, body: bytes) -> bytes:
+        """Return the events that body completes, with what was passed on of the first."""
+        begin = max(0, len(self.rest) - 2)
+        self.rest += body
+        blanks = (b"\n\n", b"\n\r\n", b"\r\r")
+        end = max((at + len(blank) for blank in blanks if (at := self.rest.rfind(blank, begin)) >= 0), default=0)
+        events = bytes(self.rest[:end])
+        del self.rest[:end]
+        return events
+
+    def pass_on(self, passed: int) -> bytes:
+        """Return what may pass of the event that is not whole, of which passed bytes did."""
+        size, data = len(self.rest), b""
+        if size > MAX_EVENT_SIZE or (size < 256 and self._QUIET.fullmatch(self.rest)):
+            data, passed = bytes(self.rest[passed:]), size
+        if size > MAX_EVENT_SIZE:
+            del self.rest[1024:-4]  # its type, which comes first, is all that is looked at then
+            passed = len(self.rest)
+        self.passed = passed
+        return data
+
+
 def goes_on(block: bytes) -> int:
     """Return how many events block has, if each is one line in which a completion just goes on; 0: nothing is told.
 
@@ -1365,9 +1350,11 @@ _DATA_LINES = re.compile(rb"(?:data: ?\{[^\n]*\n\n)+")
 def is_dull(event: bytes) -> bool:
     """Tell the same of one event, also where its JSON has blanks or its lines end otherwise, and of a typed delta."""
     match = _DULL_EVENT.fullmatch(event)
-    if not match or match[1] is None or event.count(b"\r") != event.count(b"\r\n"):
-        return bool(match and match[1] is None)
-    return not (b'"error' in event or _REASON.search(event) or (b'"usage"' in event and b'"usage":null' not in event))
+    if not match or match[1] is None:
+        return match is not None  # it has a type that tells
+    if b'"error' in event or _REASON.search(event) or event.count(b"\r") != event.count(b"\r\n"):
+        return False
+    return b'"usage"' not in event or b'"usage":null' in event
 
 
 _REASON = re.compile(rb'"finish_reason"\s*:\s*[^n\s]')
@@ -1425,31 +1412,32 @@ class PassedAnswer(Answer):
 
     def _pass(self, data: bytes, out: list[bytes]) -> None:
         if data:
-            self.notes.pieces += 1
-            self.notes.size += len(data)
+            notes = self.notes
+            notes.pieces += 1
+            notes.size += len(data)
             out.append(data)
 
     def _take_other(self, body: bytes, out: list[bytes]) -> None:
         self._pass(body, out)
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
-        cutter = self._cutter
+        cutter, notes = self._cutter, self.notes
         if body[-2:] == b"\n\n" and not cutter.rest:  # mostly, whole events come, and nothing is held
-            self._pass(self._take_block(body, 0), out)
+            block, passed, rest = body, 0, b""
         else:
             passed, block = cutter.passed, cutter.feed(body)
-            data = self._take_block(block, passed)
-            self._pass(data + cutter.pass_on(0 if block else passed), out)
+            rest = cutter.pass_on(0 if block else passed)
+        count = goes_on(block) if notes.events and block and self.state < self.ENDING else 0
+        if count:
+            notes.events += count
+            self.life += count
+            data = block[passed:] if passed else block
+        else:
+            data = self._look_through(block, passed)
+        self._pass(data + rest if rest else data, out)
 
-    def _take_block(self, block: bytes, passed: int) -> bytes:
+    def _look_through(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""
-        counts = block and self.state < self.ENDING
-        if counts and self.notes.events and len(block) < MAX_SKIMMED:
-            count = goes_on(block)
-            if count:
-                self.notes.events += count
-                self.life += count
-                return block[passed:]
         out = []
         for event in self._EVENT.findall(block):
             out.append(self._take_piece(event, passed))
@@ -1483,9 +1471,10 @@ class PassedAnswer(Answer):
 
     def _take_event(self, event: Event) -> None:
         payload: Any = {}
-        ends = event.data.strip() == "[DONE]" or event.type in self._LAST_TYPES
+        done = event.data.strip() == "[DONE]"
+        ends = done or event.type in self._LAST_TYPES
         with contextlib.suppress(Garbled):  # what is not as it should be is for the client to see
-            payload = load_event(event)
+            payload = {} if done else load_event(event)
             ends = ends or (isinstance(payload, dict) and payload.get("type") in self._LAST_TYPES)
             payload = payload if ends else check_payload(payload, event.data, event.type)
         if ends and self.failure is None:
@@ -1498,7 +1487,7 @@ class PassedAnswer(Answer):
             return
         if self.notes.model is None or '"usage"' in data:
             self.notes.take(payload)
-        if '_reason"' in data or '"response"' in data:
+        if data.count('_reason"') > data.count('_reason":null') or '"response"' in data:
             self.notes.take_end(payload)
         if self.state == self.OPEN and len(self.notes.finished) >= self.choices and self.failure is None:
             self.state = self.SETTLED
@@ -1562,7 +1551,7 @@ class PassedAnswer(Answer):
         return document
 
 
-# 7 ------------------------------------------------------------------- HTTP framing
+# 8 ------------------------------------------------------------------- HTTP framing
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 _QUOTED = r'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'  # section 5.6.4
@@ -1844,7 +1833,7 @@ def readable_line(data: bytes) -> Request:
     return Request()
 
 
-# 8 ------------------------------------------------------------------- Settings
+# 9 ------------------------------------------------------------------- Settings
 
 
 def is_loopback(host: str) -> bool:
@@ -1861,6 +1850,32 @@ def parse_address(text: str) -> tuple[str, str, int]:
     if not match or int(match[4] or 0) > 65535:
         raise ValueError("HOST:PORT, [IPv6]:PORT or unix:PATH")
     return match[1] or "", match[2] or match[3] or "", int(match[4] or 0)
+
+
+# JSON of the operator's and of clients, read strictly: upstream could take for something else what is not in the grammar.
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise json.JSONDecodeError("not JSON", name, 0)
+
+
+def _parse_number(text: str) -> float:
+    number = float(text) if len(text) < 400 else float("inf")  # int() takes quadratic time in Python 3.9
+    if not -1e308 < number < 1e308:
+        raise ValueError("a number is too large")
+    return int(text) if text.lstrip("-").isdigit() else number
+
+
+def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("a member is named twice")  # and upstream may take the other one
+    return members
+
+
+load_json = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_int=_parse_number, parse_float=_parse_number, object_pairs_hook=_unique_members
+).decode
 
 
 # Readers turn a setting's text, or the texts of a repeated one, into its value; their ValueError
@@ -2099,7 +2114,7 @@ class Settings:
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
-# 9 ------------------------------------------------------------------- Requests
+# 10 ------------------------------------------------------------------ Requests
 
 USER_AGENT = f"streamproxy/{__version__}"
 
@@ -2463,11 +2478,11 @@ ROUTES = (
 
 
 @functools.lru_cache(maxsize=64)
-def _routes_at(path: str) -> list[Any]:
+def _routes_at(path: str) -> list[Route]:
     return [route for route in ROUTES if re.fullmatch(route.path, path)]
 
 
-def api_routes(path: str, settings: Settings) -> dict[str, Any]:
+def api_routes(path: str, settings: Settings) -> dict[str, Route]:
     """Return the Route of each method that the API has at path; {}: there is nothing."""
     routes = _routes_at(path) + ([Route("POST", path)] if path in settings.allow_path else [])
     return {method: route for route in reversed(routes) for method in route.methods.split()}
@@ -2528,7 +2543,7 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
-# 10 ------------------------------------------------------------------ Access
+# 11 ------------------------------------------------------------------ Access
 
 
 class Tokens:
@@ -2631,7 +2646,6 @@ class Limits:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._clock = clock
-        self._lock = threading.Lock()
         self.total = 0
         self._clients: dict[str, list[float]] = {}  # streams, requests left, and as of when
         self._many = MAX_QUIET_CLIENTS  # so many are looked through for those that can be forgotten
@@ -2641,20 +2655,6 @@ class Limits:
 
         counts: among the requests of a minute.
         """
-        with self._lock:
-            self._enter(client, counts)
-
-    def leave(self, client: str) -> None:
-        """Give back the place that enter took."""
-        with self._lock:
-            self.total -= 1
-            self._clients[client][0] -= 1
-            if len(self._clients) > self._many:
-                old = self._clock() - 60  # a minute's silence leaves nothing to know of a client
-                self._clients = {name: state for name, state in self._clients.items() if state[0] or state[2] > old}
-                self._many = max(MAX_QUIET_CLIENTS, 2 * len(self._clients))
-
-    def _enter(self, client: str, counts: bool) -> None:
         limits, now = self._settings, self._clock()
         if limits.max_streams and self.total >= limits.max_streams:
             raise RequestError("Too many answers are on their way.", 503, fields={"Retry-After": "1"})
@@ -2670,6 +2670,15 @@ class Limits:
             state[1:] = [left - 1, now]
         state[0] += 1
         self.total += 1
+
+    def leave(self, client: str) -> None:
+        """Give back the place that enter took."""
+        self.total -= 1
+        self._clients[client][0] -= 1
+        if len(self._clients) > self._many:
+            old = self._clock() - 60  # a minute's silence leaves nothing to know of a client
+            self._clients = {name: state for name, state in self._clients.items() if state[0] or state[2] > old}
+            self._many = max(MAX_QUIET_CLIENTS, 2 * len(self._clients))
 
 
 _PORT = re.compile(":[0-9]*$")
@@ -2786,7 +2795,7 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
-# 11 ------------------------------------------------------------------ Loop
+# 12 ------------------------------------------------------------------ Loop
 
 READ, WRITE = 1, 4  # as in poll(2); a hang-up or an error is told by other bits, and by the next read
 
@@ -2998,7 +3007,7 @@ class Loop:
                 on_fault(error)
 
 
-# 12 ------------------------------------------------------------------ Threads
+# 13 ------------------------------------------------------------------ Threads
 
 
 class Workers:
@@ -3195,7 +3204,7 @@ def start_thread(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="worker", daemon=True).start()
 
 
-# 13 ------------------------------------------------------------------ Clients
+# 14 ------------------------------------------------------------------ Clients
 
 
 class Peer:
@@ -3902,7 +3911,7 @@ _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
-# 14 ------------------------------------------------------------------ Upstream
+# 15 ------------------------------------------------------------------ Upstream
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -4623,7 +4632,7 @@ class Pool:
                 self.drop(spare)
 
 
-# 15 ------------------------------------------------------------------ Sources
+# 16 ------------------------------------------------------------------ Sources
 
 
 class Dial:
@@ -4865,7 +4874,7 @@ class Source:
         self.stream.set_alarm()
 
 
-# 16 ------------------------------------------------------------------ Viewers
+# 17 ------------------------------------------------------------------ Viewers
 
 
 class Record:
@@ -4955,7 +4964,7 @@ class Viewer:
         self.state = self.OPEN
 
 
-# 17 ------------------------------------------------------------------ Streams
+# 18 ------------------------------------------------------------------ Streams
 
 
 class Stream:
@@ -5128,7 +5137,7 @@ class Hub:
         self.log.close(CLOSE_TIMEOUT)
 
 
-# 18 ------------------------------------------------------------------ Server
+# 19 ------------------------------------------------------------------ Server
 
 
 class Lookout:
@@ -5454,7 +5463,7 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
             raise listener.stream.failure
 
 
-# 19 ------------------------------------------------------------------ Demo upstream
+# 20 ------------------------------------------------------------------ Demo upstream
 
 DEMO_PAUSE = 0.05  # seconds between two words: a human pace
 DEMO_ANSWER = (
@@ -5534,7 +5543,7 @@ def demo_upstream(settings: Settings) -> Iterator[Settings]:
             server.shutdown()
 
 
-# 20 ------------------------------------------------------------------ Chat page
+# 21 ------------------------------------------------------------------ Chat page
 
 _PAGE = r"""<!doctype html>
 <html lang="en">
@@ -5689,7 +5698,7 @@ PAGE = _PAGE.encode()
 PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
 
 
-# 21 ------------------------------------------------------------------ Command line
+# 22 ------------------------------------------------------------------ Command line
 
 
 class _ArgumentParser(argparse.ArgumentParser):
