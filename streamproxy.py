@@ -21,15 +21,15 @@ It terminates no TLS, stores nothing and knows no users: nginx in front does the
 
 Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
-     9  Loop      tells that a client's socket can be read
-    11  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 5, 6, 7, 8)
-    12  Upstream  opens a connection, in a thread of 10, unless the Pool has one that is warm
-    13  Source    sends the request, and reads the answer
+    10  Loop      tells that a client's socket can be read
+    12  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 5, 6, 7, 8)
+    13  Upstream  opens a connection, in a thread of 11, unless the Pool has one that is warm
+    14  Source    sends the request, and reads the answer
                     BodyDecoder  upstream's framing to the bytes of the body                 (pure: 5)
                     EventParser  bytes to events                                             (pure: 3)
                     Answer       events to what the client asked for                         (pure: 4)
-    14  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
-    15  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
+    15  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
+    16  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
 
 One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
 only what may block:
@@ -39,15 +39,15 @@ only what may block:
     the token file the worker that looks at it; the loop reads the last version, which is replaced whole
     a line of log  the log's thread, once it is queued
 
-A client that leaves costs upstream nothing more, whatever is under way:
+A client that leaves is closed, and costs upstream nothing more.  Where it waits for an answer, a line of log says
+so, with the status that it was told, or 499:
 
-    Client IDLE                  it is closed
-    Client HEAD, BODY            a line of log says so (499), and it is closed
+    Client IDLE, LINGERING       nothing is under way: it has not asked, or was answered
+    Client HEAD, BODY            upstream was not asked
+    Client ANSWERING             nor here, while its token is judged; then a Source and a Viewer are at work:
     Source DIALING               the lifeline is cut, and the connection is closed when the worker hands it over
-    Source SENDING to FLOWING    the connection to upstream is closed at once
-    Source ENDING                likewise; all but a word or two had come
-    Viewer LAST                  upstream is done with; what the client did not take is dropped
-    Client LINGERING             it was answered; it is closed
+    Source SENDING to ENDING     the connection to upstream is closed at once
+    Source OVER, Viewer LAST     upstream is done with; what the client did not take is dropped
 
 Sources: RFC 9110 and 9112 (HTTP), WHATWG HTML section 9.2 (server-sent events).
 """
@@ -286,134 +286,6 @@ _API_ERRORS: dict[int, tuple[str, str | None]] = {
     504: ("timeout_error", "timeout"),
     529: ("overloaded_error", "overloaded"),
 }
-
-
-# 3 ------------------------------------------------------------------- Secrets
-
-# Characters.  Shorter parts of a key are in many a word, and a shorter key is nobody's secret: "x", "none".
-_PART_SIZE = 8
-
-HIDDEN = "[redacted]"
-_MASK = re.compile(r'\*{3}[^\s"\\]{0,1000}')
-# What stands before a mask, read backwards: as far as a blank, a quote, or an escape of JSON's.
-_WORD = re.compile(r'[^\s"\\]{0,1000}?(?=(?:[0-9a-f]{4}u|[^\s"\\])\\|[\s"\\]|\Z)', re.IGNORECASE)
-
-# JSON's escapes of what need not be escaped: visible ASCII but the quote and the backslash.  An escaped backslash before
-# u0041 makes no escape of it.
-_ESCAPED = re.compile(r"\\u00(2[013-9A-Fa-f]|[346][0-9A-Fa-f]|5[0-9ABDEFabdef]|7[0-9A-Ea-e])(?<!\\\\u00..)")
-
-# What is searched at a time, and the places in a text that are looked at one by one.  A text with more of them, which
-# nobody sends but to hold us up, is hidden whole.
-_BLOCK_SIZE = 16 * 1024
-_MAX_PLACES = 20_000
-
-_ANY_BIT = b"\0" + b"\1" * 255
-
-
-class _KeyParts:
-    """The parts of a key, and where they begin in a text: told in a time that does not depend on what the text is.
-
-    Bit n of a character's byte says that the key has it at a place that is n modulo 8.  A part may begin where the
-    bytes of 8 characters, each turned by one bit more than the one before, have a bit in common: Shift-And, for all
-    places of a block at once.
-    """
-
-    def __init__(self, key: bytes) -> None:
-        self._parts = {key[at : at + _PART_SIZE] for at in range(len(key) - _PART_SIZE + 1)}
-        self._tables = []
-        for begin in range(0, len(key) - _PART_SIZE + 1, 160):  # of a longer key, most bytes would have all bits
-            table = bytearray(256)
-            for at, character in enumerate(key[begin : begin + 159 + _PART_SIZE]):
-                table[character] |= 1 << at % 8
-            self._tables.append(bytes(table))
-        self._turns = []  # by how many characters and bits, and masks of the bits that stay in their byte, or come round
-        for step in (1, 2, 4):
-            stay = int.from_bytes(bytes([0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
-            around = int.from_bytes(bytes([0xFF ^ 0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
-            self._turns.append((step, stay, around))
-
-    def find(self, data: bytes) -> list[int] | None:
-        """Return where parts begin; None: in too many places."""
-        found, looked_at = [], 0
-        for at in range(0, len(data), _BLOCK_SIZE):
-            block = data[at : at + _BLOCK_SIZE + _PART_SIZE - 1]
-            places = {at + place for table in self._tables for place in self._places(block.translate(table))}
-            looked_at += len(places)
-            if looked_at > _MAX_PLACES:
-                return None
-            found += [place for place in sorted(places) if data[place : place + _PART_SIZE] in self._parts]
-        return found
-
-    def _places(self, block: bytes) -> Iterator[int]:
-        bits = int.from_bytes(block, "little")
-        for step, stay, around in self._turns:
-            bits &= (bits >> 9 * step & stay) | (bits >> 9 * step - 8 & around)
-        marks = bits.to_bytes(len(block), "little").translate(_ANY_BIT) if bits else b""
-        place = marks.find(1)
-        while place >= 0:
-            yield place
-            place = marks.find(1, place + 1)
-
-
-def redactor(key: str) -> Callable[[str], str]:
-    """Return what takes key, its parts of 8 characters or more and masked keys (sk-...***...) out of a text.
-
-    A key of fewer characters is not looked for.  The text may be JSON, or have it in it, whose escapes hide
-    nothing, and it is so still.  A text without secrets is returned as it is.
-    """
-    parts = _KeyParts(key.encode())
-
-    def redact(text: str) -> str:
-        if len(text) < _PART_SIZE and "***" not in text:
-            return text
-        return redact_again(text) if len(text) < 200 else search(text)
-
-    def search(text: str) -> str:
-        plain = _unescaped(text)
-        shown = hide(_hide_masked(plain) if "***" in plain else plain)
-        return text if shown == plain else shown
-
-    def hide(text: str) -> str:
-        data = text.encode("utf-8", "surrogatepass")
-        places = parts.find(data)
-        if not places:
-            return HIDDEN if places is None else text
-        out: list[bytes] = []
-        at = 0  # up to which data was shown or hidden
-        for place in places:
-            if place > at or not out:
-                out += [data[at:place], HIDDEN.encode()]
-            at = place + _PART_SIZE
-        return b"".join([*out, data[at:]]).decode("utf-8", "surrogatepass")
-
-    redact_again = functools.lru_cache(maxsize=64)(search)  # names of models, and the like
-    return redact
-
-
-def redact_bytes(data: bytes, redact: Callable[[str], str]) -> bytes:
-    return redact(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
-
-
-def _unescaped(text: str) -> str:
-    """Return what says the same as text, as JSON, with fewer escapes; and as UTF-8, if it was ASCII in UTF-16."""
-    text = text.replace("\0", "")
-    if "\\" not in text:
-        return text
-    parts = _ESCAPED.split(text.replace("\\/", "/"))
-    parts[1::2] = bytes.fromhex("".join(parts[1::2])).decode()
-    return "".join(parts)
-
-
-def _hide_masked(text: str) -> str:
-    out: list[str] = []
-    at = 0
-    for mask in _MASK.finditer(text):
-        if len(out) > _MAX_PLACES // 10:
-            return HIDDEN
-        begin = _WORD.match(text[max(at, mask.start() - 1000) : mask.start()][::-1])
-        out += [text[at : mask.start() - (begin.end() if begin else 0)], HIDDEN]
-        at = mask.end()
-    return "".join([*out, text[at:]])
 
 
 # 3 ------------------------------------------------------------------- Event streams
@@ -2747,7 +2619,162 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
-# 9 ------------------------------------------------------------------- Loop
+# 9 ------------------------------------------------------------------- Chat page
+
+_PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, interactive-widget=resizes-content">
+<title>streamproxy</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; scrollbar-gutter: stable; }
+* { box-sizing: border-box; margin: 0; font: inherit; unicode-bidi: plaintext; }
+body { display: flex; flex-direction: column; min-height: 100dvh; max-width: 46rem;
+  margin: auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
+main { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; }
+.message { margin: 1.5rem 0; }
+.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem 1rem;
+  border-radius: .75rem; background: light-dark(#eef0f3, #2b2f36); }
+.error { padding-left: 1rem; border-left: 3px solid; color: light-dark(#a3201a, #ffa198); }
+.note, details { margin: .5rem 0; font-size: .875rem; color: light-dark(#5c636d, #9ba2ac); }
+.streaming::after { content: "\25cf"; animation: fade 1s infinite alternate; }
+@keyframes fade { to { opacity: .2; } }
+form { position: sticky; bottom: 0; display: flex; align-items: end; gap: .5rem;
+  padding: .5rem 0 1rem; background: Canvas; }
+textarea, button, input { padding: .5rem 1rem; border-radius: .75rem; }
+textarea, input { flex: 1; min-width: 0; resize: none; background: Canvas; }
+button { border: 0; background: light-dark(#1d57b0, #8fb6f5); color: Canvas; }
+</style>
+<main id="log" role="log" aria-label="Conversation"></main>
+<form>
+  <input id="token" type="password" aria-label="Client token" placeholder="Token" autocomplete="off" hidden>
+  <textarea id="prompt" rows="3" aria-label="Message" placeholder="Message" autofocus></textarea>
+  <button id="send">Send</button>
+  <button id="stop" type="button" hidden>Stop</button>
+</form>
+<script>
+const [page, log, form, token, input, sendButton, stopButton] =
+  ["html", "#log", "form", "#token", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
+const messages = [];     // the conversation so far
+let controller = null;   // stops the answer that is arriving; null when none is
+token.value = sessionStorage.getItem("token") || "";   // kept for this tab
+
+// All text enters the page here, as text: nothing that arrives is ever read as markup.
+function grow(element, text) {
+  const atEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
+  element.append(text);
+  if (atEnd) page.scrollTop = page.scrollHeight;
+}
+
+function add(parent, tag, className, text) {
+  const element = parent.appendChild(document.createElement(tag));
+  element.className = className;
+  grow(element, text);
+  return element;
+}
+
+function addReasoning(message) {
+  const details = add(message, "details", "reasoning", "");
+  add(details, "summary", "label", "Reasoning");
+  return add(details, "p", "text", "");
+}
+
+// What is said of answers that did not end by themselves.
+const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."};
+
+// The events of an event stream, wherever its bytes were cut on the way.
+async function* readEvents(body) {
+  const reader = body.getReader(), decoder = new TextDecoder();
+  let rest = "";
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    const events = (rest + decoder.decode(value, {stream: true})).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const [, type = "message", data] = /(?:event: (\w+)\n)?data: (.*)/s.exec(event) || [];
+      if (data) yield [type, JSON.parse(data)];
+    }
+  }
+}
+
+async function ask(question) {
+  const turn = {role: "user", content: question};
+  add(log, "h2", "message user", question);
+  const message = add(log, "div", "message assistant streaming", "");
+  page.scrollTop = page.scrollHeight;
+  let reasoning = null, answer = null, note = "", error = "The server could not be reached.";
+  try {
+    const response = await fetch(location.origin + location.pathname, {
+      method: "POST", body: JSON.stringify({messages: [...messages, turn]}), signal: controller.signal,
+      headers: {"Content-Type": "application/json", "Accept": "text/event-stream",
+        ...token.value && {"Authorization": `Bearer ${token.value}`}}});
+    token.hidden = response.status !== 401;
+    if (token.hidden) sessionStorage.setItem("token", token.value);
+    error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
+    if (!response.ok) error = (await response.json()).error || error;
+    else for await (const [type, data] of readEvents(response.body)) {
+      if (type === "message") grow(answer ||= add(message, "p", "text", ""), data.text);
+      if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
+      if (type === "error") error = data.error;
+      if (type === "done") error = "";
+      note = ENDINGS[data.finish_reason] || note;
+    }
+  } catch {}   // a lost connection or a body that is not JSON: error already says it
+  if (controller.signal.aborted) [error, note] = ["", "Stopped."];
+  message.classList.remove("streaming");
+  if (answer) messages.push(turn, {role: "assistant", content: answer.textContent});
+  else input.value ||= question;   // nothing was said: offer the question again
+  if (!token.hidden) token.focus();
+  if (note) add(message, "p", "note", note);
+  if (error) add(log, "p", "message error", error);
+}
+
+function setRunning(running) {
+  controller = running ? new AbortController() : null;
+  if (document.activeElement.matches("button")) input.focus();   // the button is about to go
+  sendButton.hidden = running;
+  stopButton.hidden = !running;
+  log.ariaBusy = running;   // an answer is read out when it is whole
+}
+
+form.addEventListener("submit", async event => {
+  event.preventDefault();
+  const question = input.value;
+  if (controller || !question.trim()) return;
+  input.value = "";
+  setRunning(true);
+  await ask(question);
+  setRunning(false);
+});
+input.addEventListener("keydown", event => {
+  if (event.key !== "Enter" || event.shiftKey || event.keyCode === 229) return;   // 229: input method
+  event.preventDefault();
+  form.requestSubmit();
+});
+stopButton.addEventListener("click", () => controller.abort());
+</script>
+"""
+
+
+def _page_policy(page: str) -> str:
+    """The page's Content-Security-Policy: its own style and script, by hash, and its own server."""
+    hashes = {}
+    for tag in ("script", "style"):
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}';"
+        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+PAGE = _PAGE.encode()
+PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
+
+
+# 10 ------------------------------------------------------------------ Loop
 
 READ, WRITE = 1, 4  # as in poll(2); a hang-up or an error is told by other bits, and by the next read
 
@@ -2957,7 +2984,7 @@ class Loop:
                 on_fault(error)
 
 
-# 10 ------------------------------------------------------------------ Threads
+# 11 ------------------------------------------------------------------ Threads
 
 
 class Workers:
@@ -3154,7 +3181,7 @@ def start_thread(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="worker", daemon=True).start()
 
 
-# 11 ------------------------------------------------------------------ Clients
+# 12 ------------------------------------------------------------------ Clients
 
 
 class Peer:
@@ -3247,9 +3274,10 @@ class Peer:
 class Client(Peer):
     """A connection of HTTP/1.1: its requests, one after the other.
 
-    IDLE -> HEAD -> BODY -> ANSWERING -> IDLE, or from any of them, LINGERING -> CLOSED.  LINGERING: the rest of a
-    request is dropped that was answered before it was there, for to close with bytes unread would reset the connection,
-    and the client would never see why it was refused.
+    IDLE -> HEAD -> ANSWERING -> BODY -> ANSWERING -> LINGERING -> IDLE, without those that are not needed, and from any
+    of them CLOSED.  HEAD: a part of one is there.  ANSWERING: from the whole head on.  LINGERING: the rest of a request
+    is dropped that was answered before it was there, for to close with bytes unread would reset the connection, and the
+    client would never see why it was refused.
     """
 
     IDLE, HEAD, BODY, ANSWERING, LINGERING, CLOSED = range(6)
@@ -3861,7 +3889,7 @@ _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
-# 12 ------------------------------------------------------------------ Upstream
+# 13 ------------------------------------------------------------------ Upstream
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -4582,7 +4610,7 @@ class Pool:
                 self.drop(spare)
 
 
-# 13 ------------------------------------------------------------------ Sources
+# 14 ------------------------------------------------------------------ Sources
 
 
 class Dial:
@@ -4609,7 +4637,8 @@ class Source:
     """One try of a call: the request out, the answer in.
 
     DIALING -> SENDING -> AWAITING -> FLOWING -> ENDING, and from any of them OVER.  SENDING: upstream is listened to
-    meanwhile, for it may refuse what it has not read.  AWAITING: the first event.  ENDING: all but a word or two has come.
+    meanwhile, for it may refuse what it has not read.  AWAITING: the first event.  ENDING: all but a word or two has
+    come; if more does, it is FLOWING again.
     """
 
     DIALING, SENDING, AWAITING, FLOWING, ENDING, OVER = range(6)
@@ -4824,7 +4853,7 @@ class Source:
         self.stream.set_alarm()
 
 
-# 14 ------------------------------------------------------------------ Viewers
+# 15 ------------------------------------------------------------------ Viewers
 
 
 class Record:
@@ -4914,7 +4943,7 @@ class Viewer:
         self.state = self.OPEN
 
 
-# 15 ------------------------------------------------------------------ Streams
+# 16 ------------------------------------------------------------------ Streams
 
 
 class Stream:
@@ -5087,7 +5116,87 @@ class Hub:
         self.log.close(CLOSE_TIMEOUT)
 
 
-# 16 ------------------------------------------------------------------ Server
+# 17 ------------------------------------------------------------------ Demo upstream
+
+DEMO_PAUSE = 0.05  # seconds between two words: a human pace
+DEMO_ANSWER = (
+    "You asked: \u201c{prompt}\u201d\n\nNo model has read it. This is streamproxy\u2019s built-in upstream,"
+    " which sends your words back over real HTTP, one event a word: Gr\u00fc\u00dfe, \u4f60\u597d,"
+    " \u0928\u092e\u0938\u094d\u0924\u0947, \U0001f44b\U0001f3fd. Set OPENAI_API_KEY and leave out --demo"
+    " to ask a real one.\n"
+)
+
+
+class DemoHandler(http.server.BaseHTTPRequestHandler):
+    """A chat-completions API that echoes what it was asked, word by word."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        models = [{"id": DEFAULT_MODEL, "object": "model", "created": 0, "owned_by": "streamproxy"}]
+        self._answer({"object": "list", "data": models})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = str(asked["messages"][-1]["content"])
+        words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{prompt}", prompt))
+        usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
+        usage["total_tokens"] = sum(usage.values())
+        if not asked.get("stream"):
+            message = {"role": "assistant", "content": "".join(words)}
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            self._answer({"id": "chatcmpl-demo", "object": "chat.completion", "choices": choices, "usage": usage})
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the proxy leaves when its client does
+            self._send([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+            for word in words:
+                time.sleep(DEMO_PAUSE)
+                self._send([{"index": 0, "delta": {"content": word}, "finish_reason": None}])
+            self._send([{"index": 0, "delta": {}, "finish_reason": "stop"}])
+            self._send([], usage=usage)
+            self.wfile.write(encode_chunk(encode_event("[DONE]")) + LAST_CHUNK)
+
+    def _send(self, choices: Sequence[object], **more: object) -> None:
+        payload = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": choices, **more}
+        self.wfile.write(encode_chunk(encode_event(json.dumps(payload))))
+
+    def _answer(self, payload: object) -> None:
+        body = json.dumps(payload).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class _DemoServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = BACKLOG
+
+
+@contextlib.contextmanager
+def demo_upstream(settings: Settings) -> Iterator[Settings]:
+    """Run the built-in upstream where settings ask for it; give the settings that lead there."""
+    if not settings.demo:
+        yield settings
+        return
+    with _DemoServer(("127.0.0.1", 0), DemoHandler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
+        try:
+            yield settings.replace(upstream=f"http://127.0.0.1:{server.server_address[1]}/v1")
+        finally:
+            server.shutdown()
+
+
+# 18 ------------------------------------------------------------------ Server
 
 
 class Lookout:
@@ -5411,241 +5520,6 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
             yield decoder.decode(data)
         if listener.stream.failure:
             raise listener.stream.failure
-
-
-# 17 ------------------------------------------------------------------ Demo upstream
-
-DEMO_PAUSE = 0.05  # seconds between two words: a human pace
-DEMO_ANSWER = (
-    "You asked: \u201c{prompt}\u201d\n\nNo model has read it. This is streamproxy\u2019s built-in upstream,"
-    " which sends your words back over real HTTP, one event a word: Gr\u00fc\u00dfe, \u4f60\u597d,"
-    " \u0928\u092e\u0938\u094d\u0924\u0947, \U0001f44b\U0001f3fd. Set OPENAI_API_KEY and leave out --demo"
-    " to ask a real one.\n"
-)
-
-
-class DemoHandler(http.server.BaseHTTPRequestHandler):
-    """A chat-completions API that echoes what it was asked, word by word."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_GET(self) -> None:
-        models = [{"id": DEFAULT_MODEL, "object": "model", "created": 0, "owned_by": "streamproxy"}]
-        self._answer({"object": "list", "data": models})
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = str(asked["messages"][-1]["content"])
-        words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{prompt}", prompt))
-        usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
-        usage["total_tokens"] = sum(usage.values())
-        if not asked.get("stream"):
-            message = {"role": "assistant", "content": "".join(words)}
-            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-            self._answer({"id": "chatcmpl-demo", "object": "chat.completion", "choices": choices, "usage": usage})
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        with contextlib.suppress(OSError):  # the proxy leaves when its client does
-            self._send([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
-            for word in words:
-                time.sleep(DEMO_PAUSE)
-                self._send([{"index": 0, "delta": {"content": word}, "finish_reason": None}])
-            self._send([{"index": 0, "delta": {}, "finish_reason": "stop"}])
-            self._send([], usage=usage)
-            self.wfile.write(encode_chunk(encode_event("[DONE]")) + LAST_CHUNK)
-
-    def _send(self, choices: Sequence[object], **more: object) -> None:
-        payload = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": choices, **more}
-        self.wfile.write(encode_chunk(encode_event(json.dumps(payload))))
-
-    def _answer(self, payload: object) -> None:
-        body = json.dumps(payload).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class _DemoServer(socketserver.ThreadingTCPServer):
-    daemon_threads = True
-    request_queue_size = BACKLOG
-
-
-@contextlib.contextmanager
-def demo_upstream(settings: Settings) -> Iterator[Settings]:
-    """Run the built-in upstream where settings ask for it; give the settings that lead there."""
-    if not settings.demo:
-        yield settings
-        return
-    with _DemoServer(("127.0.0.1", 0), DemoHandler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
-        try:
-            yield settings.replace(upstream=f"http://127.0.0.1:{server.server_address[1]}/v1")
-        finally:
-            server.shutdown()
-
-
-# 18 ------------------------------------------------------------------ Chat page
-
-_PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, interactive-widget=resizes-content">
-<title>streamproxy</title>
-<link rel="icon" href="data:,">
-<style>
-:root { color-scheme: light dark; scrollbar-gutter: stable; }
-* { box-sizing: border-box; margin: 0; font: inherit; unicode-bidi: plaintext; }
-body { display: flex; flex-direction: column; min-height: 100dvh; max-width: 46rem;
-  margin: auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
-main { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; }
-.message { margin: 1.5rem 0; }
-.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem 1rem;
-  border-radius: .75rem; background: light-dark(#eef0f3, #2b2f36); }
-.error { padding-left: 1rem; border-left: 3px solid; color: light-dark(#a3201a, #ffa198); }
-.note, details { margin: .5rem 0; font-size: .875rem; color: light-dark(#5c636d, #9ba2ac); }
-.streaming::after { content: "\25cf"; animation: fade 1s infinite alternate; }
-@keyframes fade { to { opacity: .2; } }
-form { position: sticky; bottom: 0; display: flex; align-items: end; gap: .5rem;
-  padding: .5rem 0 1rem; background: Canvas; }
-textarea, button, input { padding: .5rem 1rem; border-radius: .75rem; }
-textarea, input { flex: 1; min-width: 0; resize: none; background: Canvas; }
-button { border: 0; background: light-dark(#1d57b0, #8fb6f5); color: Canvas; }
-</style>
-<main id="log" role="log" aria-label="Conversation"></main>
-<form>
-  <input id="token" type="password" aria-label="Client token" placeholder="Token" autocomplete="off" hidden>
-  <textarea id="prompt" rows="3" aria-label="Message" placeholder="Message" autofocus></textarea>
-  <button id="send">Send</button>
-  <button id="stop" type="button" hidden>Stop</button>
-</form>
-<script>
-const [page, log, form, token, input, sendButton, stopButton] =
-  ["html", "#log", "form", "#token", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
-const messages = [];     // the conversation so far
-let controller = null;   // stops the answer that is arriving; null when none is
-token.value = sessionStorage.getItem("token") || "";   // kept for this tab
-
-// All text enters the page here, as text: nothing that arrives is ever read as markup.
-function grow(element, text) {
-  const atEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
-  element.append(text);
-  if (atEnd) page.scrollTop = page.scrollHeight;
-}
-
-function add(parent, tag, className, text) {
-  const element = parent.appendChild(document.createElement(tag));
-  element.className = className;
-  grow(element, text);
-  return element;
-}
-
-function addReasoning(message) {
-  const details = add(message, "details", "reasoning", "");
-  add(details, "summary", "label", "Reasoning");
-  return add(details, "p", "text", "");
-}
-
-// What is said of answers that did not end by themselves.
-const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."};
-
-// The events of an event stream, wherever its bytes were cut on the way.
-async function* readEvents(body) {
-  const reader = body.getReader(), decoder = new TextDecoder();
-  let rest = "";
-  for (;;) {
-    const {value, done} = await reader.read();
-    if (done) return;
-    const events = (rest + decoder.decode(value, {stream: true})).split("\n\n");
-    rest = events.pop();
-    for (const event of events) {
-      const [, type = "message", data] = /(?:event: (\w+)\n)?data: (.*)/s.exec(event) || [];
-      if (data) yield [type, JSON.parse(data)];
-    }
-  }
-}
-
-async function ask(question) {
-  const turn = {role: "user", content: question};
-  add(log, "h2", "message user", question);
-  const message = add(log, "div", "message assistant streaming", "");
-  page.scrollTop = page.scrollHeight;
-  let reasoning = null, answer = null, note = "", error = "The server could not be reached.";
-  try {
-    const response = await fetch(location.origin + location.pathname, {
-      method: "POST", body: JSON.stringify({messages: [...messages, turn]}), signal: controller.signal,
-      headers: {"Content-Type": "application/json", "Accept": "text/event-stream",
-        ...token.value && {"Authorization": `Bearer ${token.value}`}}});
-    token.hidden = response.status !== 401;
-    if (token.hidden) sessionStorage.setItem("token", token.value);
-    error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
-    if (!response.ok) error = (await response.json()).error || error;
-    else for await (const [type, data] of readEvents(response.body)) {
-      if (type === "message") grow(answer ||= add(message, "p", "text", ""), data.text);
-      if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
-      if (type === "error") error = data.error;
-      if (type === "done") error = "";
-      note = ENDINGS[data.finish_reason] || note;
-    }
-  } catch {}   // a lost connection or a body that is not JSON: error already says it
-  if (controller.signal.aborted) [error, note] = ["", "Stopped."];
-  message.classList.remove("streaming");
-  if (answer) messages.push(turn, {role: "assistant", content: answer.textContent});
-  else input.value ||= question;   // nothing was said: offer the question again
-  if (!token.hidden) token.focus();
-  if (note) add(message, "p", "note", note);
-  if (error) add(log, "p", "message error", error);
-}
-
-function setRunning(running) {
-  controller = running ? new AbortController() : null;
-  if (document.activeElement.matches("button")) input.focus();   // the button is about to go
-  sendButton.hidden = running;
-  stopButton.hidden = !running;
-  log.ariaBusy = running;   // an answer is read out when it is whole
-}
-
-form.addEventListener("submit", async event => {
-  event.preventDefault();
-  const question = input.value;
-  if (controller || !question.trim()) return;
-  input.value = "";
-  setRunning(true);
-  await ask(question);
-  setRunning(false);
-});
-input.addEventListener("keydown", event => {
-  if (event.key !== "Enter" || event.shiftKey || event.keyCode === 229) return;   // 229: input method
-  event.preventDefault();
-  form.requestSubmit();
-});
-stopButton.addEventListener("click", () => controller.abort());
-</script>
-"""
-
-
-def _page_policy(page: str) -> str:
-    """The page's Content-Security-Policy: its own style and script, by hash, and its own server."""
-    hashes = {}
-    for tag in ("script", "style"):
-        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}';"
-        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-PAGE = _PAGE.encode()
-PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
 
 
 # 19 ------------------------------------------------------------------ Command line
