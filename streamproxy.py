@@ -21,33 +21,33 @@ It terminates no TLS, stores nothing and knows no users: nginx in front does the
 
 Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
-    12  Loop      tells that a client's socket can be read
-    14  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 8 to 11)
-    15  Upstream  opens a connection, in a thread of 13, unless the Pool has one that is warm
-    16  Source    sends the request, and reads the answer
+    13  Loop      tells that a client's socket can be read
+    15  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 8 to 11)
+    16  Upstream  opens a connection, in a thread of 14, unless the Pool has one that is warm
+    17  Source    sends the request, and reads the answer
                     BodyDecoder  upstream's framing to the bytes of the body                 (pure: 8)
                     EventParser  bytes to events                                             (pure: 4)
                     Answer       events to what the client asked for                         (pure: 3, 5 to 7)
-    17  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
-    18  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
+    18  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
+    19  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
 
 One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
 only what may block:
 
-    a Dial         from Source.open until it is posted back: a worker; the loop can cut its lifeline
-    a Connection   the worker that dials it; from then on the loop's, in Source and Pool
-    the token file the worker that looks at it; the loop reads the last version, which is replaced whole
-    a line of log  the log's thread, once it is queued
+    a Dial          from Source.open until it is posted back: a worker; the loop can cut its lifeline
+    a Connection    the worker that dials it; from then on the loop's, in Source and Pool
+    the token file  the worker that looks at it; the loop reads the last version, which is replaced whole
+    a line of log   the log's thread, once it is queued
 
-A client that leaves costs upstream nothing more, whatever is under way:
+A client that leaves is closed, and costs upstream nothing more.  Where it waits for an answer, a line of log says
+so, with the status that it was told, or 499:
 
-    Client IDLE                  it is closed
-    Client HEAD, BODY            a line of log says so (499), and it is closed
+    Client IDLE, LINGERING       nothing is under way: it has not asked, or was answered
+    Client HEAD, BODY            upstream was not asked
+    Client ANSWERING             nor here, while its token is judged; then a Source and a Viewer are at work:
     Source DIALING               the lifeline is cut, and the connection is closed when the worker hands it over
-    Source SENDING to FLOWING    the connection to upstream is closed at once
-    Source ENDING                likewise; all but a word or two had come
-    Viewer LAST                  upstream is done with; what the client did not take is dropped
-    Client LINGERING             it was answered; it is closed
+    Source SENDING to ENDING     the connection to upstream is closed at once
+    Source OVER, Viewer LAST     upstream is done with; what the client did not take is dropped
 
 Sources: RFC 9110 and 9112 (HTTP), WHATWG HTML section 9.2 (server-sent events).
 """
@@ -2795,7 +2795,162 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
-# 12 ------------------------------------------------------------------ Loop
+# 12 ------------------------------------------------------------------ Chat page
+
+_PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, interactive-widget=resizes-content">
+<title>streamproxy</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; scrollbar-gutter: stable; }
+* { box-sizing: border-box; margin: 0; font: inherit; unicode-bidi: plaintext; }
+body { display: flex; flex-direction: column; min-height: 100dvh; max-width: 46rem;
+  margin: auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
+main { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; }
+.message { margin: 1.5rem 0; }
+.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem 1rem;
+  border-radius: .75rem; background: light-dark(#eef0f3, #2b2f36); }
+.error { padding-left: 1rem; border-left: 3px solid; color: light-dark(#a3201a, #ffa198); }
+.note, details { margin: .5rem 0; font-size: .875rem; color: light-dark(#5c636d, #9ba2ac); }
+.streaming::after { content: "\25cf"; animation: fade 1s infinite alternate; }
+@keyframes fade { to { opacity: .2; } }
+form { position: sticky; bottom: 0; display: flex; align-items: end; gap: .5rem;
+  padding: .5rem 0 1rem; background: Canvas; }
+textarea, button, input { padding: .5rem 1rem; border-radius: .75rem; }
+textarea, input { flex: 1; min-width: 0; resize: none; background: Canvas; }
+button { border: 0; background: light-dark(#1d57b0, #8fb6f5); color: Canvas; }
+</style>
+<main id="log" role="log" aria-label="Conversation"></main>
+<form>
+  <input id="token" type="password" aria-label="Client token" placeholder="Token" autocomplete="off" hidden>
+  <textarea id="prompt" rows="3" aria-label="Message" placeholder="Message" autofocus></textarea>
+  <button id="send">Send</button>
+  <button id="stop" type="button" hidden>Stop</button>
+</form>
+<script>
+const [page, log, form, token, input, sendButton, stopButton] =
+  ["html", "#log", "form", "#token", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
+const messages = [];     // the conversation so far
+let controller = null;   // stops the answer that is arriving; null when none is
+token.value = sessionStorage.getItem("token") || "";   // kept for this tab
+
+// All text enters the page here, as text: nothing that arrives is ever read as markup.
+function grow(element, text) {
+  const atEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
+  element.append(text);
+  if (atEnd) page.scrollTop = page.scrollHeight;
+}
+
+function add(parent, tag, className, text) {
+  const element = parent.appendChild(document.createElement(tag));
+  element.className = className;
+  grow(element, text);
+  return element;
+}
+
+function addReasoning(message) {
+  const details = add(message, "details", "reasoning", "");
+  add(details, "summary", "label", "Reasoning");
+  return add(details, "p", "text", "");
+}
+
+// What is said of answers that did not end by themselves.
+const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."};
+
+// The events of an event stream, wherever its bytes were cut on the way.
+async function* readEvents(body) {
+  const reader = body.getReader(), decoder = new TextDecoder();
+  let rest = "";
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    const events = (rest + decoder.decode(value, {stream: true})).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const [, type = "message", data] = /(?:event: (\w+)\n)?data: (.*)/s.exec(event) || [];
+      if (data) yield [type, JSON.parse(data)];
+    }
+  }
+}
+
+async function ask(question) {
+  const turn = {role: "user", content: question};
+  add(log, "h2", "message user", question);
+  const message = add(log, "div", "message assistant streaming", "");
+  page.scrollTop = page.scrollHeight;
+  let reasoning = null, answer = null, note = "", error = "The server could not be reached.";
+  try {
+    const response = await fetch(location.origin + location.pathname, {
+      method: "POST", body: JSON.stringify({messages: [...messages, turn]}), signal: controller.signal,
+      headers: {"Content-Type": "application/json", "Accept": "text/event-stream",
+        ...token.value && {"Authorization": `Bearer ${token.value}`}}});
+    token.hidden = response.status !== 401;
+    if (token.hidden) sessionStorage.setItem("token", token.value);
+    error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
+    if (!response.ok) error = (await response.json()).error || error;
+    else for await (const [type, data] of readEvents(response.body)) {
+      if (type === "message") grow(answer ||= add(message, "p", "text", ""), data.text);
+      if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
+      if (type === "error") error = data.error;
+      if (type === "done") error = "";
+      note = ENDINGS[data.finish_reason] || note;
+    }
+  } catch {}   // a lost connection or a body that is not JSON: error already says it
+  if (controller.signal.aborted) [error, note] = ["", "Stopped."];
+  message.classList.remove("streaming");
+  if (answer) messages.push(turn, {role: "assistant", content: answer.textContent});
+  else input.value ||= question;   // nothing was said: offer the question again
+  if (!token.hidden) token.focus();
+  if (note) add(message, "p", "note", note);
+  if (error) add(log, "p", "message error", error);
+}
+
+function setRunning(running) {
+  controller = running ? new AbortController() : null;
+  if (document.activeElement.matches("button")) input.focus();   // the button is about to go
+  sendButton.hidden = running;
+  stopButton.hidden = !running;
+  log.ariaBusy = running;   // an answer is read out when it is whole
+}
+
+form.addEventListener("submit", async event => {
+  event.preventDefault();
+  const question = input.value;
+  if (controller || !question.trim()) return;
+  input.value = "";
+  setRunning(true);
+  await ask(question);
+  setRunning(false);
+});
+input.addEventListener("keydown", event => {
+  if (event.key !== "Enter" || event.shiftKey || event.keyCode === 229) return;   // 229: input method
+  event.preventDefault();
+  form.requestSubmit();
+});
+stopButton.addEventListener("click", () => controller.abort());
+</script>
+"""
+
+
+def _page_policy(page: str) -> str:
+    """The page's Content-Security-Policy: its own style and script, by hash, and its own server."""
+    hashes = {}
+    for tag in ("script", "style"):
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}';"
+        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+PAGE = _PAGE.encode()
+PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
+
+
+# 13 ------------------------------------------------------------------ Loop
 
 READ, WRITE = 1, 4  # as in poll(2); a hang-up or an error is told by other bits, and by the next read
 
@@ -3007,7 +3162,7 @@ class Loop:
                 on_fault(error)
 
 
-# 13 ------------------------------------------------------------------ Threads
+# 14 ------------------------------------------------------------------ Threads
 
 
 class Workers:
@@ -3204,7 +3359,7 @@ def start_thread(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="worker", daemon=True).start()
 
 
-# 14 ------------------------------------------------------------------ Clients
+# 15 ------------------------------------------------------------------ Clients
 
 
 class Peer:
@@ -3911,7 +4066,7 @@ _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
-# 15 ------------------------------------------------------------------ Upstream
+# 16 ------------------------------------------------------------------ Upstream
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -4632,7 +4787,7 @@ class Pool:
                 self.drop(spare)
 
 
-# 16 ------------------------------------------------------------------ Sources
+# 17 ------------------------------------------------------------------ Sources
 
 
 class Dial:
@@ -4874,7 +5029,7 @@ class Source:
         self.stream.set_alarm()
 
 
-# 17 ------------------------------------------------------------------ Viewers
+# 18 ------------------------------------------------------------------ Viewers
 
 
 class Record:
@@ -4964,7 +5119,7 @@ class Viewer:
         self.state = self.OPEN
 
 
-# 18 ------------------------------------------------------------------ Streams
+# 19 ------------------------------------------------------------------ Streams
 
 
 class Stream:
@@ -5137,7 +5292,87 @@ class Hub:
         self.log.close(CLOSE_TIMEOUT)
 
 
-# 19 ------------------------------------------------------------------ Server
+# 20 ------------------------------------------------------------------ Demo upstream
+
+DEMO_PAUSE = 0.05  # seconds between two words: a human pace
+DEMO_ANSWER = (
+    "You asked: \u201c{prompt}\u201d\n\nNo model has read it. This is streamproxy\u2019s built-in upstream,"
+    " which sends your words back over real HTTP, one event a word: Gr\u00fc\u00dfe, \u4f60\u597d,"
+    " \u0928\u092e\u0938\u094d\u0924\u0947, \U0001f44b\U0001f3fd. Set OPENAI_API_KEY and leave out --demo"
+    " to ask a real one.\n"
+)
+
+
+class DemoHandler(http.server.BaseHTTPRequestHandler):
+    """A chat-completions API that echoes what it was asked, word by word."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        models = [{"id": DEFAULT_MODEL, "object": "model", "created": 0, "owned_by": "streamproxy"}]
+        self._answer({"object": "list", "data": models})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = str(asked["messages"][-1]["content"])
+        words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{prompt}", prompt))
+        usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
+        usage["total_tokens"] = sum(usage.values())
+        if not asked.get("stream"):
+            message = {"role": "assistant", "content": "".join(words)}
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            self._answer({"id": "chatcmpl-demo", "object": "chat.completion", "choices": choices, "usage": usage})
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the proxy leaves when its client does
+            self._send([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+            for word in words:
+                time.sleep(DEMO_PAUSE)
+                self._send([{"index": 0, "delta": {"content": word}, "finish_reason": None}])
+            self._send([{"index": 0, "delta": {}, "finish_reason": "stop"}])
+            self._send([], usage=usage)
+            self.wfile.write(encode_chunk(encode_event("[DONE]")) + LAST_CHUNK)
+
+    def _send(self, choices: Sequence[object], **more: object) -> None:
+        payload = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": choices, **more}
+        self.wfile.write(encode_chunk(encode_event(json.dumps(payload))))
+
+    def _answer(self, payload: object) -> None:
+        body = json.dumps(payload).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class _DemoServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = BACKLOG
+
+
+@contextlib.contextmanager
+def demo_upstream(settings: Settings) -> Iterator[Settings]:
+    """Run the built-in upstream where settings ask for it; give the settings that lead there."""
+    if not settings.demo:
+        yield settings
+        return
+    with _DemoServer(("127.0.0.1", 0), DemoHandler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
+        try:
+            yield settings.replace(upstream=f"http://127.0.0.1:{server.server_address[1]}/v1")
+        finally:
+            server.shutdown()
+
+
+# 21 ------------------------------------------------------------------ Server
 
 
 class Lookout:
@@ -5461,241 +5696,6 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
             yield decoder.decode(data)
         if listener.stream.failure:
             raise listener.stream.failure
-
-
-# 20 ------------------------------------------------------------------ Demo upstream
-
-DEMO_PAUSE = 0.05  # seconds between two words: a human pace
-DEMO_ANSWER = (
-    "You asked: \u201c{prompt}\u201d\n\nNo model has read it. This is streamproxy\u2019s built-in upstream,"
-    " which sends your words back over real HTTP, one event a word: Gr\u00fc\u00dfe, \u4f60\u597d,"
-    " \u0928\u092e\u0938\u094d\u0924\u0947, \U0001f44b\U0001f3fd. Set OPENAI_API_KEY and leave out --demo"
-    " to ask a real one.\n"
-)
-
-
-class DemoHandler(http.server.BaseHTTPRequestHandler):
-    """A chat-completions API that echoes what it was asked, word by word."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_GET(self) -> None:
-        models = [{"id": DEFAULT_MODEL, "object": "model", "created": 0, "owned_by": "streamproxy"}]
-        self._answer({"object": "list", "data": models})
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = str(asked["messages"][-1]["content"])
-        words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{prompt}", prompt))
-        usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
-        usage["total_tokens"] = sum(usage.values())
-        if not asked.get("stream"):
-            message = {"role": "assistant", "content": "".join(words)}
-            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-            self._answer({"id": "chatcmpl-demo", "object": "chat.completion", "choices": choices, "usage": usage})
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        with contextlib.suppress(OSError):  # the proxy leaves when its client does
-            self._send([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
-            for word in words:
-                time.sleep(DEMO_PAUSE)
-                self._send([{"index": 0, "delta": {"content": word}, "finish_reason": None}])
-            self._send([{"index": 0, "delta": {}, "finish_reason": "stop"}])
-            self._send([], usage=usage)
-            self.wfile.write(encode_chunk(encode_event("[DONE]")) + LAST_CHUNK)
-
-    def _send(self, choices: Sequence[object], **more: object) -> None:
-        payload = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": choices, **more}
-        self.wfile.write(encode_chunk(encode_event(json.dumps(payload))))
-
-    def _answer(self, payload: object) -> None:
-        body = json.dumps(payload).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class _DemoServer(socketserver.ThreadingTCPServer):
-    daemon_threads = True
-    request_queue_size = BACKLOG
-
-
-@contextlib.contextmanager
-def demo_upstream(settings: Settings) -> Iterator[Settings]:
-    """Run the built-in upstream where settings ask for it; give the settings that lead there."""
-    if not settings.demo:
-        yield settings
-        return
-    with _DemoServer(("127.0.0.1", 0), DemoHandler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
-        try:
-            yield settings.replace(upstream=f"http://127.0.0.1:{server.server_address[1]}/v1")
-        finally:
-            server.shutdown()
-
-
-# 21 ------------------------------------------------------------------ Chat page
-
-_PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, interactive-widget=resizes-content">
-<title>streamproxy</title>
-<link rel="icon" href="data:,">
-<style>
-:root { color-scheme: light dark; scrollbar-gutter: stable; }
-* { box-sizing: border-box; margin: 0; font: inherit; unicode-bidi: plaintext; }
-body { display: flex; flex-direction: column; min-height: 100dvh; max-width: 46rem;
-  margin: auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
-main { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; }
-.message { margin: 1.5rem 0; }
-.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem 1rem;
-  border-radius: .75rem; background: light-dark(#eef0f3, #2b2f36); }
-.error { padding-left: 1rem; border-left: 3px solid; color: light-dark(#a3201a, #ffa198); }
-.note, details { margin: .5rem 0; font-size: .875rem; color: light-dark(#5c636d, #9ba2ac); }
-.streaming::after { content: "\25cf"; animation: fade 1s infinite alternate; }
-@keyframes fade { to { opacity: .2; } }
-form { position: sticky; bottom: 0; display: flex; align-items: end; gap: .5rem;
-  padding: .5rem 0 1rem; background: Canvas; }
-textarea, button, input { padding: .5rem 1rem; border-radius: .75rem; }
-textarea, input { flex: 1; min-width: 0; resize: none; background: Canvas; }
-button { border: 0; background: light-dark(#1d57b0, #8fb6f5); color: Canvas; }
-</style>
-<main id="log" role="log" aria-label="Conversation"></main>
-<form>
-  <input id="token" type="password" aria-label="Client token" placeholder="Token" autocomplete="off" hidden>
-  <textarea id="prompt" rows="3" aria-label="Message" placeholder="Message" autofocus></textarea>
-  <button id="send">Send</button>
-  <button id="stop" type="button" hidden>Stop</button>
-</form>
-<script>
-const [page, log, form, token, input, sendButton, stopButton] =
-  ["html", "#log", "form", "#token", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
-const messages = [];     // the conversation so far
-let controller = null;   // stops the answer that is arriving; null when none is
-token.value = sessionStorage.getItem("token") || "";   // kept for this tab
-
-// All text enters the page here, as text: nothing that arrives is ever read as markup.
-function grow(element, text) {
-  const atEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
-  element.append(text);
-  if (atEnd) page.scrollTop = page.scrollHeight;
-}
-
-function add(parent, tag, className, text) {
-  const element = parent.appendChild(document.createElement(tag));
-  element.className = className;
-  grow(element, text);
-  return element;
-}
-
-function addReasoning(message) {
-  const details = add(message, "details", "reasoning", "");
-  add(details, "summary", "label", "Reasoning");
-  return add(details, "p", "text", "");
-}
-
-// What is said of answers that did not end by themselves.
-const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."};
-
-// The events of an event stream, wherever its bytes were cut on the way.
-async function* readEvents(body) {
-  const reader = body.getReader(), decoder = new TextDecoder();
-  let rest = "";
-  for (;;) {
-    const {value, done} = await reader.read();
-    if (done) return;
-    const events = (rest + decoder.decode(value, {stream: true})).split("\n\n");
-    rest = events.pop();
-    for (const event of events) {
-      const [, type = "message", data] = /(?:event: (\w+)\n)?data: (.*)/s.exec(event) || [];
-      if (data) yield [type, JSON.parse(data)];
-    }
-  }
-}
-
-async function ask(question) {
-  const turn = {role: "user", content: question};
-  add(log, "h2", "message user", question);
-  const message = add(log, "div", "message assistant streaming", "");
-  page.scrollTop = page.scrollHeight;
-  let reasoning = null, answer = null, note = "", error = "The server could not be reached.";
-  try {
-    const response = await fetch(location.origin + location.pathname, {
-      method: "POST", body: JSON.stringify({messages: [...messages, turn]}), signal: controller.signal,
-      headers: {"Content-Type": "application/json", "Accept": "text/event-stream",
-        ...token.value && {"Authorization": `Bearer ${token.value}`}}});
-    token.hidden = response.status !== 401;
-    if (token.hidden) sessionStorage.setItem("token", token.value);
-    error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
-    if (!response.ok) error = (await response.json()).error || error;
-    else for await (const [type, data] of readEvents(response.body)) {
-      if (type === "message") grow(answer ||= add(message, "p", "text", ""), data.text);
-      if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
-      if (type === "error") error = data.error;
-      if (type === "done") error = "";
-      note = ENDINGS[data.finish_reason] || note;
-    }
-  } catch {}   // a lost connection or a body that is not JSON: error already says it
-  if (controller.signal.aborted) [error, note] = ["", "Stopped."];
-  message.classList.remove("streaming");
-  if (answer) messages.push(turn, {role: "assistant", content: answer.textContent});
-  else input.value ||= question;   // nothing was said: offer the question again
-  if (!token.hidden) token.focus();
-  if (note) add(message, "p", "note", note);
-  if (error) add(log, "p", "message error", error);
-}
-
-function setRunning(running) {
-  controller = running ? new AbortController() : null;
-  if (document.activeElement.matches("button")) input.focus();   // the button is about to go
-  sendButton.hidden = running;
-  stopButton.hidden = !running;
-  log.ariaBusy = running;   // an answer is read out when it is whole
-}
-
-form.addEventListener("submit", async event => {
-  event.preventDefault();
-  const question = input.value;
-  if (controller || !question.trim()) return;
-  input.value = "";
-  setRunning(true);
-  await ask(question);
-  setRunning(false);
-});
-input.addEventListener("keydown", event => {
-  if (event.key !== "Enter" || event.shiftKey || event.keyCode === 229) return;   // 229: input method
-  event.preventDefault();
-  form.requestSubmit();
-});
-stopButton.addEventListener("click", () => controller.abort());
-</script>
-"""
-
-
-def _page_policy(page: str) -> str:
-    """The page's Content-Security-Policy: its own style and script, by hash, and its own server."""
-    hashes = {}
-    for tag in ("script", "style"):
-        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}';"
-        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-PAGE = _PAGE.encode()
-PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
 
 
 # 22 ------------------------------------------------------------------ Command line
