@@ -34,7 +34,8 @@ Life of a request.  The numbers are sections of this file; what is pure knows no
 One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
 only what may block:
 
-    a Dial          from Source.open until it is posted back: a worker; the loop can cut its lifeline
+    a Job           until the loop is told that it is done: a worker.  It dials, and the loop can cut its lifeline, or
+                    looks at a body that is large
     a Connection    the worker that dials it; from then on the loop's, in Source and Pool
     the token file  the worker that looks at it; the loop reads the last version, which is replaced whole
     a line of log   the log's thread, once it is queued
@@ -119,6 +120,7 @@ log = logging.getLogger("streamproxy")
 READ_SIZE = 64 * 1024  # asked of a socket at a time; it leaves at once, so this bounds what waits for a slow client
 TAKE_SIZE = 16 * 1024  # the same of a client: of a body in chunks of one byte, as much holds up the rest for 3 ms
 MAX_HEAD_SIZE = 64 * 1024  # of a head, of a request or an answer
+MAX_PARSED = 32 * 1024  # of a request's body that the loop looks at by itself: in the worst case, that takes 2 ms
 MAX_SKIMMED = 256 * 1024  # of a JSON document that is parsed only for the log's sake: it would hold up the rest
 MAX_EVENT_SIZE = 16 * 1024 * 1024  # of an event or a JSON document, held until it is whole: images make several MB
 MAX_ERROR_SIZE = 64 * 1024  # of a document that says why upstream refuses; longer ones are quoted, not passed on
@@ -3165,8 +3167,27 @@ class Loop:
 # 14 ------------------------------------------------------------------ Threads
 
 
+class Job:
+    """What a thread is given to do, and what came of it, of which the loop is told."""
+
+    def __init__(self, loop: Loop, work: Callable[[], Any], on_done: Callable[[], object]) -> None:
+        self.result: Any = None
+        self.failure: ProxyError | None = None
+        self._loop, self._work, self._on_done = loop, work, on_done
+
+    def run(self) -> None:
+        """In a thread that may wait."""
+        try:
+            self.result = self._work()
+        except ProxyError as error:
+            self.failure = error.bare()
+        except Exception as error:  # noqa: BLE001
+            self.failure = internal_error(error)
+        self._loop.post(self._on_done)
+
+
 class Workers:
-    """Threads for what may block: a few, parked for good, and more while those are held up.
+    """Threads for what may block, or take its time: a few, parked for good, and more while those are held up.
 
     run and close belong to the loop's thread.
     """
@@ -3483,15 +3504,25 @@ class Client(Peer):
         if self.state == self.BODY:
             if self._read_body() and self.exchange:
                 self.loop.begin(self.exchange.go_on)
-        elif self.state == self.IDLE or (self.state == self.HEAD and (b"\n" in data or len(self.data) > MAX_HEAD_SIZE)):
-            self.loop.begin(self.begin)  # which must not look through a head that drips in each time
-        elif self.exchange and len(self.data) > MAX_PIPELINED + self.exchange.body_room():
-            self.exchange.drop(Aborted("The client sent too much while its answer was on its way."))
+            return
+        if self.state == self.IDLE or (self.state == self.HEAD and (b"\n" in data or len(self.data) > MAX_HEAD_SIZE)):
+            self.loop.begin(self.begin)
+        if len(self.data) > MAX_PIPELINED:
+            if self.exchange and self.exchange.request.body.complete:
+                self.exchange.drop(Aborted("The client sent too much while its answer was on its way."))
+            else:  # nor is its end seen, until what came is taken
+                self.loop.unwatch(self.sock)
+
+    def _listen(self) -> None:
+        """Go on to listen to a client from which more came than could be taken at once."""
+        if len(self.data) > MAX_PIPELINED and not self.lost:
+            self.loop.watch(self.sock, READ | (WRITE if self.pending else 0), self.on_ready)
 
     def begin(self) -> None:
         """Begin with the request that is there, if one is."""
         if self.state not in (self.IDLE, self.HEAD) or self.lost:
             return
+        self._listen()
         try:
             parsed = parse_request_head(self.data)
         except RequestError as error:
@@ -3509,6 +3540,7 @@ class Client(Peer):
     def expect_body(self) -> None:
         """Read the body of the request, and have its exchange go on once it is there."""
         self.state = self.BODY
+        self._listen()
         if self._read_body() and self.exchange:
             self.exchange.go_on()
 
@@ -3523,6 +3555,7 @@ class Client(Peer):
             if not self.keeps_alive:
                 with contextlib.suppress(OSError):
                     self.sock.shutdown(socket.SHUT_WR)
+            self._listen()
             data, self.data = self.data, b""
             self._set_alarm()
             self._linger(data)
@@ -3678,7 +3711,7 @@ class Exchange:
         self.failure: ProxyError | None = None
         self.stream: Stream | None = None
         self.received = bytearray()  # of the body
-        self._then: Callable[[], None] | None = None  # what is done once a place, and the body, are there
+        self._then: Callable[[], None] | None = None  # what is done once what it waits for is there: the body, ...
 
     # What is asked.
 
@@ -3738,8 +3771,12 @@ class Exchange:
         self.server.lookout.look(self._on_looked)
 
     def _on_looked(self) -> None:
-        if self.client.exchange is self and not self.status:  # or it has left meanwhile, or was refused
+        if self._waits():
             self._step(self._enter)
+
+    def _waits(self) -> bool:
+        """Tell whether there is still somebody who was neither answered nor refused."""
+        return self.client.exchange is self and not (self.client.lost or self.status)
 
     def _enter(self) -> None:
         fields, settings = self.request.fields, self.server.settings
@@ -3760,10 +3797,6 @@ class Exchange:
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.expect_body()
 
-    def body_room(self) -> int:
-        """Return how much of its body may come before the exchange is ready for it."""
-        return 0 if self.request.body.complete else self.server.settings.max_body
-
     def on_body(self, part: bytes) -> bool:
         """Take a part of the body; tell if it is whole, and good."""
         self.received += part
@@ -3777,9 +3810,10 @@ class Exchange:
         return False
 
     def go_on(self) -> None:
-        """Do what the request was let in for, unless its client has left, or was refused, meanwhile."""
-        if self._then and not self.status:
-            self._step(self._then)
+        """Do what waited for the body, or for a thread that looked at it."""
+        then, self._then = self._then, None
+        if then and self._waits():
+            self._step(then)
 
     # What is answered.
 
@@ -3814,7 +3848,7 @@ class Exchange:
         except ValueError:
             raise RequestError("The query is not UTF-8.") from None
         asked = {"prompt": prompts[0] if len(prompts) == 1 else None}
-        self._ask_for(asked, EventAnswer(self.id, self.server.hub.redact, reconnects=True))
+        self._ask(*self._asked(asked, EventAnswer(self.id, self.server.hub.redact, reconnects=True)))
 
     def post_prompt(self) -> None:
         """Answer a JSON body with a stream."""
@@ -3822,34 +3856,42 @@ class Exchange:
         self._admit(self._ask_prompt)
 
     def _ask_prompt(self) -> None:
-        redact = self.server.hub.redact
-        asked = parse_request(self._take_body())
-        if not self._wants_events():
-            self._ask_for(asked, TextAnswer(redact))
-        elif "last-event-id" in self.request.fields:  # see get_root
+        if self._wants_events() and "last-event-id" in self.request.fields:  # see get_root
             self._answer(204, b"", {})
         else:
-            self._ask_for(asked, EventAnswer(self.id, redact))
+            self._ask_by(self._prompted)
 
-    def _ask_for(self, asked: Mapping[str, Any], answer: Answer) -> None:
+    def _prompted(self, body: bytes) -> tuple[Call, Answer]:
+        redact = self.server.hub.redact
+        answer = EventAnswer(self.id, redact) if self._wants_events() else TextAnswer(redact)
+        return self._asked(parse_request(body), answer)
+
+    def _asked(self, asked: Mapping[str, Any], answer: Answer) -> tuple[Call, Answer]:
         adapted = Adapted(asked, self.server.settings, self.server.hub.refusals)
         answer.choices = adapted.choices
-        self._ask(answer, prompt_call(adapted))
+        return prompt_call(adapted), answer
 
     def pass_on(self) -> None:
         """Pass a request of the API on, and its answer back."""
         if self.request.method == "POST":
             check_media(self.request.fields, self.server.settings)
         route = api_routes(self.request.path, self.server.settings)[self.request.method]
-        self._admit(self._pass_body, route.counts)
+        self._admit(functools.partial(self._ask_by, self._passed), route.counts)
 
-    def _pass_body(self) -> None:
+    def _passed(self, body: bytes) -> tuple[Call, Answer]:
         settings, request = self.server.settings, self.request
-        body, asked = self._take_body(), {}
+        asked: dict[str, Any] = {}
         if request.method == "POST":
             asked = check_model(body, settings, api_routes(request.path, settings)["POST"].has_model)
         messages, streamed = request.path == "/v1/messages", asked.get("stream") is True
-        self._pass(PassedAnswer(self.server.hub.redact, count_choices(asked), messages, streamed), body)
+        answer = PassedAnswer(self.server.hub.redact, count_choices(asked), messages, streamed)
+        return self._passed_call(body), answer
+
+    def _passed_call(self, body: bytes = b"") -> Call:
+        request, settings = self.request, self.server.settings
+        fields = passed_fields(request.fields, settings, bool(body))
+        query = passed_query(request.query, request.method, settings)
+        return Call(request.path[len("/v1") :], body, fields, request.method, query)
 
     def get_models(self) -> None:
         """Answer with the models that may be used, or with one of them."""
@@ -3858,27 +3900,32 @@ class Exchange:
     def _answer_models(self) -> None:
         document = models_document(self.request.path, self.server.settings)
         if document is None:
-            self._pass(PassedAnswer(self.server.hub.redact))
+            self._ask(self._passed_call(), PassedAnswer(self.server.hub.redact))
         else:
             self._answer(200, document, {"Content-Type": "application/json"})
-
-    def _take_body(self) -> bytes:
-        body, self.received = bytes(self.received), bytearray()
-        return body
 
     def _wants_events(self) -> bool:
         accept = self.request.fields.get("accept", "")
         ranges = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
         return "text/event-stream" in ranges and self.request.method != "HEAD"
 
-    def _pass(self, answer: Answer, body: bytes = b"") -> None:
-        """Answer a request of the API."""
-        request, settings = self.request, self.server.settings
-        fields = passed_fields(request.fields, settings, bool(body))
-        query = passed_query(request.query, request.method, settings)
-        self._ask(answer, Call(request.path[len("/v1") :], body, fields, request.method, query))
+    def _ask_by(self, make: Callable[[bytes], tuple[Call, Answer]]) -> None:
+        """Ask upstream what make makes of the body: in a thread, where that takes its time."""
+        body, self.received = self.received, bytearray()
+        if len(body) <= MAX_PARSED:
+            self._ask(*make(bytes(body)))
+        else:
+            hub = self.server.hub
+            job = Job(hub.loop, lambda: make(bytes(body)), self.go_on)
+            self._then = functools.partial(self._on_made, job)
+            hub.workers.run(job.run)
 
-    def _ask(self, answer: Answer, call: Call) -> None:
+    def _on_made(self, job: Job) -> None:
+        if job.failure:
+            raise job.failure
+        self._ask(*job.result)
+
+    def _ask(self, call: Call, answer: Answer) -> None:
         self.stream = self.server.hub.stream(call, answer, self)
         self.stream.ask()
 
@@ -4158,18 +4205,18 @@ class Target:
                 fields["Proxy-Authorization"] = proxy.authorization
         self._fields = encode_head(" HTTP/1.1", fields)[:-2].decode("latin-1")
 
-    def encode(self, call: Call) -> bytes:
-        """Return the request.  Raises ValueError for a value that would forge a line."""
-        fields, body, query = call.fields, call.body, call.query or self._query
+    def encode_head(self, call: Call) -> bytes:
+        """Return the head of the request.  Raises ValueError for a value that would forge a line."""
+        fields, query = call.fields, call.query or self._query
         if call.query and self._query:
             query = f"{self._query}&{query}"
         path = f"{self._path}{call.path}?{query}" if query else self._path + call.path
         if not (_PATH.fullmatch(path) and _VALUES.fullmatch("".join(fields.values()))):
             raise ValueError("a bad value in a path or a header field")
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
-        if body or call.method == "POST":  # RFC 9110 section 8.6
-            lines += f"Content-Length: {len(body)}\r\n"
-        return f"{call.method} {path}{self._fields}{lines}\r\n".encode("latin-1") + body
+        if call.body or call.method == "POST":  # RFC 9110 section 8.6
+            lines += f"Content-Length: {len(call.body)}\r\n"
+        return f"{call.method} {path}{self._fields}{lines}\r\n".encode("latin-1")
 
 
 _PATH = re.compile("[!-~\x80-\xff]+")
@@ -4393,7 +4440,7 @@ class Connection:
         self.reused = False
         self.broken = False  # its end came without a word: no close, no TLS closure (RFC 9112 section 9.8)
         self.opened_at = 0.0
-        self._unsent: bytes | memoryview = b""
+        self._unsent: list[bytes | memoryview] = []
 
     def read(self, size: int = READ_SIZE) -> bytes | None:
         """Return what has come, at most size bytes; b"" at the end of the connection, None where nothing came."""
@@ -4405,24 +4452,30 @@ class Connection:
             self.broken = True
             return b""
 
-    def write(self, data: bytes) -> bool:
-        """Send data, behind what was not sent yet, as far as the socket takes it; tell if that was all.
+    def write(self, data: bytes, body: bytes = b"") -> bool:
+        """Send data and body, behind what was not sent yet, as far as the socket takes it; tell if that was all.
 
         Raises OSError where nothing can be sent any more; what came before can still be read.
         """
-        self._unsent = b"".join((self._unsent, data)) if self._unsent else data
+        if len(body) <= READ_SIZE:
+            self._unsent.append(data + body)
+        else:  # which is not copied
+            self._unsent += data, body
         return self.flush()
 
     def flush(self) -> bool:
-        """Go on with write, once: whoever reads as fast as this sends would hold up the rest."""
-        if self._unsent:
+        """Go on with write, but not for long: whoever reads as fast would hold up the rest."""
+        while self._unsent:
+            piece = self._unsent[0]
             try:
-                sent = self.sock.send(self._unsent)
+                sent = self.sock.send(piece)
             except BlockingIOError:
                 return False
-            # A view: what is left of a large body is not copied again and again.
-            self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
-        return not self._unsent
+            if sent < len(piece):
+                self._unsent[0] = memoryview(piece)[sent:]  # nor is what is left of it copied again and again
+                return False
+            del self._unsent[0]
+        return True
 
     def close(self) -> None:
         self.sock.close()
@@ -4502,10 +4555,15 @@ class TlsConnection(Connection):
         return plain
 
     def flush(self) -> bool:
-        if self._push() and self._unsent:
-            sent = self._tls.write(self._unsent[:READ_SIZE])
-            self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
-        return self._push() and not self._unsent
+        while self._push() and self._unsent:
+            piece = self._unsent[0]
+            sent = self._tls.write(piece[:READ_SIZE])
+            if sent < len(piece):
+                self._unsent[0] = memoryview(piece)[sent:]
+                self._push()
+                return False
+            del self._unsent[0]
+        return not self._unsent
 
     def close(self) -> None:
         """Say so first (RFC 8446 section 6.1); what was sent of a request tells what that is worth."""
@@ -4790,26 +4848,6 @@ class Pool:
 # 17 ------------------------------------------------------------------ Sources
 
 
-class Dial:
-    """What a thread is given to do: to open a connection to upstream."""
-
-    def __init__(self, hub: Hub, on_done: Callable[[], object]) -> None:
-        self.lifeline = Lifeline()  # by which the loop can end it
-        self.connection: Connection | None = None
-        self.failure: ProxyError | None = None
-        self._hub, self._on_done = hub, on_done
-
-    def run(self) -> None:
-        """In a thread that may wait."""
-        try:
-            self.connection = self._hub.upstream.dial(self.lifeline)
-        except ProxyError as error:
-            self.failure = error.bare()
-        except Exception as error:  # noqa: BLE001
-            self.failure = internal_error(error)
-        self._hub.loop.post(self._on_done)
-
-
 class Source:
     """One try of a call: the request out, the answer in.
 
@@ -4835,7 +4873,8 @@ class Source:
         self.state = self.DIALING
         self.since = self.hub.loop.now  # in this state, or since it was last seen that upstream is alive
         self._sent_at = 0.0
-        self._dial: Dial | None = None
+        self._dial: Job | None = None
+        self._lifeline: Lifeline | None = None  # by which that can be ended
         self._head = b""  # what came of the answer's head, until it is whole
         self._body: BodyDecoder | None = None  # once it is
         self._keeps_alive = False
@@ -4849,15 +4888,16 @@ class Source:
         if warm:
             self._ask(warm)
         else:
-            self._dial = Dial(self.hub, self._on_dialed)
+            self._lifeline = Lifeline()
+            self._dial = Job(self.hub.loop, functools.partial(self.hub.dial, self._lifeline), self._on_dialed)
             self.hub.workers.run(self._dial.run)
 
     def close(self, keep: bool = False) -> None:
         """End: nobody pays for what would come from now on.  keep: what comes is a few bytes that were paid for."""
         state, self.state = self.state, self.OVER
         body = self._body
-        if state == self.DIALING and self._dial:
-            self._dial.lifeline.cut()
+        if state == self.DIALING and self._lifeline:
+            self._lifeline.cut()
         elif state in (self.SENDING, self.OVER) or not (body and self._keeps_alive and (keep or body.complete)):
             self._hang_up(state)
         else:
@@ -4917,33 +4957,33 @@ class Source:
             self.connection.close()
 
     def _on_dialed(self) -> None:
-        dial, self._dial = self._dial, None
+        dial, self._dial, self._lifeline = self._dial, None, None
         assert dial
         if self.state == self.OVER or self.stream.viewer.client.lost:
-            if dial.connection:
-                dial.connection.close()
-        elif dial.connection:
-            dial.connection.opened_at = self.hub.loop.now
-            self._ask(dial.connection)
+            if dial.result:
+                dial.result.close()
         elif dial.failure:
             self.stream.fail(dial.failure)
+        else:
+            dial.result.opened_at = self.hub.loop.now
+            self._ask(dial.result)
 
     def _ask(self, connection: Connection) -> None:
         self.connection, self.stream.asked = connection, True
         self.state, self.since = self.SENDING, self.hub.loop.now
         self._sent_at = self.since
-        self._send(self.hub.upstream.target.encode(self.stream.call))
+        self._send(self.hub.upstream.target.encode_head(self.stream.call), self.stream.call.body)
         self.watch()
         self.stream.set_alarm()
 
-    def _send(self, request: bytes = b"") -> None:
+    def _send(self, head: bytes = b"", body: bytes = b"") -> None:
         try:
-            done = self.connection.write(request) if request else self.connection.flush()
+            done = self.connection.write(head, body) if head else self.connection.flush()
         except OSError:  # it may have answered without reading all
             done = True
         if done:
             self.state = self.AWAITING
-            if not request:
+            if not head:
                 self.watch()
 
     def _take_head(self, data: bytes) -> None:
@@ -5279,6 +5319,10 @@ class Hub:
         self.loop = Loop(report=self.log.error)
         self.workers = Workers(self.loop, self.log.error, start)
         self.pool = Pool(self.loop)
+
+    def dial(self, lifeline: Lifeline) -> Connection:
+        """Return a new connection to upstream.  Blocks.  Raises UpstreamError."""
+        return self.upstream.dial(lifeline)
 
     def stream(self, call: Call, answer: Answer, exchange: Asker) -> Stream:
         return Stream(self, call, answer, exchange)
