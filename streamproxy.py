@@ -21,33 +21,33 @@ It terminates no TLS, stores nothing and knows no users: nginx in front does the
 
 Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
-    12  Loop      tells that a client's socket can be read
-    14  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 8 to 11)
-    15  Upstream  opens a connection, in a thread of 13, unless the Pool has one that is warm
-    16  Source    sends the request, and reads the answer
+    13  Loop      tells that a client's socket can be read
+    15  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 8 to 11)
+    16  Upstream  opens a connection, in a thread of 14, unless the Pool has one that is warm
+    17  Source    sends the request, and reads the answer
                     BodyDecoder  upstream's framing to the bytes of the body                 (pure: 8)
                     EventParser  bytes to events                                             (pure: 4)
                     Answer       events to what the client asked for                         (pure: 3, 5 to 7)
-    17  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
-    18  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
+    18  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
+    19  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
 
 One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
 only what may block:
 
-    a Dial         from Source.open until it is posted back: a worker; the loop can cut its lifeline
-    a Connection   the worker that dials it; from then on the loop's, in Source and Pool
-    the token file the worker that looks at it; the loop reads the last version, which is replaced whole
-    a line of log  the log's thread, once it is queued
+    a Dial          from Source.open until it is posted back: a worker; the loop can cut its lifeline
+    a Connection    the worker that dials it; from then on the loop's, in Source and Pool
+    the token file  the worker that looks at it; the loop reads the last version, which is replaced whole
+    a line of log   the log's thread, once it is queued
 
-A client that leaves costs upstream nothing more, whatever is under way:
+A client that leaves is closed, and costs upstream nothing more.  Where it waits for an answer, a line of log says
+so, with the status that it was told, or 499:
 
-    Client IDLE                  it is closed
-    Client HEAD, BODY            a line of log says so (499), and it is closed
+    Client IDLE, LINGERING       nothing is under way: it has not asked, or was answered
+    Client HEAD, BODY            upstream was not asked
+    Client ANSWERING             nor here, while its token is judged; then a Source and a Viewer are at work:
     Source DIALING               the lifeline is cut, and the connection is closed when the worker hands it over
-    Source SENDING to FLOWING    the connection to upstream is closed at once
-    Source ENDING                likewise; all but a word or two had come
-    Viewer LAST                  upstream is done with; what the client did not take is dropped
-    Client LINGERING             it was answered; it is closed
+    Source SENDING to ENDING     the connection to upstream is closed at once
+    Source OVER, Viewer LAST     upstream is done with; what the client did not take is dropped
 
 Sources: RFC 9110 and 9112 (HTTP), WHATWG HTML section 9.2 (server-sent events).
 """
@@ -117,6 +117,7 @@ log = logging.getLogger("streamproxy")
 
 # Bytes.
 READ_SIZE = 64 * 1024  # asked of a socket at a time; it leaves at once, so this bounds what waits for a slow client
+TAKE_SIZE = 16 * 1024  # the same of a client: of a body in chunks of one byte, as much holds up the rest for 3 ms
 MAX_HEAD_SIZE = 64 * 1024  # of a head, of a request or an answer
 MAX_SKIMMED = 256 * 1024  # of a JSON document that is parsed only for the log's sake: it would hold up the rest
 MAX_EVENT_SIZE = 16 * 1024 * 1024  # of an event or a JSON document, held until it is whole: images make several MB
@@ -158,7 +159,8 @@ SPARE_CONNECTIONS = 256  # beyond two a stream: those between two requests, and 
 BACKLOG = 1024  # of connections that wait to be accepted (socketserver: 5)
 MAX_SURPLUS = 256  # connections beyond those, which are answered that there are too many
 MAX_WORKERS = 4  # threads that are parked; more of them starve the loop of the interpreter
-MAX_BEGINNINGS = 8  # new connections, and requests, of a turn of the loop
+MAX_BEGINNINGS = 8  # new connections, requests, and clients that leave, of a turn of the loop
+MAX_ALARMS = 64  # that go off in a turn
 MAX_READY = 1024  # sockets seen to in a turn
 MAX_LOG_LINES = 4000  # that wait to be written
 
@@ -1747,7 +1749,6 @@ def body_decoder(fields: Mapping[str, str], default: BodyDecoder, lenient: bool 
 
 _LINE_START = re.compile(f"{_TOKEN[:-1]}|\r?\\Z".encode())  # or what can become one
 _REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])")  # RFC 9112 section 3
-_BARE_LF = re.compile(b"(?<!\r)\n")
 _BAD_LINE = "The request line is not in HTTP's grammar."
 _HOST = re.compile(r"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
 
@@ -1812,8 +1813,11 @@ def parse_request_head(data: bytes) -> tuple[Request, bytes] | None:
         raise RequestError("The head of the request is too large.", 431 if 0 <= data.find(b"\n", begin) < MAX_HEAD_SIZE else 414)
     request = parse_request_line(data)
     if end < 0 or not request:
-        if _BARE_LF.search(data):
+        lines = data.count(b"\r\n", begin)
+        if data.count(b"\n", begin) > lines:
             raise RequestError("A line of the request ends in a bare LF.")
+        if lines > MAX_FIELDS + 1:
+            raise RequestError("The request has too many header fields.", 431)
         return None
     request.take_fields(data[begin:end])
     return request, data[end + 4 :]
@@ -2777,7 +2781,162 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
-# 12 ------------------------------------------------------------------ Loop
+# 12 ------------------------------------------------------------------ Chat page
+
+_PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, interactive-widget=resizes-content">
+<title>streamproxy</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; scrollbar-gutter: stable; }
+* { box-sizing: border-box; margin: 0; font: inherit; unicode-bidi: plaintext; }
+body { display: flex; flex-direction: column; min-height: 100dvh; max-width: 46rem;
+  margin: auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
+main { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; }
+.message { margin: 1.5rem 0; }
+.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem 1rem;
+  border-radius: .75rem; background: light-dark(#eef0f3, #2b2f36); }
+.error { padding-left: 1rem; border-left: 3px solid; color: light-dark(#a3201a, #ffa198); }
+.note, details { margin: .5rem 0; font-size: .875rem; color: light-dark(#5c636d, #9ba2ac); }
+.streaming::after { content: "\25cf"; animation: fade 1s infinite alternate; }
+@keyframes fade { to { opacity: .2; } }
+form { position: sticky; bottom: 0; display: flex; align-items: end; gap: .5rem;
+  padding: .5rem 0 1rem; background: Canvas; }
+textarea, button, input { padding: .5rem 1rem; border-radius: .75rem; }
+textarea, input { flex: 1; min-width: 0; resize: none; background: Canvas; }
+button { border: 0; background: light-dark(#1d57b0, #8fb6f5); color: Canvas; }
+</style>
+<main id="log" role="log" aria-label="Conversation"></main>
+<form>
+  <input id="token" type="password" aria-label="Client token" placeholder="Token" autocomplete="off" hidden>
+  <textarea id="prompt" rows="3" aria-label="Message" placeholder="Message" autofocus></textarea>
+  <button id="send">Send</button>
+  <button id="stop" type="button" hidden>Stop</button>
+</form>
+<script>
+const [page, log, form, token, input, sendButton, stopButton] =
+  ["html", "#log", "form", "#token", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
+const messages = [];     // the conversation so far
+let controller = null;   // stops the answer that is arriving; null when none is
+token.value = sessionStorage.getItem("token") || "";   // kept for this tab
+
+// All text enters the page here, as text: nothing that arrives is ever read as markup.
+function grow(element, text) {
+  const atEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
+  element.append(text);
+  if (atEnd) page.scrollTop = page.scrollHeight;
+}
+
+function add(parent, tag, className, text) {
+  const element = parent.appendChild(document.createElement(tag));
+  element.className = className;
+  grow(element, text);
+  return element;
+}
+
+function addReasoning(message) {
+  const details = add(message, "details", "reasoning", "");
+  add(details, "summary", "label", "Reasoning");
+  return add(details, "p", "text", "");
+}
+
+// What is said of answers that did not end by themselves.
+const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."};
+
+// The events of an event stream, wherever its bytes were cut on the way.
+async function* readEvents(body) {
+  const reader = body.getReader(), decoder = new TextDecoder();
+  let rest = "";
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    const events = (rest + decoder.decode(value, {stream: true})).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const [, type = "message", data] = /(?:event: (\w+)\n)?data: (.*)/s.exec(event) || [];
+      if (data) yield [type, JSON.parse(data)];
+    }
+  }
+}
+
+async function ask(question) {
+  const turn = {role: "user", content: question};
+  add(log, "h2", "message user", question);
+  const message = add(log, "div", "message assistant streaming", "");
+  page.scrollTop = page.scrollHeight;
+  let reasoning = null, answer = null, note = "", error = "The server could not be reached.";
+  try {
+    const response = await fetch(location.origin + location.pathname, {
+      method: "POST", body: JSON.stringify({messages: [...messages, turn]}), signal: controller.signal,
+      headers: {"Content-Type": "application/json", "Accept": "text/event-stream",
+        ...token.value && {"Authorization": `Bearer ${token.value}`}}});
+    token.hidden = response.status !== 401;
+    if (token.hidden) sessionStorage.setItem("token", token.value);
+    error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
+    if (!response.ok) error = (await response.json()).error || error;
+    else for await (const [type, data] of readEvents(response.body)) {
+      if (type === "message") grow(answer ||= add(message, "p", "text", ""), data.text);
+      if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
+      if (type === "error") error = data.error;
+      if (type === "done") error = "";
+      note = ENDINGS[data.finish_reason] || note;
+    }
+  } catch {}   // a lost connection or a body that is not JSON: error already says it
+  if (controller.signal.aborted) [error, note] = ["", "Stopped."];
+  message.classList.remove("streaming");
+  if (answer) messages.push(turn, {role: "assistant", content: answer.textContent});
+  else input.value ||= question;   // nothing was said: offer the question again
+  if (!token.hidden) token.focus();
+  if (note) add(message, "p", "note", note);
+  if (error) add(log, "p", "message error", error);
+}
+
+function setRunning(running) {
+  controller = running ? new AbortController() : null;
+  if (document.activeElement.matches("button")) input.focus();   // the button is about to go
+  sendButton.hidden = running;
+  stopButton.hidden = !running;
+  log.ariaBusy = running;   // an answer is read out when it is whole
+}
+
+form.addEventListener("submit", async event => {
+  event.preventDefault();
+  const question = input.value;
+  if (controller || !question.trim()) return;
+  input.value = "";
+  setRunning(true);
+  await ask(question);
+  setRunning(false);
+});
+input.addEventListener("keydown", event => {
+  if (event.key !== "Enter" || event.shiftKey || event.keyCode === 229) return;   // 229: input method
+  event.preventDefault();
+  form.requestSubmit();
+});
+stopButton.addEventListener("click", () => controller.abort());
+</script>
+"""
+
+
+def _page_policy(page: str) -> str:
+    """The page's Content-Security-Policy: its own style and script, by hash, and its own server."""
+    hashes = {}
+    for tag in ("script", "style"):
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}';"
+        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+PAGE = _PAGE.encode()
+PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
+
+
+# 13 ------------------------------------------------------------------ Loop
 
 READ, WRITE = 1, 4  # as in poll(2); a hang-up or an error is told by other bits, and by the next read
 
@@ -2796,7 +2955,7 @@ class _Selector:
         self._selector.modify(fd, events & READ | events // WRITE * selectors.EVENT_WRITE)
 
     def poll(self, timeout: float | None, most: int) -> list[tuple[int, int]]:
-        ready = self._selector.select(timeout)[:most]
+        ready = self._selector.select(timeout)  # all of them: which are the first is always the same
         return [(key.fd, events & READ | events // selectors.EVENT_WRITE * WRITE) for key, events in ready]
 
 
@@ -2817,6 +2976,9 @@ class Alarm:
         """Go off at when, by the loop's clock, if not before."""
         if when < self.at:
             self._loop.arm(self, when)
+
+    def __lt__(self, other: object) -> bool:
+        return False  # a heap asks, of two with one time
 
     def close(self) -> None:
         self.call = None  # the loop may hold an alarm for long, but not what it would call
@@ -2839,9 +3001,9 @@ class Loop:
         self._watched: dict[int, tuple[int, Callable[[int], object]]] = {}  # by descriptor
         self._posts: collections.deque[Callable[[], object]] = collections.deque()
         self._begun: collections.deque[Callable[[], object]] = collections.deque()
-        self._alarms: list[tuple[float, int, Alarm]] = []  # a heap; an entry counts if its alarm has that time
+        self._full = 0  # turns in which not all could be seen to, since an alarm is due
+        self._alarms: list[tuple[float, Alarm]] = []  # a heap; an entry counts if its alarm has that time
         self._stale = 0  # of those, how many do not count, about
-        self._order = itertools.count()  # so that the heap never compares alarms
         self._bell, self._rope = socket.socketpair()  # pulling the rope rings the bell, which wakes the selector
         self._bell.setblocking(False)
         self._asleep = False
@@ -2864,9 +3026,10 @@ class Loop:
             self._thread.join()
 
     def close(self) -> None:
-        """Do what was posted since, and be of no more use."""
-        while self._posts:
-            self._call(self._posts.popleft())
+        """Do what was posted, or had to wait, since then, and be of no more use."""
+        for calls in (self._posts, self._begun):
+            while calls:
+                self._call(calls.popleft())
         for resource in (self._epoll, self._bell, self._rope):
             resource.close()
 
@@ -2877,9 +3040,12 @@ class Loop:
             self._asleep = False
             self._rope.send(b"!")
 
-    def begin(self, call: Callable[[], object]) -> None:
-        """Make a call that begins something new, of which a turn makes a few: what is under way comes first."""
-        self._begun.append(call)
+    def begin(self, call: Callable[[], object], urgent: bool = False) -> None:
+        """Make a call that takes its time, of which a turn makes a few: pieces of text come first.
+
+        urgent: it ends something that costs, and goes before those that begin something.
+        """
+        (self._begun.appendleft if urgent else self._begun.append)(call)
 
     def watch(self, sock: socket.socket, events: int, call: Callable[[int], object]) -> None:
         """Call when sock is ready for events: READ, WRITE or both.  Undone by unwatch, before sock is closed."""
@@ -2900,9 +3066,9 @@ class Loop:
         self._stale += alarm.at != math.inf
         alarm.at = when
         if when != math.inf:
-            heapq.heappush(self._alarms, (when, next(self._order), alarm))
+            heapq.heappush(self._alarms, (when, alarm))
         if self._stale > 1000 + len(self._alarms) // 2:  # they would stay until their time
-            self._alarms = [entry for entry in self._alarms if entry[2].at == entry[0]]
+            self._alarms = [entry for entry in self._alarms if entry[1].at == entry[0]]
             heapq.heapify(self._alarms)
             self._stale = 0
 
@@ -2922,8 +3088,10 @@ class Loop:
         if self._begun:
             for _ in range(min(len(self._begun), MAX_BEGINNINGS)):
                 self._call(self._begun.popleft())
-        if self._alarms and self._alarms[0][0] <= self.now and len(ready) < MAX_READY:
-            self._ring()
+        if self._alarms and self._alarms[0][0] <= self.now:
+            self._full += 1
+            if len(ready) < MAX_READY or self._full > len(self._watched) // MAX_READY:  # all had their turn
+                self._ring()
 
     def _poll(self, timeout: float) -> list[tuple[int, int]]:
         if self._alarms:
@@ -2940,9 +3108,12 @@ class Loop:
         return ready
 
     def _ring(self) -> None:
-        """Have the alarms go off whose time has come."""
-        while self._alarms and self._alarms[0][0] <= self.now:
-            when, _, alarm = heapq.heappop(self._alarms)
+        """Have alarms go off whose time has come: a few, and the others in the next turns."""
+        self._full = 0
+        for _ in range(MAX_ALARMS):
+            if not self._alarms or self._alarms[0][0] > self.now:
+                break
+            when, alarm = heapq.heappop(self._alarms)
             if alarm.at == when:
                 alarm.at = math.inf
                 if alarm.call:
@@ -2977,7 +3148,7 @@ class Loop:
                 on_fault(error)
 
 
-# 13 ------------------------------------------------------------------ Threads
+# 14 ------------------------------------------------------------------ Threads
 
 
 class Workers:
@@ -3150,10 +3321,10 @@ class LogWriter:
         for _ in range(count):
             self._guard(1, self._emit, *self._lines.popleft())
         lost = self._lost
-        if lost and self._guard(0, self._emit, logging.ERROR, f"{lost} lines of log were lost"):
+        told = lost and self._guard(0, self._emit, logging.ERROR, f"{lost} lines of log were lost")
+        flushed = [self._guard(count, handler.flush) for handler in log.handlers]
+        if told and all(flushed):
             self._lost -= lost
-        for handler in log.handlers:
-            self._guard(count, handler.flush)
 
     def _emit(self, level: int, line: object) -> None:
         if log.isEnabledFor(level):  # log.log would look for the line of code, too
@@ -3174,7 +3345,7 @@ def start_thread(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="worker", daemon=True).start()
 
 
-# 14 ------------------------------------------------------------------ Clients
+# 15 ------------------------------------------------------------------ Clients
 
 
 class Peer:
@@ -3183,7 +3354,7 @@ class Peer:
     def __init__(self, sock: socket.socket, loop: Loop) -> None:
         """sock must not block."""
         self.sock, self.loop = sock, loop
-        self.pending = b""  # what the socket did not take
+        self.pending: bytes | memoryview = b""  # what the socket did not take
         self.lost = False  # the client is gone, and what is sent goes nowhere
         loop.watch(sock, READ, self.on_ready)
 
@@ -3192,7 +3363,7 @@ class Peer:
             self._flush()
         if events & ~WRITE and not self.lost:
             try:
-                data = self.sock.recv(READ_SIZE)
+                data = self.sock.recv(TAKE_SIZE)
             except BlockingIOError:
                 return
             except OSError:
@@ -3207,18 +3378,17 @@ class Peer:
         if self.lost:
             return
         if self.pending:
-            self.pending += data
+            self.pending = b"".join((self.pending, data))
             return
         try:
             sent = self.sock.send(data)
         except BlockingIOError:
             sent = 0
         except OSError:
-            self.lost = True
-            self.loop.post(self._lose)  # not from here: whoever sends is not done
+            self._lose()
             return
         if sent < len(data):
-            self.pending = data[sent:]
+            self.pending = memoryview(data)[sent:]  # of a large answer, what is left is not copied again and again
             self.loop.watch(self.sock, READ | WRITE, self.on_ready)
             self.on_blocked()
 
@@ -3235,7 +3405,7 @@ class Peer:
         except OSError:
             self._lose()
             return
-        self.pending = self.pending[sent:]
+        self.pending = self.pending[sent:] or b""
         if self.pending:
             self.on_blocked()
         else:
@@ -3243,9 +3413,13 @@ class Peer:
             self.on_drained()
 
     def _lose(self) -> None:
+        """Take note that the client is gone, and end as soon as a turn has time: many may leave at once."""
+        self.lost, self.pending = True, b""
+        self.loop.unwatch(self.sock)
+        self.loop.begin(self._end_lost, urgent=True)
+
+    def _end_lost(self) -> None:
         if self.sock.fileno() >= 0:  # it was not closed meanwhile
-            self.lost, self.pending = True, b""
-            self.loop.unwatch(self.sock)
             self.on_lost()
 
     def on_data(self, data: bytes) -> None:
@@ -3293,9 +3467,10 @@ class Client(Peer):
             return
         self.data = self.data + data if self.data else data
         if self.state == self.BODY:
-            self._read_body()
-        elif self.state != self.ANSWERING:
-            self.loop.begin(self.begin)
+            if self._read_body() and self.exchange:
+                self.loop.begin(self.exchange.go_on)
+        elif self.state == self.IDLE or (self.state == self.HEAD and (b"\n" in data or len(self.data) > MAX_HEAD_SIZE)):
+            self.loop.begin(self.begin)  # which must not look through a head that drips in each time
         elif self.exchange and len(self.data) > MAX_PIPELINED + self.exchange.body_room():
             self.exchange.drop(Aborted("The client sent too much while its answer was on its way."))
 
@@ -3320,7 +3495,8 @@ class Client(Peer):
     def expect_body(self) -> None:
         """Read the body of the request, and have its exchange go on once it is there."""
         self.state = self.BODY
-        self._read_body()
+        if self._read_body() and self.exchange:
+            self.exchange.go_on()
 
     def on_answered(self, cut: bool) -> None:
         """The answer has left: read on, or close; at once where it was cut, or it would look complete."""
@@ -3421,7 +3597,8 @@ class Client(Peer):
         else:
             self._set_alarm()
 
-    def _read_body(self) -> None:
+    def _read_body(self) -> bool:
+        """Take what has come of the body; tell if it is whole, and good."""
         assert self.exchange
         body = self.exchange.request.body
         part = body.feed(self.data)
@@ -3430,7 +3607,7 @@ class Client(Peer):
             self.state = self.ANSWERING
         else:
             self._set_alarm()
-        self.exchange.on_body(part)
+        return self.exchange.on_body(part)
 
     def _linger(self, data: bytes) -> None:
         """Drop what is left of a request: a little for the sake of the connection, else until the client closes."""
@@ -3558,7 +3735,7 @@ class Exchange:
         self.server.limits.enter(name or key, self._counts)
         self.place = name or key
         if self.request.method != "POST":
-            self._go_on()
+            self.go_on()
             return
         if "transfer-encoding" not in fields and "content-length" not in fields:
             raise RequestError("A body needs a Content-Length.", 411)
@@ -3573,20 +3750,22 @@ class Exchange:
         """Return how much of its body may come before the exchange is ready for it."""
         return 0 if self.request.body.complete else self.server.settings.max_body
 
-    def on_body(self, part: bytes) -> None:
-        """Take a part of the body; go on once it is whole."""
+    def on_body(self, part: bytes) -> bool:
+        """Take a part of the body; tell if it is whole, and good."""
         self.received += part
         limit = self.server.settings.max_body
         if self.request.body.broken:
             self.refuse(RequestError("The chunked coding of the body is broken."))
         elif len(self.received) > limit:
             self.refuse(RequestError(f"The body is larger than {limit} bytes.", 413))
-        elif self.request.body.complete:
-            self._step(self._go_on)
+        else:
+            return self.request.body.complete
+        return False
 
-    def _go_on(self) -> None:
-        assert self._then
-        self._then()
+    def go_on(self) -> None:
+        """Do what the request was let in for, unless its client has left, or was refused, meanwhile."""
+        if self._then and not self.status:
+            self._step(self._then)
 
     # What is answered.
 
@@ -3873,7 +4052,7 @@ _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
-# 15 ------------------------------------------------------------------ Upstream
+# 16 ------------------------------------------------------------------ Upstream
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -4221,15 +4400,15 @@ class Connection:
         return self.flush()
 
     def flush(self) -> bool:
-        """Go on with write."""
-        while self._unsent:
+        """Go on with write, once: whoever reads as fast as this sends would hold up the rest."""
+        if self._unsent:
             try:
                 sent = self.sock.send(self._unsent)
             except BlockingIOError:
                 return False
             # A view: what is left of a large body is not copied again and again.
             self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
-        return True
+        return not self._unsent
 
     def close(self) -> None:
         self.sock.close()
@@ -4309,12 +4488,10 @@ class TlsConnection(Connection):
         return plain
 
     def flush(self) -> bool:
-        while self._push():
-            if not self._unsent:
-                return True
+        if self._push() and self._unsent:
             sent = self._tls.write(self._unsent[:READ_SIZE])
             self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
-        return False
+        return self._push() and not self._unsent
 
     def close(self) -> None:
         """Say so first (RFC 8446 section 6.1); what was sent of a request tells what that is worth."""
@@ -4596,7 +4773,7 @@ class Pool:
                 self.drop(spare)
 
 
-# 16 ------------------------------------------------------------------ Sources
+# 17 ------------------------------------------------------------------ Sources
 
 
 class Dial:
@@ -4702,6 +4879,8 @@ class Source:
     def on_ready(self, events: int) -> None:
         if self.state == self.SENDING:
             self._send()
+            if self.stream.viewer.blocked:
+                return
         data = self.connection.read()
         if data is None:
             return
@@ -4726,7 +4905,7 @@ class Source:
     def _on_dialed(self) -> None:
         dial, self._dial = self._dial, None
         assert dial
-        if self.state == self.OVER:
+        if self.state == self.OVER or self.stream.viewer.client.lost:
             if dial.connection:
                 dial.connection.close()
         elif dial.connection:
@@ -4765,7 +4944,7 @@ class Source:
             if not parsed:
                 return
             status, fields, rest = parsed
-            body = BodyDecoder(0) if status in (204, 304) else body_decoder(fields, BodyDecoder())
+            body = BodyDecoder(0) if status in (204, 304) else body_decoder(fields, BodyDecoder(), lenient=True)
         except ValueError as error:
             self.stream.fail(Garbled(f"Upstream's answer cannot be read: {error}."))
             return
@@ -4773,9 +4952,11 @@ class Source:
             self.stream.fail(UpstreamError("Upstream closed the connection without an answer."), stale=True)
             return
         self._head, self._body = b"", body
-        # A refusal may come before a large request was read; then nobody reads a second one behind it.
-        unread = status >= 400 and len(self.stream.call.body) > MAX_DISCARDED
-        self._keeps_alive = not unread and body.left is not None and "close" not in fields.get("connection", "").lower()
+        # What comes before all was sent, or refuses a large request, may be all that comes: nobody reads on, and
+        # certainly no second request behind it.  Behind a 101 another protocol is spoken.
+        large = len(self.stream.call.body) > MAX_DISCARDED
+        last = self.state == self.SENDING or (large and status >= 400) or status == 101
+        self._keeps_alive = not last and body.left is not None and "close" not in fields.get("connection", "").lower()
         self.answer = self.stream.answer = self.answer.start(status, fields)
         self.stream.on_head()
         self._take(body, rest)
@@ -4798,8 +4979,8 @@ class Source:
             if stream.first_text_at is None and answer.notes.pieces:
                 stream.first_text_at = self.hub.loop.now
             stream.viewer.more()
-            if stream.viewer.client.pending:
-                self.watch()
+        if out and stream.viewer.client.pending:
+            self.watch()
         if answer.life != life and self.state != self.OVER:
             self.since = self.hub.loop.now
             if self.state < self.FLOWING or (self.state == self.ENDING) != (answer.state == Answer.ENDING):
@@ -4834,7 +5015,7 @@ class Source:
         self.stream.set_alarm()
 
 
-# 17 ------------------------------------------------------------------ Viewers
+# 18 ------------------------------------------------------------------ Viewers
 
 
 class Record:
@@ -4924,7 +5105,7 @@ class Viewer:
         self.state = self.OPEN
 
 
-# 18 ------------------------------------------------------------------ Streams
+# 19 ------------------------------------------------------------------ Streams
 
 
 class Stream:
@@ -4947,6 +5128,8 @@ class Stream:
     def ask(self, fresh: bool = False) -> None:
         """Ask upstream; fresh: not on a warm connection."""
         self.asked = False
+        if self.viewer.client.lost:  # which this is about to be told
+            return
         self._source = Source(self)
         self._source.open(fresh)
         self.set_alarm()
@@ -5095,7 +5278,87 @@ class Hub:
         self.log.close(CLOSE_TIMEOUT)
 
 
-# 19 ------------------------------------------------------------------ Server
+# 20 ------------------------------------------------------------------ Demo upstream
+
+DEMO_PAUSE = 0.05  # seconds between two words: a human pace
+DEMO_ANSWER = (
+    "You asked: \u201c{prompt}\u201d\n\nNo model has read it. This is streamproxy\u2019s built-in upstream,"
+    " which sends your words back over real HTTP, one event a word: Gr\u00fc\u00dfe, \u4f60\u597d,"
+    " \u0928\u092e\u0938\u094d\u0924\u0947, \U0001f44b\U0001f3fd. Set OPENAI_API_KEY and leave out --demo"
+    " to ask a real one.\n"
+)
+
+
+class DemoHandler(http.server.BaseHTTPRequestHandler):
+    """A chat-completions API that echoes what it was asked, word by word."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        models = [{"id": DEFAULT_MODEL, "object": "model", "created": 0, "owned_by": "streamproxy"}]
+        self._answer({"object": "list", "data": models})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = str(asked["messages"][-1]["content"])
+        words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{prompt}", prompt))
+        usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
+        usage["total_tokens"] = sum(usage.values())
+        if not asked.get("stream"):
+            message = {"role": "assistant", "content": "".join(words)}
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            self._answer({"id": "chatcmpl-demo", "object": "chat.completion", "choices": choices, "usage": usage})
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the proxy leaves when its client does
+            self._send([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+            for word in words:
+                time.sleep(DEMO_PAUSE)
+                self._send([{"index": 0, "delta": {"content": word}, "finish_reason": None}])
+            self._send([{"index": 0, "delta": {}, "finish_reason": "stop"}])
+            self._send([], usage=usage)
+            self.wfile.write(encode_chunk(encode_event("[DONE]")) + LAST_CHUNK)
+
+    def _send(self, choices: Sequence[object], **more: object) -> None:
+        payload = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": choices, **more}
+        self.wfile.write(encode_chunk(encode_event(json.dumps(payload))))
+
+    def _answer(self, payload: object) -> None:
+        body = json.dumps(payload).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class _DemoServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = BACKLOG
+
+
+@contextlib.contextmanager
+def demo_upstream(settings: Settings) -> Iterator[Settings]:
+    """Run the built-in upstream where settings ask for it; give the settings that lead there."""
+    if not settings.demo:
+        yield settings
+        return
+    with _DemoServer(("127.0.0.1", 0), DemoHandler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
+        try:
+            yield settings.replace(upstream=f"http://127.0.0.1:{server.server_address[1]}/v1")
+        finally:
+            server.shutdown()
+
+
+# 21 ------------------------------------------------------------------ Server
 
 
 class Lookout:
@@ -5149,7 +5412,7 @@ class Lookout:
 
     def _release(self, asked: list[Callable[[], object]]) -> None:
         for then in asked:
-            self._hub.loop.post(then)  # each on its own: a fault in one is none in another
+            self._hub.loop.begin(then)  # each on its own: a fault in one is none in another
         asked.clear()
 
     def _on_alarm(self) -> None:
@@ -5419,241 +5682,6 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
             yield decoder.decode(data)
         if listener.stream.failure:
             raise listener.stream.failure
-
-
-# 20 ------------------------------------------------------------------ Demo upstream
-
-DEMO_PAUSE = 0.05  # seconds between two words: a human pace
-DEMO_ANSWER = (
-    "You asked: \u201c{prompt}\u201d\n\nNo model has read it. This is streamproxy\u2019s built-in upstream,"
-    " which sends your words back over real HTTP, one event a word: Gr\u00fc\u00dfe, \u4f60\u597d,"
-    " \u0928\u092e\u0938\u094d\u0924\u0947, \U0001f44b\U0001f3fd. Set OPENAI_API_KEY and leave out --demo"
-    " to ask a real one.\n"
-)
-
-
-class DemoHandler(http.server.BaseHTTPRequestHandler):
-    """A chat-completions API that echoes what it was asked, word by word."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_GET(self) -> None:
-        models = [{"id": DEFAULT_MODEL, "object": "model", "created": 0, "owned_by": "streamproxy"}]
-        self._answer({"object": "list", "data": models})
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = str(asked["messages"][-1]["content"])
-        words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{prompt}", prompt))
-        usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
-        usage["total_tokens"] = sum(usage.values())
-        if not asked.get("stream"):
-            message = {"role": "assistant", "content": "".join(words)}
-            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-            self._answer({"id": "chatcmpl-demo", "object": "chat.completion", "choices": choices, "usage": usage})
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        with contextlib.suppress(OSError):  # the proxy leaves when its client does
-            self._send([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
-            for word in words:
-                time.sleep(DEMO_PAUSE)
-                self._send([{"index": 0, "delta": {"content": word}, "finish_reason": None}])
-            self._send([{"index": 0, "delta": {}, "finish_reason": "stop"}])
-            self._send([], usage=usage)
-            self.wfile.write(encode_chunk(encode_event("[DONE]")) + LAST_CHUNK)
-
-    def _send(self, choices: Sequence[object], **more: object) -> None:
-        payload = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": choices, **more}
-        self.wfile.write(encode_chunk(encode_event(json.dumps(payload))))
-
-    def _answer(self, payload: object) -> None:
-        body = json.dumps(payload).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class _DemoServer(socketserver.ThreadingTCPServer):
-    daemon_threads = True
-    request_queue_size = BACKLOG
-
-
-@contextlib.contextmanager
-def demo_upstream(settings: Settings) -> Iterator[Settings]:
-    """Run the built-in upstream where settings ask for it; give the settings that lead there."""
-    if not settings.demo:
-        yield settings
-        return
-    with _DemoServer(("127.0.0.1", 0), DemoHandler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
-        try:
-            yield settings.replace(upstream=f"http://127.0.0.1:{server.server_address[1]}/v1")
-        finally:
-            server.shutdown()
-
-
-# 21 ------------------------------------------------------------------ Chat page
-
-_PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, interactive-widget=resizes-content">
-<title>streamproxy</title>
-<link rel="icon" href="data:,">
-<style>
-:root { color-scheme: light dark; scrollbar-gutter: stable; }
-* { box-sizing: border-box; margin: 0; font: inherit; unicode-bidi: plaintext; }
-body { display: flex; flex-direction: column; min-height: 100dvh; max-width: 46rem;
-  margin: auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
-main { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; }
-.message { margin: 1.5rem 0; }
-.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem 1rem;
-  border-radius: .75rem; background: light-dark(#eef0f3, #2b2f36); }
-.error { padding-left: 1rem; border-left: 3px solid; color: light-dark(#a3201a, #ffa198); }
-.note, details { margin: .5rem 0; font-size: .875rem; color: light-dark(#5c636d, #9ba2ac); }
-.streaming::after { content: "\25cf"; animation: fade 1s infinite alternate; }
-@keyframes fade { to { opacity: .2; } }
-form { position: sticky; bottom: 0; display: flex; align-items: end; gap: .5rem;
-  padding: .5rem 0 1rem; background: Canvas; }
-textarea, button, input { padding: .5rem 1rem; border-radius: .75rem; }
-textarea, input { flex: 1; min-width: 0; resize: none; background: Canvas; }
-button { border: 0; background: light-dark(#1d57b0, #8fb6f5); color: Canvas; }
-</style>
-<main id="log" role="log" aria-label="Conversation"></main>
-<form>
-  <input id="token" type="password" aria-label="Client token" placeholder="Token" autocomplete="off" hidden>
-  <textarea id="prompt" rows="3" aria-label="Message" placeholder="Message" autofocus></textarea>
-  <button id="send">Send</button>
-  <button id="stop" type="button" hidden>Stop</button>
-</form>
-<script>
-const [page, log, form, token, input, sendButton, stopButton] =
-  ["html", "#log", "form", "#token", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
-const messages = [];     // the conversation so far
-let controller = null;   // stops the answer that is arriving; null when none is
-token.value = sessionStorage.getItem("token") || "";   // kept for this tab
-
-// All text enters the page here, as text: nothing that arrives is ever read as markup.
-function grow(element, text) {
-  const atEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
-  element.append(text);
-  if (atEnd) page.scrollTop = page.scrollHeight;
-}
-
-function add(parent, tag, className, text) {
-  const element = parent.appendChild(document.createElement(tag));
-  element.className = className;
-  grow(element, text);
-  return element;
-}
-
-function addReasoning(message) {
-  const details = add(message, "details", "reasoning", "");
-  add(details, "summary", "label", "Reasoning");
-  return add(details, "p", "text", "");
-}
-
-// What is said of answers that did not end by themselves.
-const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."};
-
-// The events of an event stream, wherever its bytes were cut on the way.
-async function* readEvents(body) {
-  const reader = body.getReader(), decoder = new TextDecoder();
-  let rest = "";
-  for (;;) {
-    const {value, done} = await reader.read();
-    if (done) return;
-    const events = (rest + decoder.decode(value, {stream: true})).split("\n\n");
-    rest = events.pop();
-    for (const event of events) {
-      const [, type = "message", data] = /(?:event: (\w+)\n)?data: (.*)/s.exec(event) || [];
-      if (data) yield [type, JSON.parse(data)];
-    }
-  }
-}
-
-async function ask(question) {
-  const turn = {role: "user", content: question};
-  add(log, "h2", "message user", question);
-  const message = add(log, "div", "message assistant streaming", "");
-  page.scrollTop = page.scrollHeight;
-  let reasoning = null, answer = null, note = "", error = "The server could not be reached.";
-  try {
-    const response = await fetch(location.origin + location.pathname, {
-      method: "POST", body: JSON.stringify({messages: [...messages, turn]}), signal: controller.signal,
-      headers: {"Content-Type": "application/json", "Accept": "text/event-stream",
-        ...token.value && {"Authorization": `Bearer ${token.value}`}}});
-    token.hidden = response.status !== 401;
-    if (token.hidden) sessionStorage.setItem("token", token.value);
-    error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
-    if (!response.ok) error = (await response.json()).error || error;
-    else for await (const [type, data] of readEvents(response.body)) {
-      if (type === "message") grow(answer ||= add(message, "p", "text", ""), data.text);
-      if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
-      if (type === "error") error = data.error;
-      if (type === "done") error = "";
-      note = ENDINGS[data.finish_reason] || note;
-    }
-  } catch {}   // a lost connection or a body that is not JSON: error already says it
-  if (controller.signal.aborted) [error, note] = ["", "Stopped."];
-  message.classList.remove("streaming");
-  if (answer) messages.push(turn, {role: "assistant", content: answer.textContent});
-  else input.value ||= question;   // nothing was said: offer the question again
-  if (!token.hidden) token.focus();
-  if (note) add(message, "p", "note", note);
-  if (error) add(log, "p", "message error", error);
-}
-
-function setRunning(running) {
-  controller = running ? new AbortController() : null;
-  if (document.activeElement.matches("button")) input.focus();   // the button is about to go
-  sendButton.hidden = running;
-  stopButton.hidden = !running;
-  log.ariaBusy = running;   // an answer is read out when it is whole
-}
-
-form.addEventListener("submit", async event => {
-  event.preventDefault();
-  const question = input.value;
-  if (controller || !question.trim()) return;
-  input.value = "";
-  setRunning(true);
-  await ask(question);
-  setRunning(false);
-});
-input.addEventListener("keydown", event => {
-  if (event.key !== "Enter" || event.shiftKey || event.keyCode === 229) return;   // 229: input method
-  event.preventDefault();
-  form.requestSubmit();
-});
-stopButton.addEventListener("click", () => controller.abort());
-</script>
-"""
-
-
-def _page_policy(page: str) -> str:
-    """The page's Content-Security-Policy: its own style and script, by hash, and its own server."""
-    hashes = {}
-    for tag in ("script", "style"):
-        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}';"
-        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-PAGE = _PAGE.encode()
-PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
 
 
 # 22 ------------------------------------------------------------------ Command line
