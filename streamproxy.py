@@ -848,20 +848,6 @@ def parse_reason(choice: dict[str, Any]) -> str:
     return reason
 
 
-_Joiner = codecs.getincrementaldecoder("utf-16-le")  # which imports a module: later there may be no descriptor for it
-
-
-def join_halves(joiner: codecs.IncrementalDecoder, text: str) -> str:
-    """Return text with the surrogate pairs whole that upstream split over two events.
-
-    A tokeniser may cut an emoji in two, and JSON then carries each half as an escape of its own.
-    joiner, for UTF-16, keeps the first half until the second comes, and makes U+FFFD of one left alone.
-    """
-    if text.isascii() and not joiner.getstate()[0]:  # mostly
-        return text
-    return joiner.decode(text.encode("utf-16-le", "surrogatepass"))
-
-
 # 6 ------------------------------------------------------------------- Answers
 
 # What a body is.  Its first bytes tell: labels are wrong too often.
@@ -1165,6 +1151,9 @@ class Refusal(Answer):
         raise failure
 
 
+_Joiner = codecs.getincrementaldecoder("utf-16-le")  # which imports a module: later there may be no descriptor for it
+
+
 class TextAnswer(Answer):
     """The answer to one prompt as bare text."""
 
@@ -1175,7 +1164,7 @@ class TextAnswer(Answer):
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         super().__init__(redact)
         self._parser = EventParser(strict=False)
-        self._joiners = {"reasoning": _Joiner("replace"), "message": _Joiner("replace")}
+        self._joiners: dict[str, codecs.IncrementalDecoder] = {}
         self._messages: str | None = ""  # what messages have told; None: deltas tell, and a message would repeat it
 
     def encode(self, type: str, **payload: Any) -> bytes:
@@ -1189,8 +1178,7 @@ class TextAnswer(Answer):
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
         parser = self._parser
         for event in parser.feed(body):
-            if self._take_event(event, out):
-                break
+            self._take_event(event, out)
         if parser.idle and self.state < self.ENDING:
             self.life += parser.idle
             parser.idle = 0
@@ -1213,16 +1201,16 @@ class TextAnswer(Answer):
             if self._form == _DOCUMENT:
                 raise cut or garbled from None
 
-    def _take_event(self, event: Event, out: list[bytes]) -> bool:
-        """Take event; tell whether it is the last."""
+    def _take_event(self, event: Event, out: list[bytes]) -> None:
+        if self.state == self.DONE:
+            return
         self.notes.events += 1
         self.life += 1
         data = event.data
         if data.strip() == "[DONE]":
             self.state = self.DONE
-            return True
-        self._take_payload(check_payload(load_event(event), data, event.type), data, out)
-        return False
+        else:
+            self._take_payload(check_payload(load_event(event), data, event.type), data, out)
 
     def _take_payload(self, payload: dict[str, Any], data: str, out: list[bytes]) -> None:
         usage = '"usage"' in data and (payload.get("usage", payload) or data.count('"usage"') > 1)  # mostly null
@@ -1248,10 +1236,10 @@ class TextAnswer(Answer):
             text = message.removeprefix(self._messages)  # some are all the text so far
             self._messages += text
         if reasoning:
-            reasoning = join_halves(self._joiners["reasoning"], reasoning)
+            reasoning = self._joined("reasoning", reasoning)
             if reasoning:
                 out.append(self.encode("reasoning", text=reasoning))
-        text = text and join_halves(self._joiners["message"], text)
+        text = text and self._joined("message", text)
         if text:
             self.notes.pieces += 1
             self.notes.size += len(text.encode())
@@ -1264,6 +1252,19 @@ class TextAnswer(Answer):
             self.state = self.SETTLED if early else self.ENDING
         elif text:
             self.state = min(self.state, self.SETTLED)  # a finish_reason before it came early
+
+    def _joined(self, type: str, text: str) -> str:
+        """Return text with the surrogate pairs whole that upstream split over two events.
+
+        A tokeniser may cut an emoji in two, and JSON then carries each half as an escape of its own.  A joiner, for
+        UTF-16, keeps the first half until the second comes, and makes U+FFFD of one left alone.
+        """
+        joiner = self._joiners.get(type)
+        if text.isascii() and not (joiner and joiner.getstate()[0]):  # mostly
+            return text
+        if not joiner:
+            joiner = self._joiners[type] = _Joiner("replace")
+        return joiner.decode(text.encode("utf-16-le", "surrogatepass"))
 
 
 class EventAnswer(TextAnswer):
@@ -1441,23 +1442,19 @@ class PassedAnswer(Answer):
     def _look_through(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""
         out = []
-        for event in self._EVENT.findall(block):
-            out.append(self._take_piece(event, passed))
-            passed = 0
+        for piece in self._EVENT.findall(block):
+            shown, passed, counts = piece[passed:], 0, self.state < self.ENDING
+            if counts and self.notes.events and len(piece) < MAX_SKIMMED and is_dull(piece):
+                self.notes.events += 1
+                self.life += 1
+            else:
+                events = self._parser.feed(piece)
+                self.life += counts and len(events) + self._parser.idle
+                self._parser.idle = 0
+                if False in [self._is_harmless(event) for event in events]:
+                    shown = redact_bytes(shown, self._redact)
+            out.append(shown)
         return b"".join(out)
-
-    def _take_piece(self, piece: bytes, passed: int) -> bytes:
-        """Take one event; return what the client is to have of it."""
-        counts = self.state < self.ENDING
-        if self.notes.events and counts and len(piece) < MAX_SKIMMED and is_dull(piece):
-            self.notes.events += 1
-            self.life += 1
-            return piece[passed:]
-        events = self._parser.feed(piece)
-        self.life += counts and len(events) + self._parser.idle
-        self._parser.idle = 0
-        secret = False in [self._is_harmless(event) for event in events]
-        return redact_bytes(piece[passed:], self._redact) if secret else piece[passed:]
 
     def _is_harmless(self, event: Event) -> bool:
         """Take event; False: it is an error, and may have secrets."""
@@ -1886,11 +1883,9 @@ load_json = json.JSONDecoder(
 
 def _matching(pattern: str, allowed: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
     def read(text: str) -> Any:
-        try:
+        with contextlib.suppress(ValueError):
             if re.fullmatch(pattern, text):
                 return convert(text)
-        except ValueError:
-            pass
         raise ValueError(allowed)
 
     return read
@@ -2185,22 +2180,13 @@ def default_params(request: Mapping[str, Any], settings: Settings, refused: Cont
 class Call:
     """A request to upstream.  It does not change."""
 
-    path: str
-    body: bytes
-    fields: Mapping[str, str]
-    method: str
-    query: str
-    adapted: Adapted | None
-
     def __init__(
         self, path: str, body: bytes, fields: Mapping[str, str] | None = None, method: str = "POST", query: str = "",
         adapted: Adapted | None = None,
     ) -> None:  # fmt: skip
         """path: below the base URL.  adapted: what body was made from, and can be made from anew."""
-        vars(self).update(path=path, body=body, fields=fields or {}, method=method, query=query, adapted=adapted)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError("calls do not change")
+        self.path, self.body, self.fields = path, body, fields or {}
+        self.method, self.query, self.adapted = method, query, adapted
 
 
 class Refusals:
