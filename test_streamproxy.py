@@ -10,6 +10,7 @@ STREAMPROXY_TEST_REQUIRE_ALL=1, fail it.
 from __future__ import annotations
 
 import ast
+import base64
 import collections
 import contextlib
 import dataclasses
@@ -21,6 +22,7 @@ import itertools
 import json
 import logging
 import os
+import queue
 import random
 import re
 import select
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "streamproxy.py"
 README = HERE / "README.md"
+resource: Any = pytest.importorskip("resource") if os.name == "posix" else None
 DEADLINE = 20.0  # seconds until what should have happened is called missing
 KEY = "sk-Qk7vNw3zTt9pXb2e"  # in no output of any test: see no_key_anywhere
 
@@ -87,6 +90,11 @@ def check_no_key(text: str) -> None:
 
 
 # ---------------------------------------------------------------- upstream and client, played by hand
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
 
 
 class Peer:
@@ -143,8 +151,7 @@ class Peer:
         return True
 
     def reset(self) -> None:
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
+        reset(self.sock)
 
 
 @dataclasses.dataclass
@@ -5031,7 +5038,7 @@ def test_300_requests_at_once_are_all_answered(provider: Provider) -> None:
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: Any) -> Path:
-    return make_certificate(tmp_path_factory.mktemp("tls"), "DNS:localhost,IP:127.0.0.1")
+    return make_certificate(tmp_path_factory.mktemp("tls"), "DNS:localhost,DNS:api.example,DNS:proxy.example,IP:127.0.0.1,IP:::1")
 
 
 def make_certificate(folder: Path, names: str) -> Path:
@@ -5114,32 +5121,16 @@ def test_tls_certificate_is_verified(provider: Provider, certificate: Path, tmp_
         assert client.error() == (502, "Upstream cannot be reached: its certificate is not trusted.")
 
 
-def test_tls_upstream_that_does_not_speak_it(provider: Provider) -> None:
-    with running(provider, upstream=tls_url(provider)) as server, Client(server).ask(PROMPT) as client:
-        with Peer(provider.listener.accept()[0]) as upstream:
-            upstream.more()
-            upstream.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-            assert client.error() == (502, "Upstream cannot be reached: the TLS handshake failed.")
-
-
-@pytest.fixture
-def proxy_variables(monkeypatch: Any) -> Any:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "REQUEST_METHOD"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    return monkeypatch.setenv
-
-
-def test_proxy_of_the_environment_is_used(provider: Provider, proxy_variables: Any) -> None:
-    proxy_variables("http_proxy", provider.url)
+def test_proxy_of_the_environment_is_used(provider: Provider, environment: Any) -> None:
+    environment(http_proxy=provider.url)
     with running(None, upstream="http://api.example/v1") as server, Client(server).ask(PROMPT) as client, provider.take() as proxy:
         assert proxy.head.startswith("POST http://api.example/v1/chat/completions HTTP/1.1\r\n")
         proxy.start(A)
         assert client.head().status == 200 and client.chunk() == b"a"
 
 
-def test_proxy_that_is_itself_spoken_to_over_tls(provider: Provider, certificate: Path, proxy_variables: Any) -> None:
-    proxy_variables("http_proxy", tls_url(provider))
+def test_proxy_that_is_itself_spoken_to_over_tls(provider: Provider, certificate: Path, environment: Any) -> None:
+    environment(http_proxy=tls_url(provider))
     with running(None, upstream="http://api.example/v1", ca_file=str(certificate)) as server, Client(server).ask(PROMPT) as client:
         with take_tls(provider, certificate) as proxy:
             assert proxy.head.startswith("POST http://api.example/v1/chat/completions HTTP/1.1\r\n")
@@ -5147,9 +5138,9 @@ def test_proxy_that_is_itself_spoken_to_over_tls(provider: Provider, certificate
             assert client.head().status == 200 and client.chunk() == b"a"
 
 
-def test_proxy_connect_for_tls(provider: Provider, tmp_path: Path, proxy_variables: Any) -> None:
+def test_proxy_connect_for_tls(provider: Provider, tmp_path: Path, environment: Any) -> None:
     certificate = make_certificate(tmp_path, "DNS:api.example")
-    proxy_variables("HTTPS_PROXY", provider.url)
+    environment(HTTPS_PROXY=provider.url)
     with running(None, upstream="https://api.example/v1", ca_file=str(certificate)) as server, Client(server).ask(PROMPT) as client:
         proxy = provider.take()
         assert proxy.head.startswith("CONNECT api.example:443 HTTP/1.") and "uthorization" not in proxy.head
@@ -5161,19 +5152,12 @@ def test_proxy_connect_for_tls(provider: Provider, tmp_path: Path, proxy_variabl
             assert client.head().status == 200 and client.chunk() == b"a"
 
 
-def test_proxy_connect_refused(provider: Provider, proxy_variables: Any) -> None:
-    proxy_variables("HTTPS_PROXY", provider.url)
-    with running(None, upstream="https://api.example/v1") as server, Client(server).ask(PROMPT) as client, provider.take() as proxy:
-        proxy.send(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
-        assert client.error()[0] == 502
-
-
-def test_proxy_is_not_used_for_no_proxy_and_the_demo(provider: Provider, proxy_variables: Any) -> None:
-    proxy_variables("http_proxy", "http://127.0.0.1:9/")
-    proxy_variables("no_proxy", "127.0.0.1")
+def test_proxy_is_not_used_for_no_proxy_and_the_demo(provider: Provider, environment: Any) -> None:
+    environment(http_proxy="http://127.0.0.1:9/")
+    environment(no_proxy="127.0.0.1")
     with running(provider) as server, Client(server).ask(PROMPT), provider.take():
         pass
-    proxy_variables("no_proxy", "")
+    environment(no_proxy="")
     with running(None, demo=True, api_key="") as server, Client(server).ask(PROMPT) as client:
         assert client.head().status == 200 and b"Say " in client.chunk() + client.chunk() + client.chunk() + client.chunk() + client.chunk()
 
@@ -5185,6 +5169,1408 @@ def test_redirect_is_not_followed_with_the_key(server: Any, provider: Provider) 
         assert client.error()[0] == 502
     assert other.nobody_came()
     other.listener.close()
+
+
+# ---------------------------------------------------------------- upstream
+
+SLOW: dict[str, Any] = {"connect_timeout": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: Any) -> Any:
+    """Sets variables; those of proxies and CGI are gone."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "REQUEST_METHOD"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+@pytest.fixture
+def names(monkeypatch: Any) -> dict[str, Any]:
+    """What names lead to: a list of sockets or (family, address), an exception, or what is called for it."""
+    table: dict[str, Any] = {}
+    real = socket.getaddrinfo
+
+    def look_up(host: str, port: int, *options: Any) -> list[Any]:
+        found = table.get(host)
+        found = found() if callable(found) else found
+        if isinstance(found, Exception):
+            raise found
+        if found is None:
+            return real(host, port, *options)
+        return [(family, socket.SOCK_STREAM, 6, "", address) for family, address in map(place_of, found)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return table
+
+
+def place_of(peer: Any) -> tuple[int, Any]:
+    return peer if isinstance(peer, tuple) else (peer.family, peer.getsockname())
+
+
+@pytest.fixture
+def no_grace(monkeypatch: Any) -> None:
+    monkeypatch.setattr(streamproxy, "DIAL_GRACE", 0.0)
+
+
+def dial_settings(upstream: str = "http://api.example/v1", **values: Any) -> streamproxy.Settings:
+    return streamproxy.Settings(**{"upstream": upstream, "api_key": KEY, **values})
+
+
+class Listener:
+    """A peer that listens; with a certificate, it speaks TLS."""
+
+    def __init__(self, family: int = socket.AF_INET, certificate: Path | None = None) -> None:
+        self.sock = socket.create_server(("127.0.0.1" if family == socket.AF_INET else "::1", 0), family=family)
+        self.sock.settimeout(DEADLINE)
+        self.port = self.sock.getsockname()[1]
+        self.family, self.getsockname = family, self.sock.getsockname
+        self.context = tls_server(certificate) if certificate else None
+
+    def accept(self) -> socket.socket:
+        sock = self.sock.accept()[0]
+        sock.settimeout(DEADLINE)
+        return self.context.wrap_socket(sock, server_side=True) if self.context else sock
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+
+def tls_server(certificate: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(certificate))
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    return context
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    with Listener() as listener:
+        yield listener
+
+
+@contextlib.contextmanager
+def silent_address() -> Iterator[tuple[int, Any]]:
+    """One that no packet comes back from: a listener whose queue is full."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        yield place_of(full)
+
+
+@pytest.fixture
+def silent() -> Iterator[tuple[int, Any]]:
+    with silent_address() as address:
+        yield address
+
+
+NO_FAMILY, NO_WAY = (99, ("127.0.0.1", 1)), (socket.AF_INET, ("255.255.255.255", 9))
+
+
+def refusing() -> tuple[int, Any]:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        return place_of(gone)
+
+
+class WatchedLifeline(streamproxy.Lifeline):
+    """It tells when something that it can cut is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holds = threading.Event()
+
+    def hold(self, *waited: Any) -> None:
+        super().hold(*waited)
+        self.holds.set()
+
+
+class Dialing:
+    """A dial in a thread of its own."""
+
+    def __init__(self, upstream: streamproxy.Upstream) -> None:
+        self.lifeline = WatchedLifeline()
+        self._upstream = upstream
+        self._result: Any = None
+        self.thread = threading.Thread(target=self._run, name="dial", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._upstream.dial(self.lifeline)
+        except Exception as error:  # noqa: BLE001
+            self._result = error
+
+    def outcome(self) -> Any:
+        """The connection, or the exception."""
+        self.thread.join(DEADLINE)
+        assert not self.thread.is_alive()
+        result, self._result = self._result, None
+        return result
+
+    def result(self) -> Any:
+        result = self.outcome()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def error(self) -> tuple[int, str]:
+        failure = self.outcome()
+        assert isinstance(failure, streamproxy.UpstreamError)
+        return failure.status, failure.message.replace("Upstream cannot be reached: ", "~ ")
+
+
+def dial_failure(upstream: streamproxy.Upstream) -> tuple[int, str]:
+    return Dialing(upstream).error()
+
+
+def look_ups() -> int:
+    return sum(thread.name == "look-up" for thread in threading.enumerate())
+
+
+def is_ready(sock: socket.socket, timeout: float = DEADLINE) -> bool:
+    return bool(select.select([sock], [], [], timeout)[0])
+
+
+def read_next(connection: streamproxy.Connection) -> bytes:
+    """What comes next: a selector is asked before each read, as the loop does."""
+    while is_ready(connection.sock):
+        data = connection.read()
+        if data is not None:
+            return data
+    raise AssertionError("nothing came")
+
+
+def read_all(connection: streamproxy.Connection) -> bytes:
+    return b"".join(iter(lambda: read_next(connection), b""))
+
+
+def head_from(sock: socket.socket) -> str:
+    data = b""
+    while not data.endswith(b"\r\n\r\n"):
+        data += sock.recv(1)
+    return data.decode("latin-1")
+
+
+# ---------------------------------------------------------------- calls and targets
+
+CALL = streamproxy.Call("/chat/completions", b"{}", {"Accept": "*/*"})
+CALL_FIELDS = f"Host: api.example\r\nAccept-Encoding: identity\r\nAuthorization: Bearer {KEY}\r\n"
+
+
+@pytest.mark.parametrize(("upstream", "call", "line"), [
+    ("http://api.example/v1", CALL, "POST /v1/chat/completions"),
+    ("http://api.example/v1/", CALL, "POST /v1/chat/completions"),
+    ("http://api.example", CALL, "POST /chat/completions"),
+    ("http://api.example/v1?a=b", CALL, "POST /v1/chat/completions?a=b"),
+    ("http://api.example/v1?a=b", streamproxy.Call("/m", b"", {}, "GET", "c=d"), "GET /v1/m?a=b&c=d"),
+    ("http://api.example/v1", streamproxy.Call("/m", b"", {}, "GET", "c=d"), "GET /v1/m?c=d"),
+    ("http://api.example/v1", streamproxy.Call("/r/1/cancel", b""), "POST /v1/r/1/cancel"),
+    ("http://api.example/v1", streamproxy.Call("/r/1", b"", {}, "DELETE"), "DELETE /v1/r/1"),
+])
+def test_request_of_a_call(upstream: str, call: streamproxy.Call, line: str) -> None:
+    fields = "".join(f"{name}: {value}\r\n" for name, value in call.fields.items())
+    length = f"Content-Length: {len(call.body)}\r\n" if call.method == "POST" else ""
+    wanted = f"{line} HTTP/1.1\r\n{CALL_FIELDS}{fields}{length}\r\n".encode() + call.body
+    assert streamproxy.Target(dial_settings(upstream)).encode(call) == wanted
+
+
+def test_request_with_a_key_of_its_own_field_or_none() -> None:
+    template = dial_settings(auth_header="api-key: {key}")
+    assert b"\r\napi-key: " + KEY.encode() + b"\r\n" in streamproxy.Target(template).encode(CALL)
+    without = streamproxy.Target(dial_settings("http://[::1]:8080/v1", api_key="")).encode(CALL)
+    assert b"\r\nHost: [::1]:8080\r\nAccept-Encoding: identity\r\nAccept: */*\r\nContent-Length: 2\r\n\r\n{}" in without
+
+
+@pytest.mark.parametrize(("upstream", "proxy", "line", "fields"), [
+    ("http://api.example/v1", "http://p:1", "POST http://api.example/v1/chat/completions HTTP/1.1", ""),
+    ("http://api.example:81/v1", "https://u:w@p", "POST http://api.example:81/v1/chat/completions HTTP/1.1", "dTp3"),
+    ("https://api.example/v1", "http://u:w@p", "POST /v1/chat/completions HTTP/1.1", ""),
+])
+def test_request_through_a_proxy(upstream: str, proxy: str, line: str, fields: str) -> None:
+    asked = streamproxy.Target(dial_settings(upstream), streamproxy.Proxy(proxy)).encode(CALL).decode()
+    shown = asked.partition("Proxy-Authorization: Basic ")[2]
+    assert asked.startswith(f"{line}\r\n") and shown[: len(fields)] == fields
+    assert fields or "roxy-" not in asked
+
+
+@pytest.mark.parametrize("call", [
+    streamproxy.Call("/a\r\nb", b""), streamproxy.Call("/a b", b""),
+    streamproxy.Call("/a", b"", query="x\ny"), streamproxy.Call("/a", b"", query="x y"), streamproxy.Call("/a", b"", query="ł"),
+    streamproxy.Call("/a", b"", {"A": "b\r\nC: d"}), streamproxy.Call("/a", b"", {"A": "b\0"}), streamproxy.Call("/a", b"", {"A": "ł"}),
+])
+def test_request_that_would_forge_a_line_is_not_encoded(call: streamproxy.Call) -> None:
+    with pytest.raises(ValueError, match="bad value|latin-1"):
+        streamproxy.Target(dial_settings()).encode(call)
+
+
+def test_call_does_not_change() -> None:
+    with pytest.raises(AttributeError):
+        CALL.path = "/other"
+    assert (CALL.path, CALL.body, CALL.method, CALL.query) == ("/chat/completions", b"{}", "POST", "")
+
+
+def test_targets_that_share_no_connection_differ_in_their_keys() -> None:
+    urls = ("http://a/v1", "http://b/v1", "https://a/v1", "http://a:81/v1")
+    proxies = (None, streamproxy.Proxy("http://p"), streamproxy.Proxy("https://p"), streamproxy.Proxy("q"))
+    keys = [streamproxy.Target(dial_settings(url), proxy).key for url in urls for proxy in proxies]
+    assert len(set(keys)) == 16 and streamproxy.Target(dial_settings("http://a:80/v2"), None).key == keys[0]
+
+
+# ---------------------------------------------------------------- proxies of the environment
+
+
+@pytest.mark.parametrize(("text", "scheme", "address", "user"), [
+    ("http://proxy:8080", "http", "proxy:8080", ""),
+    ("http://proxy:8080/", "http", "proxy:8080", ""),
+    ("proxy:8080", "http", "proxy:8080", ""),
+    ("proxy", "http", "proxy:80", ""),
+    ("HTTPS://proxy", "https", "proxy:443", ""),
+    ("https://proxy:8443/", "https", "proxy:8443", ""),
+    ("http://[fd00::1]:8080", "http", "[fd00::1]:8080", ""),
+    ("[::1]:3128", "http", "[::1]:3128", ""),
+    ("user:secret@proxy:1/", "http", "proxy:1", "user:secret"),
+    ("http://us%40er:p%3Aa%2Fs%20s@proxy", "http", "proxy:80", "us@er:p:a/s s"),
+    ("http://user@proxy", "http", "proxy:80", "user:"),
+    ("http://us@er:pass@proxy", "http", "proxy:80", "us@er:pass"),
+    ("http://%C3%BC:%C3%9F@proxy", "http", "proxy:80", "ü:ß"),
+])
+def test_proxy_as_curl_reads_it(text: str, scheme: str, address: str, user: str) -> None:
+    proxy = streamproxy.Proxy(text)
+    shown = base64.b64decode(proxy.authorization[len("Basic ") :]).decode()
+    assert (proxy.scheme, proxy.address, shown) == (scheme, address, user) and "secret" not in repr(proxy)
+
+
+P, S = "http://p", "https://s"
+
+
+@pytest.mark.parametrize(("url", "proxies", "found"), [
+    ("http://api.example/v1", {}, None),
+    ("http://api.example/v1", {"http": P, "https": S}, "p:80"),
+    ("https://api.example/v1", {"http": P, "https": S}, "s:443"),
+    ("https://api.example/v1", {"http": P}, None),
+    ("https://api.example/v1", {"http": P, "all": S}, "s:443"),
+    ("https://api.example/v1", {"https": P, "all": S}, "p:80"),
+    ("https://api.example/v1", {"ftp": P}, None),
+    ("http://127.0.0.1:11434/v1", {"http": P, "all": S}, None),
+    ("http://127.8.0.1/v1", {"http": P}, None),
+    ("http://[::1]:8000/v1", {"http": P}, None),
+    ("https://localhost/v1", {"https": P}, None),
+    ("http://LOCALHOST/v1", {"http": P}, None),
+    ("http://localhost/v1", {"http": "socks5://p"}, None),
+    ("http://api.example/v1", {"https": "socks5://p"}, None),
+    ("http://api.example/v1", {"http": "socks5://p", "no": "example"}, None),
+])
+def test_proxy_for_an_upstream(url: str, proxies: dict[str, str], found: str | None) -> None:
+    proxy = streamproxy.find_proxy(url, proxies)
+    assert (proxy and proxy.address) == found
+
+
+@pytest.mark.parametrize(("url", "rules", "bypassed"), [
+    ("http://api.example/v1", "*", True),
+    ("http://api.example/v1", "other, *", True),
+    ("http://api.example/v1", "", False),
+    ("http://api.example/v1", " , ,", False),
+    ("http://api.example/v1", "api.example", True),
+    ("http://api.example/v1", "other,API.Example", True),
+    ("http://api.example/v1", "other api.example", True),
+    ("http://API.example/v1", "api.example.", True),
+    ("http://api.example./v1", "api.example", True),
+    ("http://api.example/v1", ".example", True),
+    ("http://api.example/v1", "*.example", True),
+    ("http://api.example/v1", "example", True),
+    ("http://api.example/v1", "i.example", False),
+    ("http://api.example/v1", ".api.example", True),
+    ("http://api.example/v1", "api.example.com", False),
+    ("http://api.example/v1", "api.example:80", True),
+    ("http://api.example/v1", "api.example:443", False),
+    ("https://api.example/v1", "api.example:443", True),
+    ("http://api.example:81/v1", ".example:81", True),
+    ("http://api.example:81/v1", "*:81", True),
+    ("http://10.1.2.3/v1", "10.1.2.3", True),
+    ("http://10.1.2.3/v1", "10.0.0.0/8", True),
+    ("http://10.1.2.3:81/v1", "10.1.0.0/8", True),
+    ("http://10.1.2.3/v1", "10.0.0.0/16", False),
+    ("http://10.1.2.3/v1", "10.1.2.3:80", True),
+    ("http://10.1.2.3/v1", "10.1.2.3:81", False),
+    ("http://10.1.2.3/v1", "2.3", False),
+    ("http://10.1.2.3/v1", "fd00::/8", False),
+    ("http://[fd00::5]/v1", "fd00::/8", True),
+    ("http://[fd00::5]/v1", "[fd00::5]", True),
+    ("http://[fd00::5]/v1", "fd00:0:0::5", True),
+    ("http://[fd00::5]:81/v1", "[fd00::5]:81", True),
+    ("http://[fd00::5]:81/v1", "[fd00::5]:82", False),
+    ("http://[fd00::5]/v1", "::1,10.0.0.0/8", False),
+    ("http://api.example/v1", "10.0.0.0/8,::1,0.0.0.0/0", False),
+])
+def test_proxy_that_no_proxy_rules_out(environment: Any, url: str, rules: str, bypassed: bool) -> None:
+    assert (streamproxy.find_proxy(url, {"http": P, "https": P, "no": rules}) is None) == bypassed
+
+
+@pytest.mark.parametrize(("variables", "url", "found"), [
+    ({"http_proxy": "p"}, "http://api.example/v1", "p:80"),
+    ({"HTTP_PROXY": "p"}, "http://api.example/v1", "p:80"),
+    ({"HTTP_PROXY": "p", "REQUEST_METHOD": "GET"}, "http://api.example/v1", None),
+    ({"http_proxy": "p", "HTTP_PROXY": "q"}, "http://api.example/v1", "p:80"),
+    ({"https_proxy": "", "HTTPS_PROXY": "q"}, "https://api.example/v1", None),
+    ({"HTTPS_PROXY": "q"}, "https://api.example/v1", "q:80"),
+    ({"ALL_PROXY": "q"}, "https://api.example/v1", "q:80"),
+    ({"all_proxy": "p", "ALL_PROXY": "q"}, "http://api.example/v1", "p:80"),
+    ({"HTTPS_PROXY": "p", "all_proxy": "q", "NO_PROXY": "10.0.0.0/8"}, "https://10.2.3.4/v1", None),
+    ({"HTTPS_PROXY": "p", "no_proxy": "other", "NO_PROXY": "api.example"}, "https://api.example/v1", "p:80"),
+])
+def test_proxy_variables(environment: Any, variables: dict[str, str], url: str, found: str | None) -> None:
+    environment(**variables)
+    proxy = streamproxy.Upstream(dial_settings(url)).target.proxy
+    assert (proxy and proxy.address) == found
+
+
+@pytest.mark.parametrize(("variable", "value", "shown"), [
+    ("HTTPS_PROXY", "socks5://user:secret@p:1080", "a proxy of socks5://"),
+    ("https_proxy", "SOCKS5H://p:1080", "a proxy of socks5h://"),
+    ("ALL_PROXY", "socks4a://p", "a proxy of socks4a://"),
+    ("HTTPS_PROXY", "ftp://p", "a proxy of ftp://"),
+    ("HTTPS_PROXY", "user:secret@p:port", "this value"),
+    ("HTTPS_PROXY", "user:se://cret@p", "this value"),
+    ("HTTPS_PROXY", "http://user:sec/ret@p", "a proxy of http://"),
+    ("HTTPS_PROXY", "http://p:99999", "a proxy of http://"),
+    ("HTTPS_PROXY", "http://", "a proxy of http://"),
+    ("HTTPS_PROXY", "http://[::1", "a proxy of http://"),
+])
+def test_proxy_that_cannot_be_used_is_refused(environment: Any, variable: str, value: str, shown: str) -> None:
+    environment(**{variable: value})
+    with pytest.raises(streamproxy.SettingsError) as caught:
+        streamproxy.Upstream(dial_settings("https://api.example/v1"))
+    allowed = "is not allowed; allowed: http:// or https://, and NO_PROXY for what needs none"
+    assert str(caught.value) == f"{variable.upper()}: {shown} {allowed}"
+
+
+def test_certificates_that_cannot_be_read_are_refused_where_they_are_needed(environment: Any, tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.pem")
+    streamproxy.Upstream(dial_settings("http://api.example/v1", ca_file=missing))
+    for url, variables in (("https://api.example/v1", {}), ("http://api.example/v1", {"http_proxy": "https://p"})):
+        environment(**variables)
+        with pytest.raises(streamproxy.SettingsError, match="--ca-file"):
+            streamproxy.Upstream(dial_settings(url, ca_file=missing))
+
+
+# ---------------------------------------------------------------- addresses
+
+
+def test_families_take_turns_beginning_with_the_first() -> None:
+    rows = [(family, number) for number, family in enumerate((6, 6, 6, 4, 4, 6))]
+    assert streamproxy.interleave(rows) == [(6, 0), (4, 3), (6, 1), (4, 4), (6, 2), (6, 5)]
+    assert streamproxy.interleave([]) == []
+
+
+def connects(upstream: streamproxy.Upstream, listener: Listener) -> bool:
+    connection = Dialing(upstream).result()
+    with listener.accept() as peer, contextlib.closing(connection):
+        assert connection.read() is None and connection.write(b"ping") and peer.recv(10) == b"ping"
+        peer.sendall(b"pong")
+        return read_next(connection) == b"pong"
+
+
+def test_socket_does_not_block_delays_nothing_and_is_kept_known(listener: Listener) -> None:
+    connection = Dialing(streamproxy.Upstream(dial_settings(f"http://127.0.0.1:{listener.port}"))).result()
+    options = {(socket.IPPROTO_TCP, socket.TCP_NODELAY): 1, (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1}
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        options[(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)] = 60
+    with contextlib.closing(connection):
+        assert {option: connection.sock.getsockopt(*option) for option in options} == options
+        assert connection.sock.gettimeout() == 0 and (connection.reused, connection.broken) == (False, False)
+
+
+def test_silent_first_address_holds_up_the_second_for_a_moment(names: Any, listener: Listener, silent: Any) -> None:
+    names["api.example"] = [silent, listener]
+    began = time.monotonic()
+    assert connects(streamproxy.Upstream(dial_settings()), listener)
+    assert time.monotonic() - began >= streamproxy.ATTEMPT_DELAY
+
+
+@pytest.mark.parametrize("first", ["refuses", "lacks its family", "has no way"])
+def test_failing_first_address_holds_up_nothing(names: Any, listener: Listener, monkeypatch: Any, first: str) -> None:
+    monkeypatch.setattr(streamproxy, "ATTEMPT_DELAY", 1000.0)
+    bad = {"refuses": refusing(), "lacks its family": NO_FAMILY, "has no way": NO_WAY}[first]
+    names["api.example"] = [bad, bad, listener]
+    assert connects(streamproxy.Upstream(dial_settings()), listener)
+
+
+@pytest.mark.parametrize("second", ["refuses", "lacks its family"])
+def test_failing_second_address_holds_up_nothing(
+    names: Any, listener: Listener, monkeypatch: Any, silent: Any, second: str
+) -> None:
+    monkeypatch.setattr(streamproxy, "ATTEMPT_DELAY", 0.4)
+    names["api.example"] = [silent, refusing() if second == "refuses" else NO_FAMILY, listener]
+    began = time.monotonic()
+    assert connects(streamproxy.Upstream(dial_settings()), listener)
+    assert 0.4 <= time.monotonic() - began < 0.8
+
+
+def test_losers_are_closed(names: Any, listener: Listener, monkeypatch: Any, silent: Any) -> None:
+    monkeypatch.setattr(streamproxy, "ATTEMPT_DELAY", 0.05)
+    names["api.example"] = [silent, silent, refusing(), silent, listener, silent]
+    before = descriptors_now()
+    assert connects(streamproxy.Upstream(dial_settings()), listener)
+    assert descriptors_now() == before
+
+
+@pytest.mark.usefixtures("no_grace")
+@pytest.mark.parametrize(("attempts", "status", "reason"), [
+    (["family", "refused"], 502, "connection refused"),
+    (["refused", "family"], 502, "connection refused"),
+    (["silent", "refused"], 502, "connection refused"),
+    (["silent"], 504, "it took too long"),
+    (["silent", "family", "no way"], 504, "it took too long"),
+    (["family", "no way"], 502, "network is unreachable"),
+    (["family"], 502, "address family not supported by protocol"),
+    ([], 502, "cannot assign requested address"),
+])
+def test_most_telling_failure_is_told(
+    names: Any, silent: Any, monkeypatch: Any, attempts: list[str], status: int, reason: str
+) -> None:
+    monkeypatch.setattr(streamproxy, "ATTEMPT_DELAY", 0.01)
+    bad = {"refused": refusing(), "silent": silent, "family": NO_FAMILY, "no way": NO_WAY}
+    names["api.example"] = [bad[attempt] for attempt in attempts]
+    assert dial_failure(streamproxy.Upstream(dial_settings(**SLOW))) == (status, f"~ {reason}.")
+
+
+def test_lack_of_descriptors_is_told(names: Any, silent: Any) -> None:
+    names["api.example"] = [refusing(), silent, refusing()]
+    upstream = streamproxy.Upstream(dial_settings(**SLOW))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        result = dial_failure(upstream)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert result == (502, "~ too many open files.")
+
+
+def test_descriptors_past_1024(listener: Listener) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), hard), hard))
+    held = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while held[-1] < 1100:
+            held.append(os.dup(held[0]))
+        connection = Dialing(streamproxy.Upstream(dial_settings(f"http://127.0.0.1:{listener.port}"))).result()
+        assert connection.sock.fileno() > 1024
+        connection.close()
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# ---------------------------------------------------------------- names
+
+
+class SlowName:
+    """A look-up that ends when it is told to."""
+
+    def __init__(self, result: Any) -> None:
+        self.result, self.calls, self.go = result, 0, threading.Event()
+        self.threads: set[threading.Thread] = set()
+
+    def __call__(self) -> Any:
+        self.calls += 1
+        self.threads.add(threading.current_thread())
+        assert self.go.wait(DEADLINE)
+        return self.result
+
+
+def test_dials_of_a_name_wait_for_one_look_up(names: Any, listener: Listener) -> None:
+    name = names["api.example"] = SlowName([listener])
+    upstream = streamproxy.Upstream(dial_settings())
+    dialings = [Dialing(upstream) for _ in range(8)]
+    for dialing in dialings:
+        assert dialing.lifeline.holds.wait(DEADLINE)
+    assert look_ups() == 1
+    name.go.set()
+    for dialing in dialings:
+        dialing.result().close()
+    assert name.calls == 1
+    Dialing(upstream).result().close()
+    assert name.calls == 2  # what was found is not kept
+    wait_for(lambda: not look_ups())
+
+
+@pytest.mark.parametrize(("result", "reason"), [
+    (socket.gaierror(socket.EAI_NONAME, "no"), "its name was not found"),
+    (UnicodeEncodeError("idna", "x", 0, 1, "label too long"), "it failed"),
+    (OSError(errno.EMFILE, "no"), "too many open files"),
+    (MemoryError(), "it failed"),
+])
+def test_look_up_that_fails_is_told_to_each(names: Any, result: Exception, reason: str) -> None:
+    name = names["api.example"] = SlowName(result)
+    upstream = streamproxy.Upstream(dial_settings())
+    dialings = [Dialing(upstream) for _ in range(3)]
+    for dialing in dialings:
+        assert dialing.lifeline.holds.wait(DEADLINE)
+    name.go.set()
+    if isinstance(result, MemoryError):
+        for dialing in dialings:
+            with pytest.raises(MemoryError):
+                dialing.result()
+        return
+    assert [dialing.error() for dialing in dialings] == [(502, f"~ {reason}.")] * 3
+
+
+def test_name_that_no_name_server_can_be_asked_for() -> None:
+    assert dial_failure(streamproxy.Upstream(dial_settings("http://a..b/v1")))[0] == 502
+    assert dial_failure(streamproxy.Upstream(dial_settings(f"http://{'a' * 64}.example/v1")))[0] == 502
+
+
+@pytest.mark.usefixtures("no_grace")
+def test_look_up_that_hangs_holds_one_thread_and_nobody(names: Any, listener: Listener) -> None:
+    name = names["api.example"] = SlowName([listener])
+    upstream = streamproxy.Upstream(dial_settings(**SLOW))
+    before, held = threading.active_count(), queues()
+    for _ in range(2):
+        dialings = [Dialing(upstream) for _ in range(8)]
+        assert [dialing.error() for dialing in dialings] == [(504, "~ it took too long.")] * 8
+    assert threading.active_count() == before + 1 and name.calls == 1
+    if sys.implementation.name == "cpython":
+        assert queues() == held
+    late = Dialing(upstream)
+    assert late.lifeline.holds.wait(DEADLINE)
+    name.go.set()
+    late.result().close()
+    assert name.calls == 1
+    wait_for(lambda: threading.active_count() == before)
+
+
+def queues() -> int:
+    return sum(isinstance(found, queue.SimpleQueue) for found in gc.get_objects())
+
+
+def test_other_names_do_not_wait_for_one_that_hangs(names: Any, listener: Listener, environment: Any) -> None:
+    name = names["api.example"] = SlowName([listener])
+    resolver, deadline = streamproxy.Resolver(), streamproxy.Deadline(streamproxy.Lifeline(), DEADLINE)
+    thread = threading.Thread(target=resolver.find, args=("api.example", 80, deadline), daemon=True)
+    thread.start()
+    wait_for(lambda: name.calls)
+    names["other.example"] = [listener]
+    assert resolver.find("other.example", 80, deadline)[0][4] == listener.getsockname()
+    name.go.set()
+    thread.join(DEADLINE)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_address_is_not_looked_up(monkeypatch: Any, host: str) -> None:
+    calls = []
+    real = socket.getaddrinfo
+
+    def look_up(*asked: Any) -> Any:
+        calls.append((threading.current_thread(), asked[-1]))
+        return real(*asked)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with Listener(socket.AF_INET if "." in host else socket.AF_INET6) as listener:
+        dialing = Dialing(streamproxy.Upstream(dial_settings(f"http://{host}:{listener.port}/v1")))
+        dialing.result().close()
+    assert calls == [(dialing.thread, socket.AI_NUMERICHOST)]
+
+
+def test_name_is_looked_up_where_no_thread_is_left(names: Any, listener: Listener, monkeypatch: Any) -> None:
+    names["api.example"] = [listener]
+    dialed = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "look-up":
+            raise RuntimeError("can't start new thread")
+        dialed(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert connects(streamproxy.Upstream(dial_settings()), listener)
+
+
+# ---------------------------------------------------------------- TLS
+
+
+@pytest.fixture(params=["TLSv1_2", "TLSv1_3"])
+def tls_version(request: Any) -> str:
+    return str(request.param)
+
+
+class TlsUpstream:
+    """A TLS upstream, and connections to it, both ends."""
+
+    def __init__(self, certificate: Path, tls_version: str = "") -> None:
+        self.listener = Listener(certificate=certificate)
+        if tls_version:
+            self.context.maximum_version = self.context.minimum_version = getattr(ssl.TLSVersion, tls_version)
+        self.upstream = streamproxy.Upstream(dial_settings(f"https://127.0.0.1:{self.listener.port}/v1", ca_file=str(certificate)))
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        assert self.listener.context
+        return self.listener.context
+
+    def open(self) -> tuple[Any, Any]:
+        dialing = Dialing(self.upstream)
+        peer = self.listener.accept()
+        return dialing.result(), peer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.sock.close()
+
+
+@pytest.fixture
+def tls_pair(certificate: Path, tls_version: str) -> Iterator[tuple[Any, Any]]:
+    with TlsUpstream(certificate, tls_version) as secure:
+        connection, peer = secure.open()
+        with contextlib.closing(connection), peer:
+            yield connection, peer
+
+
+def test_tls_speaks_http_1_names_the_host_and_takes_both_ways(certificate: Path, names: Any) -> None:
+    with Listener(certificate=certificate) as listener:
+        names["api.example"] = [listener]
+        shown = []
+        assert listener.context
+        listener.context.sni_callback = lambda _sock, name, _context: shown.append(name)
+        upstream = streamproxy.Upstream(dial_settings("https://api.example/v1", ca_file=str(certificate)))
+        dialing = Dialing(upstream)
+        with listener.accept() as peer, contextlib.closing(dialing.result()) as connection:
+            assert isinstance(peer, ssl.SSLSocket)
+            assert peer.selected_alpn_protocol() == "http/1.1" and shown == ["api.example"] and not peer.session_reused
+            assert connection.read() is None and connection.write(b"ping") and peer.recv(10) == b"ping"
+            peer.sendall(b"pong")
+            assert read_next(connection) == b"pong"
+
+
+@pytest.mark.parametrize("fault", ["nobody vouches for it", "it is another's", "it names no address"])
+def test_dial_verifies_the_certificate(certificate: Path, tmp_path: Path, fault: str) -> None:
+    subject = {"it is another's": "DNS:elsewhere.example", "it names no address": "DNS:localhost"}.get(fault)
+    shown = make_certificate(tmp_path, subject) if subject else certificate
+    with Listener(certificate=shown) as listener:
+        upstream = streamproxy.Upstream(dial_settings(f"https://127.0.0.1:{listener.port}", ca_file=str(shown) if subject else ""))
+        dialing = Dialing(upstream)
+        with pytest.raises(ssl.SSLError, match="(?i)alert"):
+            listener.accept().recv(1)
+        assert dialing.error() == (502, "~ its certificate is not trusted.")
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", b"\x15\x03\x01\x00\x02\x02\x28"])
+def test_tls_that_upstream_does_not_speak(listener: Listener, answer: bytes) -> None:
+    dialing = Dialing(streamproxy.Upstream(dial_settings(f"https://127.0.0.1:{listener.port}")))
+    with listener.accept() as peer:
+        assert peer.recv(1) == b"\x16"
+        peer.sendall(answer)
+        peer.shutdown(socket.SHUT_WR)
+        assert dialing.error() == (502, "~ the TLS handshake failed.")
+
+
+@contextlib.contextmanager
+def between(certificate: Path, tls_version: str, **values: Any) -> Iterator[tuple[Any, Any, socket.socket]]:
+    """A connection; upstream's side of TLS, whose bytes are given on by hand; and the socket to give them to."""
+    with Listener() as listener:
+        url = f"https://127.0.0.1:{listener.port}/v1"
+        dialing = Dialing(streamproxy.Upstream(dial_settings(url, ca_file=str(certificate), **values)))
+        sock = listener.accept()
+        context = tls_server(certificate)
+        context.maximum_version = context.minimum_version = getattr(ssl.TLSVersion, tls_version)
+        tls = TlsInMemory(context, sock)
+        with contextlib.closing(dialing.result()) as connection, sock:
+            yield connection, tls, sock
+
+
+@pytest.mark.parametrize("stage", ["tunnel", "handshake"])
+def test_reset_while_it_is_opened_is_told(listener: Listener, environment: Any, stage: str) -> None:
+    if stage == "tunnel":
+        environment(https_proxy=f"127.0.0.1:{listener.port}")
+    url = "https://api.example/v1" if stage == "tunnel" else f"https://127.0.0.1:{listener.port}"
+    dialing = Dialing(streamproxy.Upstream(dial_settings(url)))
+    with listener.accept() as peer:
+        assert peer.recv(1)
+        reset(peer)
+    assert dialing.error() == (502, "~ connection reset by peer.")
+
+
+class TlsInMemory:
+    """A TLS server in memory."""
+
+    def __init__(self, context: ssl.SSLContext, sock: Any) -> None:
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        while True:
+            try:
+                self.tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                sock.sendall(self.outgoing.read())
+                self.incoming.write(sock.recv(65536))
+        self.tickets = b""
+        if self.tls.version() == "TLSv1.3":
+            self.tickets = self.outgoing.read()
+        sock.sendall(self.outgoing.read())
+
+    def records(self, *texts: bytes) -> bytes:
+        for text in texts:
+            self.tls.write(text)
+        return self.outgoing.read()
+
+    def closure(self) -> bytes:
+        with contextlib.suppress(ssl.SSLError):
+            self.tls.unwrap()
+        return self.outgoing.read()
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 29, 1000, 20000, 10**6])
+def test_tls_records_however_they_are_cut(certificate: Path, tls_version: str, size: int) -> None:
+    sizes = (1, 10, 200, 3000, 16384 if size > 100 else 20, 1)
+    texts = [bytes([65 + number]) * length for number, length in enumerate(sizes)]
+    with between(certificate, tls_version) as (connection, tls, sock):
+        data, got = tls.tickets + tls.records(*texts) + tls.closure(), []
+        for at in range(0, len(data), size):
+            sock.sendall(data[at : at + size])
+            if size < 100:
+                assert is_ready(connection.sock)
+                got.append(connection.read())
+        while b"" not in got:
+            got.append(read_next(connection))
+        assert b"".join(filter(None, got)) == b"".join(texts) and got[-1] == b"" and not connection.broken
+
+
+def test_tls_tickets_alone_are_nothing_to_read(certificate: Path) -> None:
+    with between(certificate, "TLSv1_3") as (connection, tls, sock):
+        sock.sendall(tls.tickets)
+        assert is_ready(connection.sock) and connection.read() is None
+        assert not is_ready(connection.sock, 0) and connection.read() is None
+        sock.sendall(tls.records(b"a"))
+        assert read_next(connection) == b"a"
+
+
+@pytest.mark.parametrize(("end", "broken"), [
+    ("closure", False), ("closure and end", False), ("end", True), ("cut", True), ("garbage", True), ("reset", True),
+])
+@pytest.mark.parametrize("before", [b"", b"text"])
+@pytest.mark.parametrize("ignoring", [False, True])
+def test_tls_end_is_told_from_a_cut(
+    certificate: Path, tls_version: str, monkeypatch: Any, end: str, broken: bool, before: bytes, ignoring: bool
+) -> None:
+    if ignoring:
+        ignore_unexpected_end(certificate, monkeypatch)
+    with between(certificate, tls_version) as (connection, tls, sock):
+        data = tls.tickets + (tls.records(before) if before else b"")
+        data += tls.closure() if "closure" in end else b""
+        data += tls.records(b"x" * 100)[:50] if end == "cut" else b""
+        data += b"HTTP/1.1 400 Bad Request\r\n\r\n" if end == "garbage" else b""
+        sock.sendall(data)
+        if end in ("closure and end", "end", "cut"):
+            sock.shutdown(socket.SHUT_WR)
+        elif end == "reset":
+            if before:
+                assert read_next(connection) == before
+            reset(sock)
+            before = b""
+        assert read_all(connection) == before and connection.broken == broken
+        if end == "garbage":
+            assert sock.recv(1) == (b"\x15" if tls_version == "TLSv1_2" else b"\x17")  # an alert
+        assert read_next(connection) == b""  # and stays so
+
+
+def ignore_unexpected_end(certificate: Path, monkeypatch: Any) -> None:
+    """As some versions of Python do of themselves."""
+    if not hasattr(ssl, "OP_IGNORE_UNEXPECTED_EOF"):
+        pytest.skip("OpenSSL knows no such option")
+    context = ssl.create_default_context(cafile=str(certificate))
+    context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
+    monkeypatch.setattr(ssl, "create_default_context", lambda **_: context)
+
+
+def test_tls_closure_behind_text_is_seen_by_a_selector(certificate: Path, tls_version: str) -> None:
+    with between(certificate, tls_version) as (connection, tls, sock):
+        sock.sendall(tls.tickets + tls.records(b"a", b"b") + tls.closure() + b"what follows does not count")
+        assert read_next(connection) == b"ab" and is_ready(connection.sock, 0)
+        assert connection.read() == b"" and not connection.broken
+
+
+def has_arrived(connection: Any, size: int) -> None:
+    """Wait until size bytes can be read from the socket."""
+    wait_for(lambda: is_ready(connection.sock) and len(connection.sock.recv(1 << 20, socket.MSG_PEEK)) >= size)
+
+
+def test_tls_one_read_takes_all_that_came(tls_pair: Any) -> None:
+    connection, peer = tls_pair
+    peer.sendall(b"x" * 40_000)
+    peer.sendall(b"y")
+    has_arrived(connection, 40_002)
+    got = connection.read()
+    while len(got) < 40_001:  # the last record came after the look
+        got += read_next(connection)
+    assert got == b"x" * 40_000 + b"y" and connection.read() is None
+
+
+def test_tls_one_read_takes_no_more_than_it_may(certificate: Path, tls_version: str) -> None:
+    with between(certificate, tls_version) as (connection, tls, sock):
+        data = tls.tickets + tls.records(b"x" * 16384)
+        sock.sendall(data[:-1])
+        has_arrived(connection, len(data) - 1)
+        assert connection.read() is None
+        rest = data[-1:] + tls.records(*[b"y" * 10_000] * 6)
+        sock.sendall(rest)
+        has_arrived(connection, len(rest))
+        got = connection.read()
+        assert 40_000 < len(got) <= streamproxy.READ_SIZE
+        while len(got) < 76_384:
+            got += read_next(connection)
+        assert connection.read() is None
+
+
+def test_tls_what_came_with_the_handshake_is_not_lost(certificate: Path) -> None:
+    with Listener() as listener:
+        dialing = Dialing(streamproxy.Upstream(dial_settings(f"https://127.0.0.1:{listener.port}/v1", ca_file=str(certificate))))
+        sock = listener.accept()
+        context = tls_server(certificate)
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_side=True)
+        for _ in range(2):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+                break
+            sock.sendall(outgoing.read())
+            incoming.write(sock.recv(65536))
+        tls.do_handshake()
+        tls.write(b"early")
+        sock.sendall(outgoing.read())
+        with contextlib.closing(dialing.result()) as connection, sock:
+            assert (connection.read() or read_next(connection)) == b"early"
+
+
+def test_tls_update_of_keys_is_answered(certificate: Path, tmp_path: Path) -> None:
+    port = free_port()
+    command = f"{program('openssl')} s_server -tls1_3 -accept 127.0.0.1:{port} -cert {certificate} -key {certificate}".split()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
+        assert server.stdin and server.stdout
+        try:
+            while b"ACCEPT" not in server.stdout.readline():
+                pass
+            connection = Dialing(streamproxy.Upstream(dial_settings(f"https://127.0.0.1:{port}", ca_file=str(certificate)))).result()
+            for text in (b"one\n", b"K\n", b"two\n", b"K\n", b"three\n"):  # K: an update, with a request to do likewise
+                server.stdin.write(text)
+                server.stdin.flush()
+                if text == b"K\n":
+                    assert is_ready(connection.sock) and connection.read() is None
+                    continue
+                assert read_next(connection) == text
+                assert connection.write(b"answer to " + text)
+                while b"answer to " + text not in server.stdout.readline():
+                    pass
+            connection.close()
+        finally:
+            server.kill()
+
+
+def test_tls_sessions_are_resumed(certificate: Path, tls_version: str) -> None:
+    with TlsUpstream(certificate, tls_version) as secure:
+        reused = []
+        for _ in range(3):
+            connection, peer = secure.open()
+            reused.append(peer.session_reused)
+            peer.sendall(b"a")
+            assert read_next(connection) == b"a"
+            connection.close()
+            peer.close()
+        assert reused == [False, True, True]
+
+
+@pytest.fixture
+def copied_sessions(monkeypatch: Any) -> list[Any]:
+    """Sessions that were asked for, each of which is a copy."""
+    copied: list[Any] = []
+    real: Any = ssl.SSLObject.session
+
+    def copy(tls: ssl.SSLObject) -> Any:
+        copied.append(real.fget(tls))
+        return copied[-1]
+
+    monkeypatch.setattr(ssl.SSLObject, "session", property(copy))
+    return copied
+
+
+def test_tls_one_session_is_kept_of_many(certificate: Path, tls_version: str, copied_sessions: list[Any]) -> None:
+    with TlsUpstream(certificate, tls_version) as secure:
+        pairs = [secure.open() for _ in range(3)]
+        for is_reused in (False, True):
+            for connection, peer in pairs:
+                assert peer.session_reused == is_reused
+                peer.sendall(b"a")
+                assert read_next(connection) == b"a"
+                connection.close()
+                peer.close()
+            pairs = [secure.open() for _ in range(3)]
+        for connection, peer in pairs:
+            connection.close()
+            peer.close()
+        assert len(copied_sessions) == 1
+
+
+def test_tls_without_tickets_is_asked_once_for_a_session(certificate: Path, copied_sessions: list[Any]) -> None:
+    with TlsUpstream(certificate, "TLSv1_3") as secure:
+        secure.context.num_tickets = 0
+        for _ in range(3):
+            connection, peer = secure.open()
+            peer.sendall(b"a")
+            assert read_next(connection) == b"a" and not peer.session_reused
+            connection.close()
+            peer.close()
+        assert len(copied_sessions) == 1
+
+
+def test_tls_session_that_upstream_has_forgotten_costs_only_a_handshake(
+    certificate: Path, tls_version: str, copied_sessions: list[Any]
+) -> None:
+    with TlsUpstream(certificate, tls_version) as secure:
+        for is_reused in (False, True, False, True):
+            pairs = [secure.open() for _ in range(2)]
+            for connection, peer in pairs:
+                assert peer.session_reused == is_reused
+                peer.sendall(b"a")
+                assert read_next(connection) == b"a"
+                connection.close()
+                peer.close()
+            if is_reused:
+                secure.listener.context = tls_server(certificate)
+        assert len(copied_sessions) == 2
+
+
+def test_tls_close_says_so(tls_pair: Any) -> None:
+    connection, peer = tls_pair
+    peer.suppress_ragged_eofs = False
+    connection.close()
+    assert peer.recv(10) == b""
+
+
+# ---------------------------------------------------------------- sending
+
+
+@pytest.fixture(params=["plain", "TLSv1_2", "TLSv1_3"])
+def both_ends(request: Any, listener: Listener) -> Iterator[tuple[Any, Any]]:
+    with contextlib.ExitStack() as stack:
+        if request.param == "plain":
+            connection = Dialing(streamproxy.Upstream(dial_settings(f"http://127.0.0.1:{listener.port}"))).result()
+            peer = listener.accept()
+        else:
+            secure = stack.enter_context(TlsUpstream(request.getfixturevalue("certificate"), request.param))
+            connection, peer = secure.open()
+        stack.enter_context(contextlib.closing(connection))
+        yield connection, stack.enter_context(peer)
+
+
+def test_body_is_sent_as_the_socket_takes_it(both_ends: Any) -> None:
+    connection, peer = both_ends
+    body = os.urandom(1024) * 20 * 1024
+    assert not connection.write(b"head" + body) and not connection.flush() and not connection.write(b"tail")
+    got = bytearray()
+    while not connection.flush():
+        got += peer.recv(1 << 20)
+    assert connection.flush() and connection.read() is None
+    while len(got) < len(body) + 8:
+        got += peer.recv(1 << 20)
+    assert got == b"head" + body + b"tail"
+
+
+def test_answer_comes_while_a_body_is_sent_and_after_it_cannot_be(both_ends: Any) -> None:
+    connection, peer = both_ends
+    assert not connection.write(b"x" * 20_000_000)
+    peer.sendall(b"early ")
+    assert read_next(connection) == b"early "
+    peer.sendall(b"answer")
+    assert is_ready(connection.sock)
+    peer.close()  # with bytes unread: a reset
+    with pytest.raises(OSError, match=r".*"):
+        while True:
+            connection.flush()
+    assert read_next(connection) == b"answer" and read_next(connection) == b""
+
+
+def test_nothing_to_send(both_ends: Any) -> None:
+    connection, _ = both_ends
+    assert connection.flush() and connection.write(b"") and connection.read() is None
+
+
+def test_connection_that_is_reset_is_broken_and_one_that_is_closed_is_not(listener: Listener) -> None:
+    for is_reset in (False, True):
+        connection = Dialing(streamproxy.Upstream(dial_settings(f"http://127.0.0.1:{listener.port}"))).result()
+        peer = listener.accept()
+        peer.sendall(b"last")
+        assert read_next(connection) == b"last"
+        (reset if is_reset else socket.socket.close)(peer)
+        assert read_next(connection) == b"" and connection.broken == is_reset
+        connection.close()
+
+
+# ---------------------------------------------------------------- through proxies
+
+CONNECTED = b"HTTP/1.1 200 Connection established\r\n\r\n"
+
+
+@pytest.mark.parametrize(("proxy_tls", "tls"), [(False, False), (True, False), (False, True), (True, True)])
+def test_through_a_proxy(names: Any, environment: Any, certificate: Path, proxy_tls: bool, tls: bool) -> None:
+    with Listener(certificate=certificate if proxy_tls else None) as listener:
+        names["proxy.example"] = [listener]
+        scheme = "https" if proxy_tls else "http"
+        environment(ALL_PROXY=f"{scheme}://user:p%40ss@proxy.example:81/", NO_PROXY="other.example")
+        upstream = streamproxy.Upstream(dial_settings(f"http{'s' * tls}://api.example/v1", ca_file=str(certificate)))
+        dialing = Dialing(upstream)
+        with listener.accept() as proxy:
+            end: Any = proxy
+            if tls:
+                wanted = "CONNECT api.example:443 HTTP/1.1\r\nHost: api.example:443\r\n"
+                assert head_from(proxy) == wanted + "Proxy-Authorization: Basic dXNlcjpwQHNz\r\n\r\n"
+                proxy.sendall(CONNECTED)
+                end = TlsThrough(proxy, tls_server(certificate))
+            connection = dialing.result()
+            assert isinstance(connection, streamproxy.TlsConnection) == (tls or proxy_tls) and connection.read() is None
+            sent = upstream.target.encode(CALL)
+            assert connection.write(sent)
+            got = end.recv(65536).decode()
+            assert got == sent.decode() and got.startswith("POST /v1" if tls else "POST http://api.example/v1")
+            assert ("dXNlcjpwQHNz" in got) != tls
+            for size in (1, 1000, 100_000):
+                end.sendall(b"x" * size)
+                while size:
+                    size -= len(read_next(connection))
+            assert connection.read() is None
+            connection.close()
+
+
+class TlsThrough:
+    """TLS through a socket that may be one of TLS."""
+
+    def __init__(self, sock: Any, context: ssl.SSLContext) -> None:
+        self.sock = sock
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        self._do(self.tls.do_handshake)
+
+    def _do(self, act: Any, *arguments: Any) -> Any:
+        while True:
+            try:
+                result = act(*arguments)
+                self.sock.sendall(self.outgoing.read())
+                return result
+            except ssl.SSLWantReadError:
+                self.sock.sendall(self.outgoing.read())
+                self.incoming.write(self.sock.recv(65536))
+
+    def recv(self, size: int) -> bytes:
+        return bytes(self._do(self.tls.read, size))
+
+    def sendall(self, data: bytes) -> None:
+        self._do(self.tls.write, data)
+
+
+def test_sessions_with_proxy_and_upstream_are_resumed(
+    names: Any, environment: Any, certificate: Path, tls_version: str
+) -> None:
+    with Listener(certificate=certificate) as listener:
+        names["proxy.example"] = [listener]
+        environment(HTTPS_PROXY="https://proxy.example")
+        upstream = streamproxy.Upstream(dial_settings("https://api.example/v1", ca_file=str(certificate)))
+        context = tls_server(certificate)
+        for made in (listener.context, context):
+            assert made
+            made.maximum_version = getattr(ssl.TLSVersion, tls_version)
+        for is_reused in (False, True):
+            dialing = Dialing(upstream)
+            with listener.accept() as proxy:
+                assert isinstance(proxy, ssl.SSLSocket)
+                head_from(proxy)
+                proxy.sendall(CONNECTED)
+                end = TlsThrough(proxy, context)
+                with contextlib.closing(dialing.result()) as connection:
+                    assert (proxy.session_reused, end.tls.session_reused) == (is_reused, is_reused)
+                    end.sendall(b"a")
+                    assert read_next(connection) == b"a"
+
+
+@pytest.mark.parametrize(("url", "address"), [
+    ("https://[fd00::1]/v1", "[fd00::1]:443"),
+    ("https://[fd00::1]:8443/v1", "[fd00::1]:8443"),
+    ("https://api.example:444/v1", "api.example:444"),
+])
+def test_tunnel_names_host_and_port(listener: Listener, environment: Any, url: str, address: str) -> None:
+    environment(HTTPS_PROXY=f"http://127.0.0.1:{listener.port}")
+    dialing = Dialing(streamproxy.Upstream(dial_settings(url)))
+    with listener.accept() as proxy:
+        assert head_from(proxy) == f"CONNECT {address} HTTP/1.1\r\nHost: {address}\r\n\r\n"
+    assert dialing.error() == (502, "~ the proxy closed the connection without an answer.")
+
+
+@pytest.mark.parametrize(("answer", "reason"), [
+    (b"HTTP/1.1 407 Authenticate\r\nContent-Length: 6\r\n\r\nsecret", "the proxy refused with status 407"),
+    (b"HTTP/1.0 503\r\n\r\n", "the proxy refused with status 503"),
+    (b"HTTP/1.1 302 Found\r\nLocation: http://portal/\r\n\r\n", "the proxy refused with status 302"),
+    (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", "the proxy refused with status 101"),
+    (b"HTTP/1.1 200 OK\r\nVia", "the proxy closed the connection without an answer"),
+    (b"", "the proxy closed the connection without an answer"),
+    (b"SSH-2.0-OpenSSH\r\n", "the proxy's answer cannot be read"),
+    (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 20_000, "the proxy's answer cannot be read"),
+    (CONNECTED, "the TLS handshake failed"),
+    (CONNECTED + b"HTTP/1.1 400 Bad Request\r\n\r\n", "the TLS handshake failed"),
+])
+def test_tunnel_that_is_refused_says_why(listener: Listener, environment: Any, answer: bytes, reason: str) -> None:
+    environment(HTTPS_PROXY=f"http://user:secret@127.0.0.1:{listener.port}")
+    dialing = Dialing(streamproxy.Upstream(dial_settings("https://api.example/v1")))
+    with listener.accept() as proxy:
+        head_from(proxy)
+        with contextlib.suppress(ConnectionError):
+            proxy.sendall(answer)
+            proxy.shutdown(socket.SHUT_WR)
+        assert dialing.error() == (502, f"~ {reason}.")
+
+
+@pytest.mark.parametrize("answer", [
+    b"HTTP/1.1 100 Continue\r\n\r\n" + CONNECTED,
+    b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\n",
+    b"HTTP/1.1 204 \r\nVia: 1.1 x\r\n\r\n",
+])
+@pytest.mark.parametrize("size", [1, 1000])
+def test_tunnel_answers(listener: Listener, environment: Any, certificate: Path, answer: bytes, size: int) -> None:
+    environment(HTTPS_PROXY=f"127.0.0.1:{listener.port}")
+    dialing = Dialing(streamproxy.Upstream(dial_settings("https://api.example/v1", ca_file=str(certificate))))
+    with listener.accept() as proxy:
+        head_from(proxy)
+        for at in range(0, len(answer), size):
+            proxy.sendall(answer[at : at + size])
+        with tls_server(certificate).wrap_socket(proxy, server_side=True) as peer:
+            connection = dialing.result()
+            peer.sendall(b"a")
+            assert read_next(connection) == b"a"
+            connection.close()
+
+
+def test_what_comes_behind_the_tunnel_s_answer_counts(listener: Listener, environment: Any) -> None:
+    environment(HTTPS_PROXY=f"127.0.0.1:{listener.port}")
+    dialing = Dialing(streamproxy.Upstream(dial_settings("https://api.example/v1")))
+    with listener.accept() as proxy:
+        head_from(proxy)
+        proxy.sendall(CONNECTED + b"\x15\x03\x01\x00\x02\x02\x28")  # an alert
+        assert dialing.error() == (502, "~ the TLS handshake failed.")
+
+
+def test_no_secret_in_what_is_shown(environment: Any) -> None:
+    environment(HTTP_PROXY="http://user:secret@127.0.0.1:1")
+    upstream = streamproxy.Upstream(dial_settings())
+    with pytest.raises(streamproxy.UpstreamError) as caught:
+        upstream.dial(streamproxy.Lifeline())
+    shown = repr((upstream, upstream.target, upstream.target.proxy, caught.value))
+    assert not any(word in shown for word in ("secret", KEY, "dXNlcjpzZWNyZXQ"))
+
+
+# ---------------------------------------------------------------- ends of dials
+
+DIAL_STAGES = [
+    "look-up", "connecting", "tunnel", "tunnel's answer", "handshake", "proxy's handshake", "middle of the handshake",
+]
+
+
+@contextlib.contextmanager
+def held_up(
+    stage: str, names: Any, environment: Any, certificate: Path, **values: Any
+) -> Iterator[tuple[streamproxy.Upstream, Callable[[], Any]]]:
+    """An upstream that takes for ever at a stage; and what returns once a dial has got there."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(Listener())
+        names["api.example"] = names["proxy.example"] = [listener]
+        url, variables = "https://api.example/v1", {}
+
+        def arrive() -> None:
+            peer = stack.enter_context(listener.accept())
+            if "tunnel" in stage:
+                head_from(peer)
+                peer.sendall(CONNECTED[:20] if "answer" in stage else b"")
+            else:
+                assert peer.recv(1) == b"\x16"
+            if "middle" in stage:
+                peer.sendall(b"\x16\x03\x03\x00\x40\x02")
+
+        if stage == "look-up":
+            name = names["api.example"] = SlowName([listener])
+            stack.callback(name.go.set)
+            arrive = lambda: wait_for(lambda: name.calls)
+        elif stage == "connecting":
+            names["api.example"] = [stack.enter_context(silent_address())] * 3
+            arrive = lambda: None
+        elif "tunnel" in stage:
+            variables = {"https_proxy": "http://proxy.example"}
+        elif "proxy" in stage:
+            variables = {"https_proxy": "https://proxy.example"}
+        environment(**variables)
+        yield streamproxy.Upstream(dial_settings(url, ca_file=str(certificate), **values)), arrive
+
+
+@pytest.mark.usefixtures("no_grace")
+@pytest.mark.parametrize("stage", DIAL_STAGES)
+def test_dial_ends_at_its_time(names: Any, environment: Any, certificate: Path, stage: str) -> None:
+    with held_up(stage, names, environment, certificate, **SLOW) as (upstream, arrive):
+        began = time.monotonic()
+        dialing = Dialing(upstream)
+        arrive()
+        assert dialing.error() == (504, "~ it took too long.")
+        assert SLOW["connect_timeout"] <= time.monotonic() - began < SLOW["connect_timeout"] + 2
+
+
+@pytest.mark.parametrize("stage", DIAL_STAGES)
+@pytest.mark.parametrize("timeout", [0.0, 1000.0])
+def test_dial_ends_when_it_is_cut(names: Any, environment: Any, certificate: Path, stage: str, timeout: float) -> None:
+    with held_up(stage, names, environment, certificate, connect_timeout=timeout) as (upstream, arrive):
+        dialing = Dialing(upstream)
+        arrive()
+        began = time.monotonic()
+        dialing.lifeline.cut()
+        assert dialing.error()[0] == 502 and time.monotonic() - began < 1
+
+
+def test_dial_that_was_cut_before_opens_nothing(names: Any, listener: Listener) -> None:
+    names["api.example"] = [listener]
+    lifeline = streamproxy.Lifeline()
+    lifeline.cut()
+    for upstream in (streamproxy.Upstream(dial_settings()), streamproxy.Upstream(dial_settings(f"http://127.0.0.1:{listener.port}"))):
+        with pytest.raises(streamproxy.UpstreamError):
+            upstream.dial(lifeline)
+    listener.sock.settimeout(0.05)
+    with pytest.raises(socket.timeout):
+        listener.accept()
+
+
+def test_cut_after_a_dial_touches_nothing(listener: Listener) -> None:
+    dialing = Dialing(streamproxy.Upstream(dial_settings(f"http://127.0.0.1:{listener.port}")))
+    with contextlib.closing(dialing.result()) as connection, listener.accept() as peer:
+        dialing.lifeline.cut()
+        assert connection.write(b"a") and peer.recv(1) == b"a"
+
+
+def nothing_left(before: tuple[int, int], references: Any) -> None:
+    """The counts are as before, and nothing that is referred to is there."""
+    wait_for(lambda: (threading.active_count(), descriptors_now()) == before)
+    if sys.implementation.name == "cpython":
+        assert [reference() for reference in references if reference()] == []
+
+
+@contextlib.contextmanager
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@pytest.fixture
+def made_for_dials(monkeypatch: Any) -> list[Any]:
+    """References to what is made for dials."""
+    references: list[Any] = []
+
+    def watch(kind: type[Any]) -> None:
+        real = kind.__init__
+
+        def init(self: Any, *arguments: Any, **options: Any) -> None:
+            if kind is not socket.socket or threading.current_thread().name == "dial":
+                references.append(weakref.ref(self))
+            real(self, *arguments, **options)
+
+        monkeypatch.setattr(kind, "__init__", init)
+
+    for kind in (streamproxy.Upstream, streamproxy.Trust, streamproxy.DialHandler, streamproxy.ProxyHandler, streamproxy.Lifeline, streamproxy.Deadline, streamproxy.Race,
+                 streamproxy.Connection, streamproxy.TlsConnection, socket.socket):
+        watch(kind)
+    return references
+
+
+@pytest.mark.usefixtures("no_grace")
+@pytest.mark.parametrize("end", ["time", "cut"])
+@pytest.mark.parametrize("stage", DIAL_STAGES)
+def test_dial_that_failed_leaves_nothing(
+    names: Any, environment: Any, certificate: Path, made_for_dials: list[Any], stage: str, end: str
+) -> None:
+    everything = threading.active_count(), descriptors_now()
+    values = SLOW if end == "time" else {}
+    with no_collector(), held_up(stage, names, environment, certificate, **values) as (upstream, arrive):
+        before = len(made_for_dials)
+        dialing = Dialing(upstream)
+        arrive()
+        if end == "cut":
+            dialing.lifeline.cut()
+        failure = dialing.outcome()
+        assert isinstance(failure, streamproxy.UpstreamError) and failure.__context__ is None
+        if sys.implementation.name == "cpython":  # while the failure is kept
+            assert [reference() for reference in made_for_dials[before:] if reference()] == [dialing.lifeline]
+        del dialing, upstream, failure
+    nothing_left(everything, made_for_dials)
+
+
+def test_connection_that_is_closed_leaves_nothing(
+    names: Any, environment: Any, certificate: Path, made_for_dials: list[Any]
+) -> None:
+    with Listener(certificate=certificate) as listener, no_collector():
+        before = threading.active_count(), descriptors_now()
+        names["proxy.example"] = [listener]
+        environment(HTTPS_PROXY="https://proxy.example")
+        upstream = streamproxy.Upstream(dial_settings("https://api.example/v1", ca_file=str(certificate)))
+        lasting = len(made_for_dials)
+        context = tls_server(certificate)
+        for _ in range(3):
+            dialing = Dialing(upstream)
+            with listener.accept() as proxy:
+                head_from(proxy)
+                proxy.sendall(CONNECTED)
+                end = TlsThrough(proxy, context)
+                connection = dialing.result()
+                end.sendall(b"a")
+                assert read_next(connection) == b"a"
+            connection.close()
+            del dialing, connection, end, proxy
+            nothing_left(before, made_for_dials[lasting:])
+        assert len(made_for_dials) == lasting + 3 * 9
+        del upstream
+        nothing_left(before, made_for_dials)
+
+
+def test_many_dials_at_once(names: Any, certificate: Path) -> None:
+    """Every other is cut somewhere on its way: each ends, and nothing is left."""
+    with Listener(certificate=certificate) as listener, silent_address() as silent:
+        names["api.example"] = [silent, listener]
+        upstream = streamproxy.Upstream(dial_settings("https://api.example/v1", ca_file=str(certificate)))
+        before = threading.active_count(), descriptors_now()
+
+        def serve() -> None:
+            for _ in itertools.count():
+                try:
+                    listener.accept().close()
+                except socket.timeout:
+                    return
+                except OSError:
+                    pass
+
+        server = threading.Thread(target=serve, daemon=True)
+        listener.sock.settimeout(1.0)
+        server.start()
+        dialings = [Dialing(upstream) for _ in range(40)]
+        for number, dialing in enumerate(dialings[::2]):
+            time.sleep(0.01)  # anywhere: before, within or after
+            dialing.lifeline.cut()
+        for dialing in dialings:
+            with contextlib.suppress(streamproxy.UpstreamError):
+                dialing.result().close()
+        server.join(DEADLINE)
+        dialings.clear()
+        del dialing
+        wait_for(lambda: (threading.active_count(), descriptors_now()) == before)
 
 
 # ---------------------------------------------------------------- time, the log, the end
@@ -5842,7 +7228,6 @@ def test_process_that_was_stopped_goes_on_with_what_came_meanwhile(provider: Pro
             assert client.chunk() == b""
 
 
-resource: Any = pytest.importorskip("resource") if os.name == "posix" else None
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit") or sys.implementation.name != "cpython", reason="needs prlimit(2) and CPython")
