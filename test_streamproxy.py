@@ -76,7 +76,7 @@ def missing(reason: str) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def no_key_anywhere(caplog: Any, capfd: Any) -> Iterator[None]:
+def no_key_anywhere(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """No part of the key of 8 characters is in what the test logged or printed (nor in what Client reads)."""
     caplog.set_level(logging.DEBUG, logger="streamproxy")
     yield
@@ -313,13 +313,13 @@ PROMPT = {"prompt": "Say hello"}
 EVENTS = {"Accept": "text/event-stream"}
 
 
-def log_entries(caplog: Any, count: int) -> list[streamproxy.LogEntry]:
+def log_entries(caplog: pytest.LogCaptureFixture, count: int) -> list[streamproxy.LogEntry]:
     """The lines that requests left in the log, once there are count of them."""
     return wait_for(lambda: [r.msg for r in caplog.records if isinstance(r.msg, streamproxy.LogEntry)],
                     lambda entries: len(entries) >= count)
 
 
-def caught_up(server: Any) -> None:
+def caught_up(server: streamproxy.Server) -> None:
     """Wait until the server has seen all that came before."""
     with Client(server).ask(method="GET", path="/healthz", Connection="close") as client:
         assert client.head().status == 200 and client.rest() == b"ok\n"
@@ -342,12 +342,17 @@ def cuts(data: bytes) -> Iterator[list[bytes]]:
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: Any) -> Any:
+def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets variables; those of proxies and CGI are gone."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "REQUEST_METHOD"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+    def set_variables(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
 
 
 # ---------------------------------------------------------------- what several sections use
@@ -598,7 +603,7 @@ class StillServer(Still):
 
 
 @pytest.fixture
-def no_thread(monkeypatch: Any) -> Callable[[], Any]:
+def no_thread(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """What keeps threads from being started while it is entered."""
     def fail(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -634,8 +639,8 @@ def api_error(client: Client) -> tuple[int, str, str]:
     return head.status, payload["error"]["message"], payload["error"]["code"]
 
 
-def idle(server: Any) -> int:
-    return server.snapshot()["warm connections"]  # type: ignore[no-any-return]
+def idle(server: streamproxy.Server) -> int:
+    return server.snapshot()["warm connections"]
 
 
 def leave(client: Client, how: str) -> None:
@@ -646,7 +651,7 @@ def leave(client: Client, how: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def certificate(tmp_path_factory: Any) -> Path:
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_certificate(
         tmp_path_factory.mktemp("tls"), "DNS:localhost,DNS:api.example,DNS:proxy.example,IP:127.0.0.1,IP:::1"
     )
@@ -2271,7 +2276,7 @@ def test_head_says_whether_the_connection_is_kept(version: bytes, connection: by
     assert parsed and parsed[0].keeps_alive == kept
 
 
-def test_query_of_raw_utf_8_is_read_as_such(server: Any, provider: Provider) -> None:
+def test_query_of_raw_utf_8_is_read_as_such(server: streamproxy.Server, provider: Provider) -> None:
     with Client(server) as client:
         client.send("GET /?prompt=Grüße HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n".encode())
         with provider.take() as upstream:
@@ -2564,7 +2569,7 @@ def test_redacted_document_without_the_key_is_the_same_bytes(document: bytes) ->
 # 7 --------------------------------------------------------------------- Requests
 
 
-def test_post_asks_upstream_as_the_script_did(server: Any, provider: Provider) -> None:
+def test_post_asks_upstream_as_the_script_did(server: streamproxy.Server, provider: Provider) -> None:
     with Client(server).ask({"prompt": "ä", "temperature": 9, "model": "x"}), provider.take() as upstream:
         assert upstream.head.startswith("POST /v1/chat/completions HTTP/1.1\r\n")
         assert f"\r\nAuthorization: Bearer {KEY}\r\n" in upstream.head
@@ -2645,7 +2650,7 @@ MORE_MODELS: list[dict[str, Any]] = [
     *[(json.dumps({"model": "gpt-6-luna", **more}).encode(), 403, "--allow-model") for more in MORE_MODELS],
 ])
 def test_api_model_that_may_not_be_used_is_refused(
-    server: Any, provider: Provider, body: bytes, status: int, words: str
+    server: streamproxy.Server, provider: Provider, body: bytes, status: int, words: str
 ) -> None:
     with Client(server).ask(body, path="/v1/chat/completions") as client:
         got, message, _ = api_error(client)
@@ -3120,7 +3125,9 @@ def test_refusals_count_with_their_status_alone_and_are_remembered_of_a_thousand
 
 
 @pytest.mark.parametrize("path", ["/", "/?prompt=x", "/v1/chat/completions", "/v1/models"])
-def test_token_is_needed_where_it_costs_money(provider: Provider, tmp_path: Path, caplog: Any, path: str) -> None:
+def test_token_is_needed_where_it_costs_money(
+    provider: Provider, tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
     tokens = token_file(tmp_path, f"# people\nalice {ALICE}\n\nbob {BOB}\n")
     how: dict[str, Any] = {"path": path, "method": "POST" if path in ("/", "/v1/chat/completions") else "GET"}
     body = None if how["method"] == "GET" else {**ASKED, "prompt": "x"} if path != "/" else PROMPT
@@ -3256,7 +3263,7 @@ def test_token_in_a_last_line_without_its_end_counts_once_it_has_stayed_for_a_se
     assert file.look("alice") == [] and "entry 1" in file.look(later=1)[0]
 
 
-def test_looks_at_the_token_file_do_not_overtake_each_other(tmp_path: Path, monkeypatch: Any) -> None:
+def test_looks_at_the_token_file_do_not_overtake_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = Watched(tmp_path, f"alice {ALICE}\n")
     began, go_on = threading.Event(), threading.Event()
     real = os.fstat
@@ -3280,7 +3287,9 @@ def test_looks_at_the_token_file_do_not_overtake_each_other(tmp_path: Path, monk
     assert file.known() == []
 
 
-def test_token_that_is_revoked_is_refused_by_the_server(provider: Provider, tmp_path: Path, caplog: Any) -> None:
+def test_token_that_is_revoked_is_refused_by_the_server(
+    provider: Provider, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = Path(token_file(tmp_path, f"alice {ALICE}\n"))
     with running(provider, token_file=str(path)) as server, Client(server) as client:
         for text, status, words in [
@@ -3462,7 +3471,7 @@ def test_cors_preflight_lets_an_allowed_origin_send_any_field(tmp_path: Path, as
     ("127.0.0.1", (), "127.0.0.1"),
 ])
 def test_forwarded_address_counts_from_trusted_proxies_alone(
-    caplog: Any, forwarded: str, trusted: tuple[str, ...], client: str
+    caplog: pytest.LogCaptureFixture, forwarded: str, trusted: tuple[str, ...], client: str
 ) -> None:
     settings = streamproxy.Settings.load({"OPENAI_API_KEY": KEY, "STREAMPROXY_TRUSTED_PROXY": ",".join(trusted)})
     access = streamproxy.Access(settings)
@@ -3581,7 +3590,7 @@ def test_page_of_an_allowed_origin_may_read_that_there_is_nothing(provider: Prov
 # 9 --------------------------------------------------------------------- Loop
 
 
-def test_loop_without_epoll_reads_and_writes_as_well(provider: Provider, monkeypatch: Any) -> None:
+def test_loop_without_epoll_reads_and_writes_as_well(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(streamproxy.select, "epoll", raising=False)  # type: ignore[attr-defined]
     text = "x" * 3_000_000
     with running(provider) as server, Client(server).ask(PROMPT) as client, provider.take() as upstream:
@@ -3759,7 +3768,9 @@ def test_workers_hold_nothing_of_a_job_that_is_done() -> None:
 # ---------------------------------------------------------------- the log
 
 
-def test_log_for_which_no_thread_can_be_started_is_written_later(caplog: Any, no_thread: Any) -> None:
+def test_log_for_which_no_thread_can_be_started_is_written_later(
+    caplog: pytest.LogCaptureFixture, no_thread: Any
+) -> None:
     writer = streamproxy.LogWriter()
     with no_thread():
         writer.start()
@@ -3770,7 +3781,9 @@ def test_log_for_which_no_thread_can_be_started_is_written_later(caplog: Any, no
     assert [record.msg for record in caplog.records] == ["a", "b"]
 
 
-def test_log_has_its_thread_from_the_start_on_and_needs_none_later(server: Any, caplog: Any, no_thread: Any) -> None:
+def test_log_has_its_thread_from_the_start_on_and_needs_none_later(
+    server: streamproxy.Server, caplog: pytest.LogCaptureFixture, no_thread: Any
+) -> None:
     with no_thread():
         caught_up(server)
         assert log_entries(caplog, 1)
@@ -3834,7 +3847,7 @@ def logging_through(emit: Callable[[logging.LogRecord], object], as_filter: bool
 @pytest.mark.parametrize("as_filter", [False, True], ids=["a handler", "a filter"])
 @pytest.mark.parametrize("trouble", ["raises", "raises once", "exits", "blocks"])
 def test_logging_of_somebody_s_touches_no_request_and_not_the_end(
-    server: Any, provider: Provider, trouble: str, as_filter: bool
+    server: streamproxy.Server, provider: Provider, trouble: str, as_filter: bool
 ) -> None:
     calls, go = [], threading.Event()
 
@@ -3867,7 +3880,7 @@ def test_logging_of_somebody_s_touches_no_request_and_not_the_end(
         go.set()
 
 
-def test_lines_of_log_that_were_lost_are_counted(caplog: Any) -> None:
+def test_lines_of_log_that_were_lost_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     go, writer, count = threading.Event(), streamproxy.LogWriter(), streamproxy.MAX_LOG_LINES + 250
     stuck = threading.Event()
     with logging_through(lambda record: (stuck.set(), go.wait(DEADLINE))):
@@ -3886,7 +3899,7 @@ def test_lines_of_log_that_were_lost_are_counted(caplog: Any) -> None:
     assert told[-1] == "last"
 
 
-def test_error_is_said_at_once_and_then_once_a_second_with_how_often_it_was(caplog: Any) -> None:
+def test_error_is_said_at_once_and_then_once_a_second_with_how_often_it_was(caplog: pytest.LogCaptureFixture) -> None:
     now = 100.0
     writer = streamproxy.LogWriter(lambda: now)
     for second in range(30):
@@ -3906,7 +3919,7 @@ def test_error_is_said_at_once_and_then_once_a_second_with_how_often_it_was(capl
 # ---------------------------------------------------------------- POST /
 
 
-def test_post_text_leaves_piece_by_piece_as_it_arrives(server: Any, provider: Provider) -> None:
+def test_post_text_leaves_piece_by_piece_as_it_arrives(server: streamproxy.Server, provider: Provider) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         upstream.start(ROLE, delta("Hello"))
         head = client.head()
@@ -3924,7 +3937,7 @@ def test_post_text_leaves_piece_by_piece_as_it_arrives(server: Any, provider: Pr
         assert client.chunk() == b""
 
 
-def test_post_as_events(server: Any, provider: Provider) -> None:
+def test_post_as_events(server: streamproxy.Server, provider: Provider) -> None:
     with Client(server).ask(
         PROMPT, Accept="text/html, text/event-stream;q=0.9", X_Request_Id="id-7"
     ) as client, provider.take() as upstream:
@@ -3938,7 +3951,7 @@ def test_post_as_events(server: Any, provider: Provider) -> None:
         assert client.body() == b'event: done\ndata: {"finish_reason": "stop", "usage": null}\n\n'
 
 
-def test_post_a_json_completion_is_an_answer_in_one_piece(server: Any, provider: Provider) -> None:
+def test_post_a_json_completion_is_an_answer_in_one_piece(server: streamproxy.Server, provider: Provider) -> None:
     document = json.dumps({
         "choices": [{"message": {"content": "Hällo"}, "finish_reason": "stop"}], "usage": {"total_tokens": 3},
     }).encode()
@@ -3981,7 +3994,7 @@ def test_post_a_json_completion_is_an_answer_in_one_piece(server: Any, provider:
     (b'{"messages": [{"role": 1, "content": "x"}]}', '"messages"'),
 ])
 def test_post_bad_body_is_400_and_upstream_is_not_asked(
-    server: Any, provider: Provider, body: bytes, sentence: str
+    server: streamproxy.Server, provider: Provider, body: bytes, sentence: str
 ) -> None:
     with Client(server) as client:
         status, error = client.ask(body).error()
@@ -4016,7 +4029,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("request_bytes", "status", "fields"), REFUSED, ids=lambda value: str(value)[:50])
 def test_refused_request_gets_a_status_and_a_sentence(
-    server: Any, provider: Provider, request_bytes: bytes, status: int, fields: dict[str, str]
+    server: streamproxy.Server, provider: Provider, request_bytes: bytes, status: int, fields: dict[str, str]
 ) -> None:
     with Client(server) as client:
         client.send(request_bytes)
@@ -4127,7 +4140,9 @@ KEPT = {
 
 
 @pytest.mark.parametrize("name", HIDING)
-def test_no_request_hides_in_another(server: Any, provider: Provider, caplog: Any, name: str) -> None:
+def test_no_request_hides_in_another(
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
     data, status = HIDING[name]
     kept, body = name in KEPT, b"{n}" in HIDING[name][0]
     with Client(server) as client:
@@ -4144,7 +4159,7 @@ def test_no_request_hides_in_another(server: Any, provider: Provider, caplog: An
 
 @pytest.mark.parametrize(("version", "chunked"), [("1.2", True), ("1.0", False)])
 def test_other_minor_versions_are_framed_as_the_one_they_are_like(
-    server: Any, provider: Provider, version: str, chunked: bool
+    server: streamproxy.Server, provider: Provider, version: str, chunked: bool
 ) -> None:
     with Client(server).ask(PROMPT, version=version) as client, provider.take() as upstream:
         upstream.start(A)
@@ -4172,7 +4187,9 @@ def test_expect_100_continue_is_said_after_our_own_checks(provider: Provider) ->
             assert client.head().status == 200
 
 
-def test_kept_connection_takes_one_request_after_another_even_sent_at_once(server: Any, provider: Provider) -> None:
+def test_kept_connection_takes_one_request_after_another_even_sent_at_once(
+    server: streamproxy.Server, provider: Provider
+) -> None:
     with Client(server) as client:
         client.ask(PROMPT).ask({"prompt": "second"}).ask(method="GET", path="/healthz")
         for text in ("one", "two"):
@@ -4186,7 +4203,7 @@ def test_kept_connection_takes_one_request_after_another_even_sent_at_once(serve
             assert client.head().status == 200 and client.exactly(3) == b"ok\n"
 
 
-def test_http_1_0_is_delimited_by_close(server: Any, provider: Provider) -> None:
+def test_http_1_0_is_delimited_by_close(server: streamproxy.Server, provider: Provider) -> None:
     with Client(server).ask(PROMPT, version="1.0", Connection="keep-alive") as client, provider.take() as upstream:
         upstream.start(delta("Hello"))
         head = client.head()
@@ -4196,7 +4213,7 @@ def test_http_1_0_is_delimited_by_close(server: Any, provider: Provider) -> None
         assert client.rest() == b""
 
 
-def test_http_1_0_cut_answer_is_a_reset(server: Any, provider: Provider) -> None:
+def test_http_1_0_cut_answer_is_a_reset(server: streamproxy.Server, provider: Provider) -> None:
     with Client(server).ask(PROMPT, version="1.0") as client, provider.take() as upstream:
         upstream.start(delta("Hello"))
         assert client.head().status == 200 and client.exactly(5) == b"Hello"
@@ -4208,13 +4225,13 @@ def test_http_1_0_cut_answer_is_a_reset(server: Any, provider: Provider) -> None
 # ---------------------------------------------------------------- GET /
 
 
-def test_post_that_reconnects_is_not_a_new_prompt(server: Any, provider: Provider) -> None:
+def test_post_that_reconnects_is_not_a_new_prompt(server: streamproxy.Server, provider: Provider) -> None:
     with Client(server).ask(PROMPT, Last_Event_ID="1", **EVENTS) as client:
         assert client.head().status == 204
     assert provider.nobody_came()
 
 
-def test_surrogate_halves_in_what_upstream_says_are_replaced(server: Any, provider: Provider) -> None:
+def test_surrogate_halves_in_what_upstream_says_are_replaced(server: streamproxy.Server, provider: Provider) -> None:
     for bad, expected in [
         (b'{"error": {"message": "bad \\ud83d"}}', b"event: error"),
         (b'{"choices": [{"finish_reason": "\\ud83d"}]}', b"event: done"),
@@ -4225,7 +4242,7 @@ def test_surrogate_halves_in_what_upstream_says_are_replaced(server: Any, provid
             assert expected in client.body()
 
 
-def test_eventsource_gets_its_answer_once(server: Any, provider: Provider) -> None:
+def test_eventsource_gets_its_answer_once(server: streamproxy.Server, provider: Provider) -> None:
     with Client(server).ask(
         method="GET", path="/?prompt=Gr%C3%BC%C3%9Fe+%26", **EVENTS
     ) as client, provider.take() as upstream:
@@ -4242,7 +4259,7 @@ def test_eventsource_gets_its_answer_once(server: Any, provider: Provider) -> No
     assert provider.nobody_came()
 
 
-def test_health(server: Any) -> None:
+def test_health(server: streamproxy.Server) -> None:
     with Client(server).ask(method="GET", path="/healthz?x") as client:
         assert client.head().status == 200 and client.exactly(3) == b"ok\n"
 
@@ -4251,7 +4268,9 @@ def test_health(server: Any) -> None:
 
 
 @pytest.mark.parametrize("path", API_PATHS)
-def test_api_bodies_pass_unchanged_and_as_they_arrive(server: Any, provider: Provider, path: str) -> None:
+def test_api_bodies_pass_unchanged_and_as_they_arrive(
+    server: streamproxy.Server, provider: Provider, path: str
+) -> None:
     asked = b' { "model":"gpt-6-luna" , "stream":true, "x": "\xc3\xa4\\u00e4" }'
     with Client(server).ask(asked, path=path, Accept="application/json") as client, provider.take() as upstream:
         assert upstream.head.startswith(f"POST {path} HTTP/1.1\r\n") and upstream.body == asked
@@ -4266,7 +4285,7 @@ def test_api_bodies_pass_unchanged_and_as_they_arrive(server: Any, provider: Pro
         assert client.chunk() == b""
 
 
-def test_api_json_answer_keeps_its_length(server: Any, provider: Provider) -> None:
+def test_api_json_answer_keeps_its_length(server: streamproxy.Server, provider: Provider) -> None:
     with Client(server).ask(ASKED, path="/v1/chat/completions") as client, provider.take() as upstream:
         upstream.send(OK + JSON + b"Content-Length: 10\r\n\r\n{\"a\":", b" 123}")
         head = client.head()
@@ -4496,7 +4515,7 @@ def test_path_that_is_nearly_one_of_ours_says_which(path: str, meant: str | None
     assert streamproxy.meant_path(path, settings) == (meant if path else "/")
 
 
-def test_404_says_which_path_is_meant(server: Any) -> None:
+def test_404_says_which_path_is_meant(server: streamproxy.Server) -> None:
     with Client(server) as client:
         client.ask(ASKED, path="/chat/completions")
         assert client.error() == (404, "There is nothing at this path: /v1/chat/completions is meant.")
@@ -4566,7 +4585,7 @@ def test_api_paths_are_matched_exactly(provider: Provider, path: str, status: in
 ])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 def test_api_errors_have_its_shape(
-    server: Any, provider: Provider, path: str, answer: bytes, status: int, code: str
+    server: streamproxy.Server, provider: Provider, path: str, answer: bytes, status: int, code: str
 ) -> None:
     with Client(server).ask(ASKED, path=path) as client:
         with provider.take() as upstream:
@@ -4580,7 +4599,9 @@ def test_api_errors_have_its_shape(
     ("/v1/messages/x", True),
     ("/v1/responses", False),
 ])
-def test_api_error_of_ours_is_one_of_the_api_that_was_asked(server: Any, path: str, anthropic: bool) -> None:
+def test_api_error_of_ours_is_one_of_the_api_that_was_asked(
+    server: streamproxy.Server, path: str, anthropic: bool
+) -> None:
     with Client(server).ask({}, path=path) as client:
         head = client.head()
         payload = json.loads(client.exactly(int(head.fields["Content-Length"])))
@@ -4589,7 +4610,9 @@ def test_api_error_of_ours_is_one_of_the_api_that_was_asked(server: Any, path: s
         )
 
 
-def test_api_error_of_upstream_about_the_request_passes_whole_but_for_the_key(server: Any, provider: Provider) -> None:
+def test_api_error_of_upstream_about_the_request_passes_whole_but_for_the_key(
+    server: streamproxy.Server, provider: Provider
+) -> None:
     document = b'{"error": {"message": "Bad model", "type": "t", "param": "model", "code": "c", "more": "%b"}}'
     with Client(server).ask(ASKED, path="/v1/chat/completions") as client, provider.take() as upstream:
         upstream.send(error_answer(429, document % KEY.encode(), b"Retry-After: 7\r\n"))
@@ -4609,7 +4632,9 @@ def test_api_sdks_are_told_not_to_try_again_what_may_have_been_paid_for(provider
         assert head.status == 502 and "X-Should-Retry" not in head.fields
 
 
-def passed(server: Any, provider: Provider, head: bytes, wire: bytes, http10: bool = False) -> tuple[bytes, bool]:
+def passed(
+    server: streamproxy.Server, provider: Provider, head: bytes, wire: bytes, http10: bool = False
+) -> tuple[bytes, bool]:
     """What a client gets of an answer, and whether it ended as it should."""
     with Client(server).ask(ASKED, path="/v1/chat/completions", version="1.0" if http10 else "1.1") as client:
         with provider.take() as upstream:
@@ -4632,7 +4657,7 @@ def passed(server: Any, provider: Provider, head: bytes, wire: bytes, http10: bo
         return data, False
 
 
-def test_api_a_cut_anywhere_is_a_cut(server: Any, provider: Provider) -> None:
+def test_api_a_cut_anywhere_is_a_cut(server: streamproxy.Server, provider: Provider) -> None:
     wire = chunk(delta("a")) + chunk(delta("data: [DONE]\n\n")) + chunk(delta("b", "stop")) + chunk(DONE) + b"0\r\n\r\n"
     finished = wire.index(b'"stop"}]}') + len(b'"stop"}]}')  # the event that says so is whole
     for size in range(len(STREAM_HEAD + wire)):
@@ -4689,7 +4714,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_api_stream_is_whole_only_with_its_end_event(server: Any, provider: Provider, name: str) -> None:
+def test_api_stream_is_whole_only_with_its_end_event(server: streamproxy.Server, provider: Provider, name: str) -> None:
     body, expected = ENDS[name]
     body = body if name == "BOM" else ROLE + body
     for head, wire in [
@@ -4719,7 +4744,7 @@ def test_api_stream_whose_events_come_one_by_one_ends_with_the_same(name: str) -
     assert (answer.state == answer.DONE) == expected
 
 
-def test_api_several_choices_need_as_many_finish_reasons(server: Any, provider: Provider) -> None:
+def test_api_several_choices_need_as_many_finish_reasons(server: streamproxy.Server, provider: Provider) -> None:
     def ended(*events: bytes, **more: object) -> bool:
         with Client(server).ask({**ASKED, **(more or {"n": 2})}, path="/v1/completions") as client:
             with provider.take() as upstream:
@@ -4738,7 +4763,9 @@ def test_api_several_choices_need_as_many_finish_reasons(server: Any, provider: 
     ] == [False, True, True]
 
 
-def test_api_a_slow_last_event_is_waited_for_and_what_follows_done_is_not(server: Any, provider: Provider) -> None:
+def test_api_a_slow_last_event_is_waited_for_and_what_follows_done_is_not(
+    server: streamproxy.Server, provider: Provider
+) -> None:
     with Client(server).ask(ASKED, path="/v1/responses") as client, provider.take() as upstream:
         upstream.start(ROLE, b"event: response.completed\n")
         client.head()
@@ -4752,7 +4779,7 @@ def test_api_a_slow_last_event_is_waited_for_and_what_follows_done_is_not(server
 
 @pytest.mark.parametrize("tls", [False, True])
 def test_api_document_that_a_reset_ends_is_cut(
-    provider: Provider, certificate: Path, monkeypatch: Any, tls: bool
+    provider: Provider, certificate: Path, monkeypatch: pytest.MonkeyPatch, tls: bool
 ) -> None:
     if hasattr(ssl, "OP_IGNORE_UNEXPECTED_EOF"):  # which some versions of Python set of themselves
         context = ssl.create_default_context(cafile=str(certificate))
@@ -4772,7 +4799,7 @@ def test_api_document_that_a_reset_ends_is_cut(
             assert (head.status, head.fields["X-Should-Retry"]) == (502, "false")
 
 
-def test_api_errors_keep_fields_and_the_connection(server: Any, provider: Provider) -> None:
+def test_api_errors_keep_fields_and_the_connection(server: streamproxy.Server, provider: Provider) -> None:
     with Client(server) as client:
         client.ask(ASKED, path="/v1/chat/completions")
         with provider.take() as upstream:
@@ -4795,7 +4822,7 @@ def test_api_errors_keep_fields_and_the_connection(server: Any, provider: Provid
                 upstream.read_request()
 
 
-def test_api_form_cannot_carry_another_model(server: Any, provider: Provider) -> None:
+def test_api_form_cannot_carry_another_model(server: streamproxy.Server, provider: Provider) -> None:
     with Client(server).ask(
         ASKED, path="/v1/completions", Content_Type="application/x-www-form-urlencoded"
     ), provider.take() as upstream:
@@ -4815,7 +4842,7 @@ def test_api_idle_clock_counts_events_behind_comments(provider: Provider) -> Non
             assert client.head().status == 200 and client.body().endswith(DONE)
 
 
-def test_api_document_is_whole_by_its_framing(server: Any, provider: Provider) -> None:
+def test_api_document_is_whole_by_its_framing(server: streamproxy.Server, provider: Provider) -> None:
     for head, wire, expected in [
         (OK + JSON + b"Content-Length: 5\r\n\r\n", b"[123]", True),
         (OK + JSON + b"Content-Length: 5\r\n\r\n", b"[123", False),
@@ -4839,7 +4866,7 @@ def test_api_idle_clock_starts_anew_with_comments(provider: Provider) -> None:
             assert client.head().status == 200 and client.body().endswith(b": keep-alive\n\n" + STOP + DONE)
 
 
-def test_api_client_leaves(server: Any, provider: Provider) -> None:
+def test_api_client_leaves(server: streamproxy.Server, provider: Provider) -> None:
     for start in (b"", STREAM_HEAD, STREAM_HEAD + chunk(A)):
         with Client(server).ask(ASKED, path="/v1/chat/completions") as client, provider.take() as upstream:
             upstream.send(start)
@@ -4878,7 +4905,7 @@ def test_api_large_bodies_pass_both_ways(provider: Provider) -> None:
     ("GET", "/v1", "websocket", 404),
 ])
 def test_upgrade_to_websocket_is_refused_below_v1(
-    server: Any, method: str, path: str, upgrade: str, status: int
+    server: streamproxy.Server, method: str, path: str, upgrade: str, status: int
 ) -> None:
     with Client(server).ask(
         b"" if method == "POST" else None, method, path, Connection="Upgrade", Upgrade=upgrade
@@ -4905,7 +4932,7 @@ def test_request_behind_an_empty_line_is_not_acted_on_before_its_end() -> None:
         assert client.rest() == b"" and len(still.lines.requests) == 1 and not still.jobs
 
 
-def test_empty_line_behind_a_body_is_no_request(provider: Provider, caplog: Any) -> None:
+def test_empty_line_behind_a_body_is_no_request(provider: Provider, caplog: pytest.LogCaptureFixture) -> None:
     with running(provider, keep_alive_timeout=0.3) as server, Client(server) as client:
         client.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n\r\n")
         head = client.head()
@@ -4943,7 +4970,9 @@ def test_client_that_leaves_while_its_connection_is_opened_costs_nothing(how: st
         assert [entry["ending"] for entry in still.lines.requests] == ["disconnect"]
 
 
-def test_request_with_a_chunked_body_cut_anywhere_is_read_at_once(server: Any, provider: Provider) -> None:
+def test_request_with_a_chunked_body_cut_anywhere_is_read_at_once(
+    server: streamproxy.Server, provider: Provider
+) -> None:
     body = chunk(b"[") + chunk(b"]") + b"0\r\nX: y\r\n\r\n"
     with Client(server) as client:
         for parts in cuts(body):
@@ -4954,7 +4983,7 @@ def test_request_with_a_chunked_body_cut_anywhere_is_read_at_once(server: Any, p
             assert client.error() == (400, "The body must be a JSON object.")
 
 
-def test_request_with_a_chunked_body_is_decoded(server: Any, provider: Provider) -> None:
+def test_request_with_a_chunked_body_is_decoded(server: streamproxy.Server, provider: Provider) -> None:
     body = json.dumps(PROMPT).encode()
     with Client(server) as client:
         client.send(
@@ -5010,7 +5039,7 @@ def test_connection_that_lingers_has_its_clock_also_behind_a_long_stream() -> No
 
 
 def test_request_behind_an_aborted_answer_is_refused_at_once_and_upstream_not_asked(
-    provider: Provider, caplog: Any
+    provider: Provider, caplog: pytest.LogCaptureFixture
 ) -> None:
     with running(provider, drain_timeout=0.0) as server, Client(server).ask(PROMPT, **EVENTS) as client:
         with provider.take() as upstream:
@@ -5044,7 +5073,7 @@ def test_refused_request_whose_body_never_comes_holds_no_thread_and_ends(provide
 
 @pytest.mark.parametrize("status", ["404", "403", "413"])
 def test_refusal_reaches_a_client_that_sends_all_of_a_large_body_first(
-    server: Any, provider: Provider, status: str
+    server: streamproxy.Server, provider: Provider, status: str
 ) -> None:
     with Client(server) as client:
         head = NEVER_COMING[status].replace(b"50000000", b"30000000").replace(b"50000\r", b"30000000\r")
@@ -5177,7 +5206,7 @@ def test_slow_request_is_cut_in_total_not_per_byte(provider: Provider) -> None:
                     assert client.more() and b"408" not in client.seen
 
 
-def test_client_that_vanishes_leaves_no_traceback(server: Any, caplog: Any) -> None:
+def test_client_that_vanishes_leaves_no_traceback(server: streamproxy.Server, caplog: pytest.LogCaptureFixture) -> None:
     for data in (b"", b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{", b"GET / HTTP/1.1\r\n"):
         client = Client(server)
         client.send(data)
@@ -5187,7 +5216,7 @@ def test_client_that_vanishes_leaves_no_traceback(server: Any, caplog: Any) -> N
 
 
 def test_fault_in_a_request_is_500_with_its_place_in_its_line_of_the_log(
-    server: Any, caplog: Any, monkeypatch: Any
+    server: streamproxy.Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streamproxy, "encode_request", lambda asked, settings, refused: 1 / 0)
     with Client(server).ask(PROMPT) as client:
@@ -5199,7 +5228,7 @@ def test_fault_in_a_request_is_500_with_its_place_in_its_line_of_the_log(
     assert "Traceback" not in caplog.text
 
 
-def test_log_line_of_a_stream(server: Any, provider: Provider, caplog: Any) -> None:
+def test_log_line_of_a_stream(server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture) -> None:
     with Client(server).ask({"prompt": "my secret"}, X_Request_Id="id-7") as client, provider.take() as upstream:
         upstream.start(ROLE, delta("ä"), delta("b"), event({"choices": [], "usage": {"total_tokens": 3}}))
         upstream.finish()
@@ -5228,7 +5257,9 @@ def test_log_line_of_a_stream(server: Any, provider: Provider, caplog: Any) -> N
     assert "secret" not in caplog.text
 
 
-def test_log_holds_no_query_and_cannot_be_forged(server: Any, provider: Provider, caplog: Any) -> None:
+def test_log_holds_no_query_and_cannot_be_forged(
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
     with Client(server) as client:
         client.send(b"GET /a[2Jb=c\xff\"?prompt=secret HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: a b\r\n\r\n")
         assert client.head().status == 404
@@ -5237,7 +5268,9 @@ def test_log_holds_no_query_and_cannot_be_forged(server: Any, provider: Provider
     assert "secret" not in caplog.text and re.fullmatch("[0-9a-f]{16}", entry["id"])
 
 
-def test_log_does_not_quote_a_request_line_that_it_cannot_read(server: Any, caplog: Any) -> None:
+def test_log_does_not_quote_a_request_line_that_it_cannot_read(
+    server: streamproxy.Server, caplog: pytest.LogCaptureFixture
+) -> None:
     with Client(server) as client:
         client.send(b"GET /?prompt=my secret words HTTP/1.1\r\n\r\n")
         assert client.error() == (400, "The request line is not in HTTP's grammar.")
@@ -5245,7 +5278,7 @@ def test_log_does_not_quote_a_request_line_that_it_cannot_read(server: Any, capl
 
 
 def test_upstream_message_is_not_logged_since_it_may_quote_the_prompt(
-    server: Any, provider: Provider, caplog: Any
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         upstream.send(error_answer(400, b'{"error": {"message": "I dislike: my secret"}}'))
@@ -5259,7 +5292,7 @@ SLOW: dict[str, Any] = {"connect_timeout": 0.1}
 
 
 @pytest.fixture
-def names(monkeypatch: Any) -> dict[str, Any]:
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What names lead to: a list of sockets or (family, address), an exception, or what is called for it."""
     table: dict[str, Any] = {}
     real = socket.getaddrinfo
@@ -5282,7 +5315,7 @@ def place_of(peer: Any) -> tuple[int, Any]:
 
 
 @pytest.fixture
-def no_grace(monkeypatch: Any) -> None:
+def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamproxy, "DIAL_GRACE", 0.0)
 
 
@@ -5434,7 +5467,7 @@ class SlowName:
 
 
 @pytest.fixture(params=["TLSv1_2", "TLSv1_3"])
-def tls_version(request: Any) -> str:
+def tls_version(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -5650,7 +5683,7 @@ def test_proxy_for_an_upstream(url: str, proxies: dict[str, str], found: str | N
     ("http://[fd00::5]/v1", "::1,10.0.0.0/8", False),
     ("http://api.example/v1", "10.0.0.0/8,::1,0.0.0.0/0", False),
 ])
-def test_proxy_that_no_proxy_rules_out(environment: Any, url: str, rules: str, bypassed: bool) -> None:
+def test_proxy_that_no_proxy_rules_out(environment: Callable[..., None], url: str, rules: str, bypassed: bool) -> None:
     assert (streamproxy.find_proxy(url, {"http": P, "https": P, "no": rules}) is None) == bypassed
 
 
@@ -5666,7 +5699,9 @@ def test_proxy_that_no_proxy_rules_out(environment: Any, url: str, rules: str, b
     ({"HTTPS_PROXY": "p", "all_proxy": "q", "NO_PROXY": "10.0.0.0/8"}, "https://10.2.3.4/v1", None),
     ({"HTTPS_PROXY": "p", "no_proxy": "other", "NO_PROXY": "api.example"}, "https://api.example/v1", "p:80"),
 ])
-def test_proxy_variables(environment: Any, variables: dict[str, str], url: str, found: str | None) -> None:
+def test_proxy_variables(
+    environment: Callable[..., None], variables: dict[str, str], url: str, found: str | None
+) -> None:
     environment(**variables)
     proxy = streamproxy.Upstream(dial_settings(url)).target.proxy
     assert (proxy and proxy.address) == found
@@ -5684,7 +5719,9 @@ def test_proxy_variables(environment: Any, variables: dict[str, str], url: str, 
     ("HTTPS_PROXY", "http://", "a proxy of http://"),
     ("HTTPS_PROXY", "http://[::1", "a proxy of http://"),
 ])
-def test_proxy_that_cannot_be_used_is_refused(environment: Any, variable: str, value: str, shown: str) -> None:
+def test_proxy_that_cannot_be_used_is_refused(
+    environment: Callable[..., None], variable: str, value: str, shown: str
+) -> None:
     environment(**{variable: value})
     with pytest.raises(streamproxy.SettingsError) as caught:
         streamproxy.Upstream(dial_settings("https://api.example/v1"))
@@ -5692,7 +5729,9 @@ def test_proxy_that_cannot_be_used_is_refused(environment: Any, variable: str, v
     assert str(caught.value) == f"{variable.upper()}: {shown} {allowed}"
 
 
-def test_certificates_that_cannot_be_read_are_refused_where_they_are_needed(environment: Any, tmp_path: Path) -> None:
+def test_certificates_that_cannot_be_read_are_refused_where_they_are_needed(
+    environment: Callable[..., None], tmp_path: Path
+) -> None:
     missing = str(tmp_path / "none.pem")
     streamproxy.Upstream(dial_settings("http://api.example/v1", ca_file=missing))
     for url, variables in (("https://api.example/v1", {}), ("http://api.example/v1", {"http_proxy": "https://p"})):
@@ -5742,7 +5781,9 @@ def test_silent_first_address_holds_up_the_second_for_a_moment(names: Any, liste
 
 
 @pytest.mark.parametrize("first", ["refuses", "lacks its family", "has no way"])
-def test_failing_first_address_holds_up_nothing(names: Any, listener: Listener, monkeypatch: Any, first: str) -> None:
+def test_failing_first_address_holds_up_nothing(
+    names: Any, listener: Listener, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
     monkeypatch.setattr(streamproxy, "ATTEMPT_DELAY", 1000.0)
     bad = {"refuses": refusing(), "lacks its family": NO_FAMILY, "has no way": NO_WAY}[first]
     names["api.example"] = [bad, bad, listener]
@@ -5751,7 +5792,7 @@ def test_failing_first_address_holds_up_nothing(names: Any, listener: Listener, 
 
 @pytest.mark.parametrize("second", ["refuses", "lacks its family"])
 def test_failing_second_address_holds_up_nothing(
-    names: Any, listener: Listener, monkeypatch: Any, silent: Any, second: str
+    names: Any, listener: Listener, monkeypatch: pytest.MonkeyPatch, silent: Any, second: str
 ) -> None:
     monkeypatch.setattr(streamproxy, "ATTEMPT_DELAY", 0.4)
     names["api.example"] = [silent, refusing() if second == "refuses" else NO_FAMILY, listener]
@@ -5760,7 +5801,7 @@ def test_failing_second_address_holds_up_nothing(
     assert 0.4 <= time.monotonic() - began < 0.8
 
 
-def test_losers_are_closed(names: Any, listener: Listener, monkeypatch: Any, silent: Any) -> None:
+def test_losers_are_closed(names: Any, listener: Listener, monkeypatch: pytest.MonkeyPatch, silent: Any) -> None:
     monkeypatch.setattr(streamproxy, "ATTEMPT_DELAY", 0.05)
     names["api.example"] = [silent, silent, refusing(), silent, listener, silent]
     before = descriptors_now()
@@ -5780,7 +5821,7 @@ def test_losers_are_closed(names: Any, listener: Listener, monkeypatch: Any, sil
     ([], 502, "cannot assign requested address"),
 ])
 def test_most_telling_failure_is_told(
-    names: Any, silent: Any, monkeypatch: Any, attempts: list[str], status: int, reason: str
+    names: Any, silent: Any, monkeypatch: pytest.MonkeyPatch, attempts: list[str], status: int, reason: str
 ) -> None:
     monkeypatch.setattr(streamproxy, "ATTEMPT_DELAY", 0.01)
     bad = {"refused": refusing(), "silent": silent, "family": NO_FAMILY, "no way": NO_WAY}
@@ -5888,7 +5929,9 @@ def queues() -> int:
     return sum(isinstance(found, queue.SimpleQueue) for found in gc.get_objects())
 
 
-def test_other_names_do_not_wait_for_one_that_hangs(names: Any, listener: Listener, environment: Any) -> None:
+def test_other_names_do_not_wait_for_one_that_hangs(
+    names: Any, listener: Listener, environment: Callable[..., None]
+) -> None:
     name = names["api.example"] = SlowName([listener])
     resolver, deadline = streamproxy.Resolver(), streamproxy.Deadline(streamproxy.Lifeline(), DEADLINE)
     thread = threading.Thread(target=resolver.find, args=("api.example", 80, deadline), daemon=True)
@@ -5901,7 +5944,7 @@ def test_other_names_do_not_wait_for_one_that_hangs(names: Any, listener: Listen
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
-def test_address_is_not_looked_up(monkeypatch: Any, host: str) -> None:
+def test_address_is_not_looked_up(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     calls = []
     real = socket.getaddrinfo
 
@@ -5916,7 +5959,9 @@ def test_address_is_not_looked_up(monkeypatch: Any, host: str) -> None:
     assert calls == [(dialing.thread, socket.AI_NUMERICHOST)]
 
 
-def test_name_is_looked_up_where_no_thread_is_left(names: Any, listener: Listener, monkeypatch: Any) -> None:
+def test_name_is_looked_up_where_no_thread_is_left(
+    names: Any, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names["api.example"] = [listener]
     dialed = threading.Thread.start
 
@@ -5999,7 +6044,7 @@ def between(certificate: Path, tls_version: str, **values: Any) -> Iterator[tupl
 
 
 @pytest.mark.parametrize("stage", ["tunnel", "handshake"])
-def test_reset_while_it_is_opened_is_told(listener: Listener, environment: Any, stage: str) -> None:
+def test_reset_while_it_is_opened_is_told(listener: Listener, environment: Callable[..., None], stage: str) -> None:
     if stage == "tunnel":
         environment(https_proxy=f"127.0.0.1:{listener.port}")
     url = "https://api.example/v1" if stage == "tunnel" else f"https://127.0.0.1:{listener.port}"
@@ -6070,7 +6115,8 @@ def test_tls_tickets_alone_are_nothing_to_read(certificate: Path) -> None:
 @pytest.mark.parametrize("before", [b"", b"text"])
 @pytest.mark.parametrize("ignoring", [False, True])
 def test_tls_end_is_told_from_a_cut(
-    certificate: Path, tls_version: str, monkeypatch: Any, end: str, broken: bool, before: bytes, ignoring: bool
+    certificate: Path, tls_version: str, monkeypatch: pytest.MonkeyPatch, end: str, broken: bool, before: bytes,
+    ignoring: bool,
 ) -> None:
     if ignoring:
         ignore_unexpected_end(certificate, monkeypatch)
@@ -6093,7 +6139,7 @@ def test_tls_end_is_told_from_a_cut(
         assert read_next(connection) == b""  # and stays so
 
 
-def ignore_unexpected_end(certificate: Path, monkeypatch: Any) -> None:
+def ignore_unexpected_end(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As some versions of Python do of themselves."""
     if not hasattr(ssl, "OP_IGNORE_UNEXPECTED_EOF"):
         pytest.skip("OpenSSL knows no such option")
@@ -6204,7 +6250,7 @@ def test_tls_sessions_are_resumed(certificate: Path, tls_version: str) -> None:
 
 
 @pytest.fixture
-def copied_sessions(monkeypatch: Any) -> list[Any]:
+def copied_sessions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Sessions that were asked for, each of which is a copy."""
     copied: list[Any] = []
     real: Any = ssl.SSLObject.session
@@ -6274,7 +6320,7 @@ def test_tls_close_says_so(tls_pair: Any) -> None:
 
 
 @pytest.fixture(params=["plain", "TLSv1_2", "TLSv1_3"])
-def both_ends(request: Any, listener: Listener) -> Iterator[tuple[Any, Any]]:
+def both_ends(request: pytest.FixtureRequest, listener: Listener) -> Iterator[tuple[Any, Any]]:
     with contextlib.ExitStack() as stack:
         if request.param == "plain":
             connection = Dialing(streamproxy.Upstream(dial_settings(f"http://127.0.0.1:{listener.port}"))).result()
@@ -6333,7 +6379,9 @@ def test_connection_that_is_reset_is_broken_and_one_that_is_closed_is_not(listen
 
 
 @pytest.mark.parametrize(("proxy_tls", "tls"), [(False, False), (True, False), (False, True), (True, True)])
-def test_through_a_proxy(names: Any, environment: Any, certificate: Path, proxy_tls: bool, tls: bool) -> None:
+def test_through_a_proxy(
+    names: Any, environment: Callable[..., None], certificate: Path, proxy_tls: bool, tls: bool
+) -> None:
     with Listener(certificate=certificate if proxy_tls else None) as listener:
         names["proxy.example"] = [listener]
         scheme = "https" if proxy_tls else "http"
@@ -6363,7 +6411,7 @@ def test_through_a_proxy(names: Any, environment: Any, certificate: Path, proxy_
 
 
 def test_sessions_with_proxy_and_upstream_are_resumed(
-    names: Any, environment: Any, certificate: Path, tls_version: str
+    names: Any, environment: Callable[..., None], certificate: Path, tls_version: str
 ) -> None:
     with Listener(certificate=certificate) as listener:
         names["proxy.example"] = [listener]
@@ -6391,7 +6439,9 @@ def test_sessions_with_proxy_and_upstream_are_resumed(
     ("https://[fd00::1]:8443/v1", "[fd00::1]:8443"),
     ("https://api.example:444/v1", "api.example:444"),
 ])
-def test_tunnel_names_host_and_port(listener: Listener, environment: Any, url: str, address: str) -> None:
+def test_tunnel_names_host_and_port(
+    listener: Listener, environment: Callable[..., None], url: str, address: str
+) -> None:
     environment(HTTPS_PROXY=f"http://127.0.0.1:{listener.port}")
     dialing = Dialing(streamproxy.Upstream(dial_settings(url)))
     with listener.accept() as proxy:
@@ -6411,7 +6461,9 @@ def test_tunnel_names_host_and_port(listener: Listener, environment: Any, url: s
     (CONNECTED, "the TLS handshake failed"),
     (CONNECTED + b"HTTP/1.1 400 Bad Request\r\n\r\n", "the TLS handshake failed"),
 ])
-def test_tunnel_that_is_refused_says_why(listener: Listener, environment: Any, answer: bytes, reason: str) -> None:
+def test_tunnel_that_is_refused_says_why(
+    listener: Listener, environment: Callable[..., None], answer: bytes, reason: str
+) -> None:
     environment(HTTPS_PROXY=f"http://user:secret@127.0.0.1:{listener.port}")
     dialing = Dialing(streamproxy.Upstream(dial_settings("https://api.example/v1")))
     with listener.accept() as proxy:
@@ -6428,7 +6480,9 @@ def test_tunnel_that_is_refused_says_why(listener: Listener, environment: Any, a
     b"HTTP/1.1 204 \r\nVia: 1.1 x\r\n\r\n",
 ])
 @pytest.mark.parametrize("size", [1, 1000])
-def test_tunnel_answers(listener: Listener, environment: Any, certificate: Path, answer: bytes, size: int) -> None:
+def test_tunnel_answers(
+    listener: Listener, environment: Callable[..., None], certificate: Path, answer: bytes, size: int
+) -> None:
     environment(HTTPS_PROXY=f"127.0.0.1:{listener.port}")
     dialing = Dialing(streamproxy.Upstream(dial_settings("https://api.example/v1", ca_file=str(certificate))))
     with listener.accept() as proxy:
@@ -6442,7 +6496,7 @@ def test_tunnel_answers(listener: Listener, environment: Any, certificate: Path,
             connection.close()
 
 
-def test_what_comes_behind_the_tunnel_s_answer_counts(listener: Listener, environment: Any) -> None:
+def test_what_comes_behind_the_tunnel_s_answer_counts(listener: Listener, environment: Callable[..., None]) -> None:
     environment(HTTPS_PROXY=f"127.0.0.1:{listener.port}")
     dialing = Dialing(streamproxy.Upstream(dial_settings("https://api.example/v1")))
     with listener.accept() as proxy:
@@ -6451,7 +6505,7 @@ def test_what_comes_behind_the_tunnel_s_answer_counts(listener: Listener, enviro
         assert dialing.error() == (502, "~ the TLS handshake failed.")
 
 
-def test_no_secret_in_what_is_shown(environment: Any) -> None:
+def test_no_secret_in_what_is_shown(environment: Callable[..., None]) -> None:
     environment(HTTP_PROXY="http://user:secret@127.0.0.1:1")
     upstream = streamproxy.Upstream(dial_settings())
     with pytest.raises(streamproxy.UpstreamError) as caught:
@@ -6469,7 +6523,7 @@ DIAL_STAGES = [
 
 @contextlib.contextmanager
 def held_up(
-    stage: str, names: Any, environment: Any, certificate: Path, **values: Any
+    stage: str, names: Any, environment: Callable[..., None], certificate: Path, **values: Any
 ) -> Iterator[tuple[streamproxy.Upstream, Callable[[], Any]]]:
     """An upstream that takes for ever at a stage; and what returns once a dial has got there."""
     with contextlib.ExitStack() as stack:
@@ -6504,7 +6558,7 @@ def held_up(
 
 @pytest.mark.usefixtures("no_grace")
 @pytest.mark.parametrize("stage", DIAL_STAGES)
-def test_dial_ends_at_its_time(names: Any, environment: Any, certificate: Path, stage: str) -> None:
+def test_dial_ends_at_its_time(names: Any, environment: Callable[..., None], certificate: Path, stage: str) -> None:
     with held_up(stage, names, environment, certificate, **SLOW) as (upstream, arrive):
         began = time.monotonic()
         dialing = Dialing(upstream)
@@ -6515,7 +6569,9 @@ def test_dial_ends_at_its_time(names: Any, environment: Any, certificate: Path, 
 
 @pytest.mark.parametrize("stage", DIAL_STAGES)
 @pytest.mark.parametrize("timeout", [0.0, 1000.0])
-def test_dial_ends_when_it_is_cut(names: Any, environment: Any, certificate: Path, stage: str, timeout: float) -> None:
+def test_dial_ends_when_it_is_cut(
+    names: Any, environment: Callable[..., None], certificate: Path, stage: str, timeout: float
+) -> None:
     with held_up(stage, names, environment, certificate, connect_timeout=timeout) as (upstream, arrive):
         dialing = Dialing(upstream)
         arrive()
@@ -6563,7 +6619,7 @@ def no_collector() -> Iterator[None]:
 
 
 @pytest.fixture
-def made_for_dials(monkeypatch: Any) -> list[Any]:
+def made_for_dials(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """References to what is made for dials."""
     references: list[Any] = []
 
@@ -6590,7 +6646,7 @@ def made_for_dials(monkeypatch: Any) -> list[Any]:
 @pytest.mark.parametrize("end", ["time", "cut"])
 @pytest.mark.parametrize("stage", DIAL_STAGES)
 def test_dial_that_failed_leaves_nothing(
-    names: Any, environment: Any, certificate: Path, made_for_dials: list[Any], stage: str, end: str
+    names: Any, environment: Callable[..., None], certificate: Path, made_for_dials: list[Any], stage: str, end: str
 ) -> None:
     everything = threading.active_count(), descriptors_now()
     values = SLOW if end == "time" else {}
@@ -6609,7 +6665,7 @@ def test_dial_that_failed_leaves_nothing(
 
 
 def test_connection_that_is_closed_leaves_nothing(
-    names: Any, environment: Any, certificate: Path, made_for_dials: list[Any]
+    names: Any, environment: Callable[..., None], certificate: Path, made_for_dials: list[Any]
 ) -> None:
     with Listener(certificate=certificate) as listener, no_collector():
         before = threading.active_count(), descriptors_now()
@@ -6741,7 +6797,7 @@ def test_tls_certificate_is_verified(provider: Provider, certificate: Path, tmp_
         assert client.error() == (502, "Upstream cannot be reached: its certificate is not trusted.")
 
 
-def test_proxy_of_the_environment_is_used(provider: Provider, environment: Any) -> None:
+def test_proxy_of_the_environment_is_used(provider: Provider, environment: Callable[..., None]) -> None:
     environment(http_proxy=provider.url)
     with running(
         None, upstream="http://api.example/v1"
@@ -6751,7 +6807,9 @@ def test_proxy_of_the_environment_is_used(provider: Provider, environment: Any) 
         assert client.head().status == 200 and client.chunk() == b"a"
 
 
-def test_proxy_that_is_itself_spoken_to_over_tls(provider: Provider, certificate: Path, environment: Any) -> None:
+def test_proxy_that_is_itself_spoken_to_over_tls(
+    provider: Provider, certificate: Path, environment: Callable[..., None]
+) -> None:
     environment(http_proxy=tls_url(provider))
     with running(
         None, upstream="http://api.example/v1", ca_file=str(certificate)
@@ -6762,7 +6820,7 @@ def test_proxy_that_is_itself_spoken_to_over_tls(provider: Provider, certificate
             assert client.head().status == 200 and client.chunk() == b"a"
 
 
-def test_proxy_connect_for_tls(provider: Provider, tmp_path: Path, environment: Any) -> None:
+def test_proxy_connect_for_tls(provider: Provider, tmp_path: Path, environment: Callable[..., None]) -> None:
     certificate = make_certificate(tmp_path, "DNS:api.example")
     environment(HTTPS_PROXY=provider.url)
     with running(
@@ -6778,7 +6836,7 @@ def test_proxy_connect_for_tls(provider: Provider, tmp_path: Path, environment: 
             assert client.head().status == 200 and client.chunk() == b"a"
 
 
-def test_proxy_is_not_used_for_no_proxy_and_the_demo(provider: Provider, environment: Any) -> None:
+def test_proxy_is_not_used_for_no_proxy_and_the_demo(provider: Provider, environment: Callable[..., None]) -> None:
     environment(http_proxy="http://127.0.0.1:9/")
     environment(no_proxy="127.0.0.1")
     with running(provider) as server, Client(server).ask(PROMPT), provider.take():
@@ -6789,7 +6847,7 @@ def test_proxy_is_not_used_for_no_proxy_and_the_demo(provider: Provider, environ
         assert b"Say " in client.chunk() + client.chunk() + client.chunk() + client.chunk() + client.chunk()
 
 
-def test_redirect_is_not_followed_with_the_key(server: Any, provider: Provider) -> None:
+def test_redirect_is_not_followed_with_the_key(server: streamproxy.Server, provider: Provider) -> None:
     other = Provider()
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         upstream.send(error_answer(307, fields=f"Location: {other.url}\r\n".encode()))
@@ -6837,13 +6895,13 @@ def test_warm_connection_that_is_old_retires(size: int) -> None:
             assert not len(stage.hub.pool) and upstream.gone()
 
 
-def one_answer(server: Any, upstream: UpstreamPeer, text: str = "a") -> None:
+def one_answer(server: streamproxy.Server, upstream: UpstreamPeer, text: str = "a") -> None:
     """An answer over upstream's connection, of which the request was read; the connection is idle afterwards."""
     upstream.start(delta(text))
     upstream.finish()
 
 
-def ask_again(server: Any, client: Client, upstream: UpstreamPeer) -> None:
+def ask_again(server: streamproxy.Server, client: Client, upstream: UpstreamPeer) -> None:
     """Have one answer, and a second request sent over the connection that it left warm."""
     one_answer(server, upstream)
     assert client.head().status == 200 and client.body() == b"a"
@@ -6853,7 +6911,9 @@ def ask_again(server: Any, client: Client, upstream: UpstreamPeer) -> None:
 
 
 @pytest.mark.parametrize("last", [b"0\r\n\r\n", b"0\r\nA: b\r\n\r\n", b""])
-def test_connection_is_used_again_once_its_answer_has_ended(server: Any, provider: Provider, last: bytes) -> None:
+def test_connection_is_used_again_once_its_answer_has_ended(
+    server: streamproxy.Server, provider: Provider, last: bytes
+) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         upstream.start(A)
         upstream.send(chunk(STOP), chunk(DONE), last)
@@ -6878,14 +6938,18 @@ NOT_KEPT = {
 
 
 @pytest.mark.parametrize("name", NOT_KEPT)
-def test_connection_is_not_kept_where_its_end_is_in_doubt(server: Any, provider: Provider, name: str) -> None:
+def test_connection_is_not_kept_where_its_end_is_in_doubt(
+    server: streamproxy.Server, provider: Provider, name: str
+) -> None:
     head, last = NOT_KEPT[name]
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         upstream.send(head, chunk(A), chunk(DONE), last)
         assert client.head().status == 200 and client.body() == b"a" and upstream.gone()
 
 
-def test_idle_connection_that_says_something_or_closes_is_dropped(server: Any, provider: Provider) -> None:
+def test_idle_connection_that_says_something_or_closes_is_dropped(
+    server: streamproxy.Server, provider: Provider
+) -> None:
     for last in (b"HTTP/1.1 408 Request Timeout\r\n\r\n", b""):
         with Client(server).ask(PROMPT) as client, provider.take() as upstream:
             one_answer(server, upstream)
@@ -6899,7 +6963,7 @@ def test_idle_connection_that_says_something_or_closes_is_dropped(server: Any, p
 
 @pytest.mark.parametrize("how", ["close", "reset"])
 def test_reused_connection_that_was_closed_already_is_tried_once_more_on_a_new_one(
-    server: Any, provider: Provider, how: str
+    server: streamproxy.Server, provider: Provider, how: str
 ) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         ask_again(server, client, upstream)
@@ -6920,7 +6984,7 @@ def test_reused_connection_that_was_closed_already_is_tried_once_more_on_a_new_o
 
 
 def test_reused_connection_that_ends_after_a_byte_of_the_answer_is_not_tried_again(
-    server: Any, provider: Provider
+    server: streamproxy.Server, provider: Provider
 ) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         ask_again(server, client, upstream)
@@ -6930,7 +6994,7 @@ def test_reused_connection_that_ends_after_a_byte_of_the_answer_is_not_tried_aga
     assert provider.nobody_came()
 
 
-def test_client_leaves_while_a_dead_connection_is_replaced(server: Any, provider: Provider) -> None:
+def test_client_leaves_while_a_dead_connection_is_replaced(server: streamproxy.Server, provider: Provider) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         ask_again(server, client, upstream)
         upstream.sock.close()
@@ -7135,7 +7199,7 @@ def test_after_finish_reason_usage_is_awaited_for_a_moment_only(later: tuple[byt
 # ---------------------------------------------------------------- upstreams that misbehave
 
 
-def test_upstream_heads_that_stall_half_way_hold_up_nobody_else(server: Any, provider: Provider) -> None:
+def test_upstream_heads_that_stall_half_way_hold_up_nobody_else(server: streamproxy.Server, provider: Provider) -> None:
     for _ in range(streamproxy.MAX_WORKERS + 4):
         Client(server).ask(PROMPT)
         provider.take().send(b"HTTP/1.1 200 OK\r\nContent-T")
@@ -7190,7 +7254,7 @@ BEFORE_THE_FIRST_TEXT = {
 @pytest.mark.parametrize("name", BEFORE_THE_FIRST_TEXT)
 @pytest.mark.parametrize("mode", ["text", "events"])
 def test_failure_before_the_first_text_still_has_its_status(
-    server: Any, provider: Provider, caplog: Any, name: str, mode: str
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture, name: str, mode: str
 ) -> None:
     answer, status, ending = BEFORE_THE_FIRST_TEXT[name]
     with Client(server).ask(PROMPT, **(EVENTS if mode == "events" else {})) as client:
@@ -7206,7 +7270,9 @@ def test_failure_before_the_first_text_still_has_its_status(
     assert provider.nobody_came()  # nothing is tried twice
 
 
-def test_upstream_message_reaches_the_client_where_it_is_about_the_request(server: Any, provider: Provider) -> None:
+def test_upstream_message_reaches_the_client_where_it_is_about_the_request(
+    server: streamproxy.Server, provider: Provider
+) -> None:
     for answer, expected in [
         (error_answer(400, b'{"error": {"message": "Bad\\nmodel"}}'), (400, "Bad model")),
         (error_answer(429, b'{"error": "Slow"}', b"Retry-After: 7\r\n"), (429, "Slow")),
@@ -7224,7 +7290,9 @@ def test_upstream_message_reaches_the_client_where_it_is_about_the_request(serve
     (b"Sun, 22 Nov 2026 10:00:00 GMT", "Sun, 22 Nov 2026 10:00:00 GMT"),
     (b"soon", "1"),
 ])
-def test_retry_after_of_429_passes_if_it_is_one(server: Any, provider: Provider, told: bytes, passed: str) -> None:
+def test_retry_after_of_429_passes_if_it_is_one(
+    server: streamproxy.Server, provider: Provider, told: bytes, passed: str
+) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         upstream.send(error_answer(429, fields=b"Retry-After: " + told + b"\r\n"))
         assert client.head().fields["Retry-After"] == passed
@@ -7249,7 +7317,7 @@ AFTER_THE_FIRST_TEXT = {
 @pytest.mark.parametrize("name", AFTER_THE_FIRST_TEXT)
 @pytest.mark.parametrize("reset", [False, True])
 def test_failure_after_the_first_text_leaves_the_body_unterminated(
-    server: Any, provider: Provider, caplog: Any, name: str, reset: bool
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture, name: str, reset: bool
 ) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         upstream.start(A)
@@ -7263,7 +7331,9 @@ def test_failure_after_the_first_text_leaves_the_body_unterminated(
 
 
 @pytest.mark.parametrize("name", AFTER_THE_FIRST_TEXT)
-def test_failure_after_the_first_text_is_an_event_in_sse_mode(server: Any, provider: Provider, name: str) -> None:
+def test_failure_after_the_first_text_is_an_event_in_sse_mode(
+    server: streamproxy.Server, provider: Provider, name: str
+) -> None:
     with Client(server).ask(PROMPT, **EVENTS) as client:
         with provider.take() as upstream:
             upstream.start(A)
@@ -7288,7 +7358,7 @@ COMPLETE = {
 
 @pytest.mark.parametrize("name", COMPLETE)
 def test_complete_answer_ends_while_upstream_is_still_open(
-    server: Any, provider: Provider, caplog: Any, name: str
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         upstream.start(A)
@@ -7299,7 +7369,9 @@ def test_complete_answer_ends_while_upstream_is_still_open(
 
 
 @pytest.mark.parametrize("end", [STOP, DONE, STOP + DONE])
-def test_complete_answer_delimited_by_close_or_length(server: Any, provider: Provider, end: bytes) -> None:
+def test_complete_answer_delimited_by_close_or_length(
+    server: streamproxy.Server, provider: Provider, end: bytes
+) -> None:
     for head in (
         CLOSE_HEAD, OK + SSE + b"Content-Length: %d\r\n\r\n" % len(A + end), b"HTTP/1.0 200 OK\r\n" + SSE + b"\r\n"
     ):
@@ -7309,7 +7381,7 @@ def test_complete_answer_delimited_by_close_or_length(server: Any, provider: Pro
             assert client.head().status == 200 and client.body() == b"a"
 
 
-def test_cut_answer_delimited_by_close_or_length(server: Any, provider: Provider) -> None:
+def test_cut_answer_delimited_by_close_or_length(server: streamproxy.Server, provider: Provider) -> None:
     for head in (CLOSE_HEAD, OK + SSE + b"Content-Length: 9999\r\n\r\n", b"HTTP/1.0 200 OK\r\n" + SSE + b"\r\n"):
         with Client(server).ask(PROMPT) as client:
             with provider.take() as upstream:
@@ -7321,14 +7393,14 @@ def test_cut_answer_delimited_by_close_or_length(server: Any, provider: Provider
     b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n",
     b"HTTP/1.1 102 X\r\n\r\nHTTP/1.1 103 X\r\n\r\n",
 ])
-def test_interim_answers_are_not_the_answer(server: Any, provider: Provider, interim: bytes) -> None:
+def test_interim_answers_are_not_the_answer(server: streamproxy.Server, provider: Provider, interim: bytes) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         upstream.send(interim)
         upstream.start(A)
         assert client.head().status == 200 and client.chunk() == b"a"
 
 
-def test_events_cut_and_joined_anywhere_lose_nothing(server: Any, provider: Provider) -> None:
+def test_events_cut_and_joined_anywhere_lose_nothing(server: streamproxy.Server, provider: Provider) -> None:
     rng = random.Random(3)
     texts = [
         rng.choice(["Hello", " wörld", "\n", "data: ", "👋", "\r\n\r\n", "[DONE]", '"', "\\", "\u2028", "0\r\n\r\n"])
@@ -7349,7 +7421,7 @@ def test_events_cut_and_joined_anywhere_lose_nothing(server: Any, provider: Prov
             assert client.head().status == 200 and client.body().decode() == "".join(texts)
 
 
-def test_an_event_of_a_megabyte_passes(server: Any, provider: Provider) -> None:
+def test_an_event_of_a_megabyte_passes(server: streamproxy.Server, provider: Provider) -> None:
     text = "ä" * 500000
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         sender = threading.Thread(target=lambda: (upstream.start(delta(text)), upstream.finish()))
@@ -7612,7 +7684,7 @@ def test_fault_in_one_stream_is_told_to_its_owner_and_the_loop_goes_on() -> None
 @pytest.mark.parametrize("stage", ["before the head", "before the first event", "after the role", "mid-stream"])
 @pytest.mark.parametrize("mode", ["text", "events"])
 def test_client_leaves_and_upstream_is_closed(
-    server: Any, provider: Provider, caplog: Any, mode: str, stage: str, how: str
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture, mode: str, stage: str, how: str
 ) -> None:
     client = Client(server).ask(PROMPT, **(EVENTS if mode == "events" else {}))
     with client, provider.take() as upstream:
@@ -7636,7 +7708,7 @@ def test_client_leaves_while_upstream_does_not_take_the_request(provider: Provid
         wait_for(lambda: not server.snapshot()["connections"])
 
 
-def test_client_leaves_behind_a_request_sent_ahead(server: Any, provider: Provider) -> None:
+def test_client_leaves_behind_a_request_sent_ahead(server: streamproxy.Server, provider: Provider) -> None:
     client = Client(server).ask(PROMPT)
     with provider.take() as upstream:
         client.ask(PROMPT)
@@ -7645,7 +7717,7 @@ def test_client_leaves_behind_a_request_sent_ahead(server: Any, provider: Provid
 
 
 def test_client_that_sends_without_end_while_its_answer_is_on_its_way_is_cut(
-    server: Any, provider: Provider, caplog: Any
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         with contextlib.suppress(ConnectionError):
@@ -7660,7 +7732,7 @@ def test_client_that_sends_without_end_while_its_answer_is_on_its_way_is_cut(
 
 def descriptors() -> int:
     gc.collect()
-    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    return descriptors_now()
 
 
 # ---------------------------------------------------------------- addresses
@@ -7691,7 +7763,9 @@ def test_unix_socket_clients_may_have_bound_their_own(provider: Provider, tmp_pa
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
-def test_ipv4_client_of_a_socket_for_both_has_its_own_address(provider: Provider, caplog: Any) -> None:
+def test_ipv4_client_of_a_socket_for_both_has_its_own_address(
+    provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
     with running(provider, bind="[::]:0", allow_anonymous=True) as server:
         url = server.url.replace("[::]", "127.0.0.1")
         for fields, client in (({}, "127.0.0.1"), ({"X-Forwarded-For": "192.0.2.9"}, "192.0.2.9")):
@@ -7736,7 +7810,9 @@ def test_max_streams_more_get_503_at_once(provider: Provider) -> None:
             assert third.head().status == 200
 
 
-def test_more_connections_than_are_allowed_are_told_so_once_they_ask(provider: Provider, caplog: Any) -> None:
+def test_more_connections_than_are_allowed_are_told_so_once_they_ask(
+    provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
     with running(provider, max_streams=1) as server:
         most = 2 + streamproxy.SPARE_CONNECTIONS
         clients = [Client(server) for _ in range(most)]
@@ -7759,7 +7835,9 @@ def test_more_connections_than_are_allowed_are_told_so_once_they_ask(provider: P
     assert [entry["error"] for entry in entries[:2]] == ["Too many connections."] * 2 and provider.nobody_came()
 
 
-def test_connections_far_beyond_those_allowed_are_closed_at_once_and_that_is_said(caplog: Any) -> None:
+def test_connections_far_beyond_those_allowed_are_closed_at_once_and_that_is_said(
+    caplog: pytest.LogCaptureFixture
+) -> None:
     with running(None, max_streams=1) as server:
         most = 2 + streamproxy.SPARE_CONNECTIONS + streamproxy.MAX_SURPLUS
         clients = [Client(server) for _ in range(most)]
@@ -7776,7 +7854,7 @@ def test_connections_far_beyond_those_allowed_are_closed_at_once_and_that_is_sai
             assert client.head().status == 200
 
 
-def test_connection_without_a_whole_request_holds_no_thread(server: Any) -> None:
+def test_connection_without_a_whole_request_holds_no_thread(server: streamproxy.Server) -> None:
     caught_up(server)
     before = threading.active_count()
     starts = [b"", b"POST / HTTP/1.1\r\nHost: a\r\n", b"POST / HTTP/1.1\r\n" + H + b"Content-Length: 9\r\n\r\n{"]
@@ -7787,7 +7865,7 @@ def test_connection_without_a_whole_request_holds_no_thread(server: Any) -> None
     assert threading.active_count() == before and server.snapshot()["threads"] == 0
 
 
-def test_streams_and_kept_connections_hold_no_thread(server: Any, provider: Provider) -> None:
+def test_streams_and_kept_connections_hold_no_thread(server: streamproxy.Server, provider: Provider) -> None:
     clients = [Client(server) for _ in range(150)]
     upstreams = {}
     for number, client in enumerate(clients):
@@ -7814,7 +7892,7 @@ def test_streams_and_kept_connections_hold_no_thread(server: Any, provider: Prov
 
 
 def test_request_for_which_no_thread_can_be_started_waits_for_one(
-    server: Any, provider: Provider, caplog: Any, no_thread: Any
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture, no_thread: Any
 ) -> None:
     caught_up(server)
     log_entries(caplog, 1)
@@ -7832,7 +7910,8 @@ def test_request_for_which_no_thread_can_be_started_waits_for_one(
 
 
 def test_requests_for_which_no_other_thread_can_be_started_are_seen_to_by_those_there_are(
-    server: Any, provider: Provider, caplog: Any, no_thread: Any, monkeypatch: Any
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture, no_thread: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caught_up(server)
     log_entries(caplog, 1)  # its thread is there
@@ -7856,7 +7935,7 @@ def test_requests_for_which_no_other_thread_can_be_started_are_seen_to_by_those_
 
 
 def test_streams_go_on_and_end_and_warm_connections_are_used_while_no_thread_can_be_started(
-    server: Any, provider: Provider, caplog: Any, no_thread: Any
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture, no_thread: Any
 ) -> None:
     caught_up(server)
     log_entries(caplog, 1)
@@ -7877,7 +7956,7 @@ def test_streams_go_on_and_end_and_warm_connections_are_used_while_no_thread_can
 
 
 def test_connection_for_which_no_descriptor_is_left_is_accepted_later(
-    server: Any, monkeypatch: Any, caplog: Any
+    server: streamproxy.Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     accept = server.get_request
 
@@ -7892,7 +7971,9 @@ def test_connection_for_which_no_descriptor_is_left_is_accepted_later(
     wait_for(lambda: "a connection was not accepted: too many open files" in caplog.text)
 
 
-def test_2000_connections_opened_and_dropped_leave_nothing_behind(server: Any, provider: Provider) -> None:
+def test_2000_connections_opened_and_dropped_leave_nothing_behind(
+    server: streamproxy.Server, provider: Provider
+) -> None:
     def good() -> None:
         with Client(server).ask(method="GET", path="/healthz") as client:
             assert client.head().status == 200
@@ -7955,7 +8036,7 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
-def test_fuzzed_heads_and_bodies_never_stop_the_server(provider: Provider, caplog: Any) -> None:
+def test_fuzzed_heads_and_bodies_never_stop_the_server(provider: Provider, caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(11)
     bodies = [json.dumps(PROMPT).encode(), json.dumps({**ASKED, "x": [1.5, None, {"y": "\u00e4"}]}).encode()]
     seeds = [
@@ -7988,7 +8069,7 @@ def test_fuzzed_heads_and_bodies_never_stop_the_server(provider: Provider, caplo
     assert "fault" not in caplog.text and "Traceback" not in caplog.text
 
 
-def test_fuzzed_answers_of_upstream_never_stop_the_server(provider: Provider, caplog: Any) -> None:
+def test_fuzzed_answers_of_upstream_never_stop_the_server(provider: Provider, caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(12)
     body = ROLE + A + delta("b", reasoning="c") + event({"choices": [], "usage": {"total_tokens": 1}}) + STOP + DONE
     document = json.dumps({"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}).encode()
@@ -8015,7 +8096,9 @@ def test_fuzzed_answers_of_upstream_never_stop_the_server(provider: Provider, ca
     assert "fault" not in caplog.text and "Traceback" not in caplog.text
 
 
-def test_200_clients_leave_at_once_and_no_thread_or_descriptor_is_left(server: Any, provider: Provider) -> None:
+def test_200_clients_leave_at_once_and_no_thread_or_descriptor_is_left(
+    server: streamproxy.Server, provider: Provider
+) -> None:
     caught_up(server)
     wait_for(lambda: not server.snapshot()["connections"])
     before = descriptors()
@@ -8205,7 +8288,9 @@ def test_drain_serves_who_connected_before_it(provider: Provider) -> None:
 
 
 @pytest.mark.parametrize("mode", ["text", "events", "nothing sent"])
-def test_drain_aborts_truthfully_at_its_end_or_when_hurried(provider: Provider, caplog: Any, mode: str) -> None:
+def test_drain_aborts_truthfully_at_its_end_or_when_hurried(
+    provider: Provider, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
     with running(provider, drain_timeout=DEADLINE) as server:
         with Client(server).ask(PROMPT, **(EVENTS if mode == "events" else {})) as client, provider.take() as upstream:
             if mode != "nothing sent":
@@ -8229,7 +8314,7 @@ def test_drain_aborts_truthfully_at_its_end_or_when_hurried(provider: Provider, 
 
 
 def test_drain_ends_half_sent_requests_and_stalled_http_1_0_clients_truthfully(
-    provider: Provider, monkeypatch: Any
+    provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streamproxy, "ABORT_GRACE", 0.3)
     with running(provider, drain_timeout=0.0) as server, Client(server) as half, Client(server) as stalled:
@@ -8250,7 +8335,9 @@ def test_drain_ends_half_sent_requests_and_stalled_http_1_0_clients_truthfully(
                 stalled.rest()
 
 
-def test_drain_that_is_hurried_answers_half_sent_bodies_at_once(provider: Provider, caplog: Any) -> None:
+def test_drain_that_is_hurried_answers_half_sent_bodies_at_once(
+    provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
     with running(provider, drain_timeout=0.0) as server, Client(server) as client:
         client.send(b"POST / HTTP/1.1\r\n" + H + b"Content-Length: 9\r\n\r\n{")
         caught_up(server)
@@ -8376,7 +8463,9 @@ LARGE = [
     reason="needs /proc and CPython",
 )
 @pytest.mark.parametrize("fate", LARGE)
-def test_memory_of_what_is_over_is_given_back_without_a_collector(server: Any, provider: Provider, fate: str) -> None:
+def test_memory_of_what_is_over_is_given_back_without_a_collector(
+    server: streamproxy.Server, provider: Provider, fate: str
+) -> None:
     prompt = b'{"prompt": "' + b"x" * 1_000_000 + (b'"}' if fate != "not JSON" else b"")
     document = json.dumps({
         "choices": [{"index": 0, "message": {"content": "y" * 1_000_000}, "finish_reason": "stop"}]
@@ -9133,7 +9222,7 @@ def test_library_demo_needs_nothing() -> None:
 # 18 -------------------------------------------------------------------- Chat page
 
 
-def test_page_has_a_policy_that_lets_in_its_own_script_and_style_only(server: Any) -> None:
+def test_page_has_a_policy_that_lets_in_its_own_script_and_style_only(server: streamproxy.Server) -> None:
     with Client(server).ask(method="GET", path="/?x") as client:
         head = client.head()
         page = client.exactly(int(head.fields["Content-Length"])).decode()
@@ -9422,7 +9511,7 @@ def readme_commands() -> list[tuple[dict[str, str], list[str]]]:
     ]
 
 
-def test_readme_commands_are_taken(tmp_path: Path, monkeypatch: Any) -> None:
+def test_readme_commands_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = readme_commands()
     assert len(commands) >= 9
     for environ, flags in commands:
@@ -9582,7 +9671,9 @@ def test_readme_lists_the_statuses_of_upstream_that_pass() -> None:
 
 @pytest.mark.parametrize("status", UPSTREAM_SAYS)
 @pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
-def test_readme_status_of_upstream(server: Any, provider: Provider, caplog: Any, path: str, status: int) -> None:
+def test_readme_status_of_upstream(
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture, path: str, status: int
+) -> None:
     with Client(server).ask(PROMPT if path == "/" else ASKED, path=path) as client, provider.take() as upstream:
         upstream.send(error_answer(status, SAYS))
         head = client.head()
@@ -9601,7 +9692,9 @@ def test_readme_status_of_upstream(server: Any, provider: Provider, caplog: Any,
     (b'{"error": {"message": "Words", "code": 429}}', 429),
     (b'{"error": {"message": "Words", "code": 401}}', 502),
 ])
-def test_readme_error_with_status_200(server: Any, provider: Provider, answer: bytes, status: int) -> None:
+def test_readme_error_with_status_200(
+    server: streamproxy.Server, provider: Provider, answer: bytes, status: int
+) -> None:
     document = OK + JSON + b"Content-Length: %d\r\n\r\n%b" % (len(answer), answer)
     for wire in (STREAM_HEAD + chunk(b"data: " + answer + b"\n\n"), document):
         with Client(server).ask(PROMPT) as client, provider.take() as upstream:
@@ -9618,7 +9711,9 @@ def test_readme_error_with_status_200(server: Any, provider: Provider, answer: b
     (error_answer(429, fields=b"Retry-After-Ms: 50\r\n"), {"Retry-After": "1", "Retry-After-Ms": "50"}),
     (error_answer(409, fields=b"X-Should-Retry: false\r\n"), {"X-Should-Retry": "false"}),
 ])
-def test_readme_whether_to_ask_again(server: Any, provider: Provider, answer: bytes, told: dict[str, str]) -> None:
+def test_readme_whether_to_ask_again(
+    server: streamproxy.Server, provider: Provider, answer: bytes, told: dict[str, str]
+) -> None:
     with Client(server).ask(ASKED, path="/v1/chat/completions") as client:
         with provider.take() as upstream:
             upstream.send(answer)
@@ -9645,7 +9740,9 @@ CLOTHES = {
 
 
 @pytest.mark.parametrize("name", CLOTHES)
-def test_readme_error_in_its_clothes(server: Any, provider: Provider, caplog: Any, name: str) -> None:
+def test_readme_error_in_its_clothes(
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
     with Client(server).ask(PROMPT, **EVENTS) as client, provider.take() as upstream:
         upstream.start(A, CLOTHES[name], DONE)
         client.head()
@@ -9670,7 +9767,8 @@ def test_readme_error_in_its_clothes(server: Any, provider: Provider, caplog: An
     (A + finish("content_filter"), "a", "complete"),
 ])
 def test_readme_finish_reason(
-    server: Any, provider: Provider, caplog: Any, events: bytes, text: str, ending: str
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture, events: bytes, text: str,
+    ending: str,
 ) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         upstream.start(events)
@@ -9684,7 +9782,9 @@ def test_readme_finish_reason(
 @pytest.mark.parametrize("label", [
     "text/plain", "application/octet-stream", "application/json", "text/event-stream, text/event-stream", "",
 ])
-def test_readme_labels_count_less_than_the_first_bytes(server: Any, provider: Provider, label: str) -> None:
+def test_readme_labels_count_less_than_the_first_bytes(
+    server: streamproxy.Server, provider: Provider, label: str
+) -> None:
     document = b'{"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}]}'
     for body in (A + STOP, document) if "plain" not in label and "octet" not in label else (A + STOP,):
         with Client(server).ask(PROMPT) as client:
@@ -9693,7 +9793,9 @@ def test_readme_labels_count_less_than_the_first_bytes(server: Any, provider: Pr
             assert client.head().status == 200 and client.body() == b"a"
 
 
-def test_readme_log_names_are_those_of_an_entry(server: Any, provider: Provider, caplog: Any) -> None:
+def test_readme_log_names_are_those_of_an_entry(
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
     with Client(server).ask(PROMPT) as client, provider.take() as upstream:
         upstream.start(A, STOP)
         upstream.finish()
@@ -9807,7 +9909,7 @@ def test_readme_lines_for_tokens_let_their_client_in(provider: Provider, tmp_pat
                 assert client.head().status == 200
 
 
-def test_readme_library_lines_run(capfd: Any) -> None:
+def test_readme_library_lines_run(capfd: pytest.CaptureFixture[str]) -> None:
     lines = readme_block("import streamproxy").replace('api_key="sk-..."', "demo=True")
     assert "demo=True" in lines
     exec(lines, {})  # noqa: S102
@@ -9985,7 +10087,7 @@ def test_nginx_example_agrees_with_our_defaults() -> None:
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/"), ("GET", "/?prompt=secret")])
 def test_nginx_example_streams_and_logs_no_prompt(
-    provider: Provider, tmp_path: Path, caplog: Any, method: str, path: str
+    provider: Provider, tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str, path: str
 ) -> None:
     with running(provider, bind=f"unix:{tmp_path}/1.sock"), running(provider, bind=f"unix:{tmp_path}/2.sock"):
         with nginx(tmp_path, EXAMPLE.read_text()) as front, Client(front) as client:
@@ -10057,7 +10159,7 @@ FRONTS = {
 
 
 @contextlib.contextmanager
-def other_front(name: str, folder: Path, server: Any, idle: int = 60) -> Iterator[Front]:
+def other_front(name: str, folder: Path, server: streamproxy.Server | Provider, idle: int = 60) -> Iterator[Front]:
     """The server of that name, set up as README says, but for how many seconds it keeps idle connections."""
     lines = re.search(rf"^```\n# {name}\b.*\n([^`]*)```", README.read_text(encoding="utf-8"), re.MULTILINE)
     assert lines
@@ -10179,7 +10281,7 @@ def curl(front: Any, *args: str) -> Any:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_curl_sees_text_arrive_and_the_end(server: Any, provider: Provider) -> None:
+def test_curl_sees_text_arrive_and_the_end(server: streamproxy.Server, provider: Provider) -> None:
     process = curl(server, "-d", json.dumps(PROMPT))
     with provider.take() as upstream:
         upstream.start(A)
@@ -10192,7 +10294,7 @@ def test_curl_sees_text_arrive_and_the_end(server: Any, provider: Provider) -> N
 
 @pytest.mark.parametrize(("flags", "status"), [((), 18), (("--http1.0",), 56)])
 def test_curl_fails_where_the_answer_is_cut(
-    server: Any, provider: Provider, flags: tuple[str, ...], status: int
+    server: streamproxy.Server, provider: Provider, flags: tuple[str, ...], status: int
 ) -> None:
     process = curl(server, "-d", json.dumps(PROMPT), *flags)
     with provider.take() as upstream:
@@ -10271,13 +10373,13 @@ class WebDriver:
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory: Any) -> Iterator[WebDriver]:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
     with contextlib.closing(WebDriver(tmp_path_factory.mktemp("chromium"))) as driver:
         yield driver
 
 
 @pytest.fixture
-def page(browser: WebDriver, server: Any) -> Iterator[WebDriver]:
+def page(browser: WebDriver, server: streamproxy.Server) -> Iterator[WebDriver]:
     browser.call("POST", "/url", {"url": server.url})
     yield browser
     assert browser.log() == []
@@ -10541,7 +10643,7 @@ def npm_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def aimock(npm_folder: Path, tmp_path_factory: Any) -> Iterator[str]:
+def aimock(npm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The base URL of @copilotkit/aimock."""
     script = npm_folder / "node_modules/@copilotkit/aimock/dist/cli.js"
     fixtures = tmp_path_factory.mktemp("aimock") / "fixtures.json"
@@ -10738,7 +10840,7 @@ def sdks_for_a_page(npm_folder: Path) -> str:
     ).stdout
 
 
-def tell_in_chromium(fixture: Any, origin: str, asked: list[dict[str, Any]]) -> str:
+def tell_in_chromium(fixture: Callable[[str], Any], origin: str, asked: list[dict[str, Any]]) -> str:
     driver: WebDriver = fixture("browser")
     driver.call("POST", "/url", {"url": origin + "/healthz"})
     told = driver.call(
@@ -10749,7 +10851,7 @@ def tell_in_chromium(fixture: Any, origin: str, asked: list[dict[str, Any]]) -> 
     return str(told)
 
 
-def script_for(where: str, fixture: Any) -> tuple[list[str], str]:
+def script_for(where: str, fixture: Callable[[str], Any]) -> tuple[list[str], str]:
     """The command of an interpreter that reads a script, and the script."""
     if where == "python":
         python = os.environ.get("STREAMPROXY_TEST_SDKS") or missing(
@@ -10843,13 +10945,7 @@ def payloads(*events: bytes) -> list[Any]:
 
 
 def asks(
-    sdk: str,
-    call: str,
-    *args: object,
-    at: str = "",
-    retries: int = 2,
-    then: str = "",
-    final: str = "",
+    sdk: str, call: str, *args: object, at: str = "", retries: int = 2, then: str = "", final: str = "",
     **params: object,
 ) -> dict[str, Any]:
     """What an SDK is told to ask.
@@ -11336,7 +11432,7 @@ class Told:
 
 
 @pytest.fixture(scope="session", params=["python", "node", "chromium"])
-def told(request: Any, aimock: str, tmp_path_factory: Any) -> Iterator[Told]:
+def told(request: pytest.FixtureRequest, aimock: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
     """All that the SDKs are told to ask is asked at once, through as many servers as it takes."""
     where, folder = request.param, tmp_path_factory.mktemp("sdks")
     answers: dict[str, Any] = {
