@@ -3273,20 +3273,21 @@ class LogWriter:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lines: collections.deque[tuple[int, object]] = collections.deque()
+        self._lines: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
         self._lost = 0  # lines that found no room, or whose handler raised
         self._rare: dict[str, list[float]] = {}  # of each of these: when it was last said, how often it was since
         self._clock = clock
-        self._wake = threading.Semaphore(0)
-        self._asleep = True
         self._closing = threading.Event()
         self._lock = threading.Lock()  # guards _rare, and the start
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Have the thread now, while one can be started; else the first line that can will start it."""
-        with self._lock:
-            self._begin()
+        with self._lock, contextlib.suppress(RuntimeError):
+            if not self._thread:
+                thread = threading.Thread(target=self._run, name="log", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def info(self, line: object) -> None:
         """Have a line written soon.  For any thread; it never waits, and never raises."""
@@ -3306,41 +3307,27 @@ class LogWriter:
     def close(self, timeout: float) -> None:
         """Write what waits; give up after timeout seconds."""
         self._closing.set()
-        self._wake.release()
+        self._lines.put((logging.NOTSET, None))  # wakes the thread
         if self._thread:
             self._thread.join(timeout)
 
     def _put(self, level: int, line: object) -> None:
-        if len(self._lines) >= MAX_LOG_LINES:
+        if self._lines.qsize() >= MAX_LOG_LINES:
             self._lost += 1
             return
-        self._lines.append((level, line))
-        if self._asleep:
-            with self._lock:
-                self._asleep = not self._begin()
-                self._wake.release()
-
-    def _begin(self) -> bool:
+        self._lines.put((level, line))
         if not self._thread:
-            self._thread = threading.Thread(target=self._run, name="log", daemon=True)
-            try:
-                self._thread.start()
-            except RuntimeError:  # the next line tries again
-                self._thread = None
-        return self._thread is not None
+            self.start()
 
     def _run(self) -> None:
-        while not (self._closing.is_set() and not self._lines):
-            self._asleep = True  # from here on, a line wakes this thread; those before are seen here
-            if not self._lines:
-                self._wake.acquire()
-            self._asleep = False
-            self._write(len(self._lines))
+        while self._lines.qsize() or not self._closing.is_set():
+            self._write(self._lines.qsize() or 1)
             self._closing.wait(LOG_PAUSE)  # each time this thread runs, it takes the interpreter from the loop
 
     def _write(self, count: int) -> None:
+        """Write so many lines, once they are there."""
         for _ in range(count):
-            self._guard(1, self._emit, *self._lines.popleft())
+            self._guard(1, self._emit, *self._lines.get())
         lost = self._lost
         told = lost and self._guard(0, self._emit, logging.ERROR, f"{lost} lines of log were lost")
         flushed = [self._guard(count, handler.flush) for handler in log.handlers]
@@ -3348,7 +3335,7 @@ class LogWriter:
             self._lost -= lost
 
     def _emit(self, level: int, line: object) -> None:
-        if log.isEnabledFor(level):  # log.log would look for the line of code, too
+        if level and log.isEnabledFor(level):  # log.log would look for the line of code, too
             log.handle(log.makeRecord(log.name, level, "streamproxy.py", 0, line, (), None))
 
     def _guard(self, lines: int, call: Callable[..., object], *args: object) -> bool:
