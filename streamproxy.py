@@ -2961,6 +2961,16 @@ class _Selector:
         return [(key.fd, events & READ | events // selectors.EVENT_WRITE * WRITE) for key, events in ready]
 
 
+class Stateful:
+    """What is in one state at a time: one of those that its class names in capitals."""
+
+    state: int
+
+    def __repr__(self) -> str:
+        names = (name for name in dir(self) if name.isupper() and getattr(self, name) == self.state)
+        return f"<{type(self).__name__} {next(names)}>"
+
+
 class Alarm:
     """Makes a call when its time has come, at the latest; whoever is called looks what is due, and sets it anew.
 
@@ -3443,7 +3453,7 @@ class Peer:
         """End: the client is gone."""
 
 
-class Client(Peer):
+class Client(Peer, Stateful):
     """A connection of HTTP/1.1: its requests, one after the other.
 
     IDLE -> HEAD -> BODY -> ANSWERING -> IDLE, or from any of them, LINGERING -> CLOSED.  LINGERING: the rest of a
@@ -3465,9 +3475,8 @@ class Client(Peer):
         self.keeps_alive = False  # after the answer; as yet there was none
         self._alarm = Alarm(self.loop, self._on_alarm)
         self._set_alarm()
-
-    def __repr__(self) -> str:
-        return f"<Client {('IDLE', 'HEAD', 'BODY', 'ANSWERING', 'LINGERING', 'CLOSED')[self.state]}>"
+        server.clients.add(self)
+        self.on_ready(READ)  # mostly, its request is there
 
     def on_data(self, data: bytes) -> None:
         if self.state == self.LINGERING:
@@ -4821,7 +4830,7 @@ class Pool:
 # 17 ------------------------------------------------------------------ Sources
 
 
-class Source:
+class Source(Stateful):
     """One try of a call: the request out, the answer in.
 
     DIALING -> SENDING -> AWAITING -> FLOWING -> ENDING, and from any of them OVER.  SENDING: upstream is listened to
@@ -4851,9 +4860,6 @@ class Source:
         self._head = b""  # what came of the answer's head, until it is whole
         self._body: BodyDecoder | None = None  # once it is
         self._keeps_alive = False
-
-    def __repr__(self) -> str:
-        return f"<Source {('DIALING', 'SENDING', 'AWAITING', 'FLOWING', 'ENDING', 'OVER')[self.state]}>"
 
     def open(self, fresh: bool) -> None:
         """Ask, on a connection that is warm or, where it has to be a fresh one, on that."""
@@ -5060,7 +5066,7 @@ class Record:
         return data
 
 
-class Viewer:
+class Viewer(Stateful):
     """Sends a record to one client: SILENT -> OPEN (the head has left) -> LAST (the end is queued) -> OVER."""
 
     SILENT, OPEN, LAST, OVER = range(4)
@@ -5074,9 +5080,6 @@ class Viewer:
         self._encode_head = encode_head
         self._head = self._tail = b""  # what goes before what leaves next, and behind it
         self._chunked = False
-
-    def __repr__(self) -> str:
-        return f"<Viewer {('SILENT', 'OPEN', 'LAST', 'OVER')[self.state]}>"
 
     @property
     def blocked(self) -> bool:
@@ -5392,28 +5395,30 @@ def demo_upstream(settings: Settings) -> Iterator[Settings]:
 # 21 ------------------------------------------------------------------ Server
 
 
-class Lookout:
+class Lookout(Stateful):
     """Has a thread look at the token file, if there is one, before a token is judged, so that a change counts at once.
 
     Where the look hangs, as on a network's file system, the last version counts, and nobody waits.
     """
 
+    IDLE, LOOKING, HANGING = range(3)
+
     def __init__(self, look: Callable[[], list[str]] | None, hub: Hub) -> None:
         """look returns what the log must say, and may block."""
+        self.state = self.IDLE
         self._look_at_file, self._hub = look, hub
         self._waiting: list[Callable[[], object]] = []  # for a look that begins after they asked
         self._looking: list[Callable[[], object]] = []  # for the one that is under way
-        self._busy = self._hangs = False
         self._since = 0.0  # when the look under way began
         self._alarm = Alarm(hub.loop, self._on_alarm)
 
     def look(self, then: Callable[[], object]) -> None:
         """Call then once the file was looked at."""
-        if self._hangs or not self._look_at_file:
+        if self.state == self.HANGING or not self._look_at_file:
             then()
             return
         self._waiting.append(then)
-        if not self._busy:
+        if self.state == self.IDLE:
             self._begin()
 
     def close(self) -> None:
@@ -5422,7 +5427,7 @@ class Lookout:
 
     def _begin(self) -> None:
         self._looking, self._waiting = self._waiting, []
-        self._busy, self._since = True, self._hub.loop.now
+        self.state, self._since = self.LOOKING, self._hub.loop.now
         self._alarm.by(self._since + LOOK_TIMEOUT)
         self._hub.workers.run(self._look)
 
@@ -5436,7 +5441,7 @@ class Lookout:
             self._hub.loop.post(self._on_looked)
 
     def _on_looked(self) -> None:
-        self._busy = self._hangs = False
+        self.state = self.IDLE
         self._release(self._looking)
         if self._waiting:
             self._begin()
@@ -5447,12 +5452,12 @@ class Lookout:
         asked.clear()
 
     def _on_alarm(self) -> None:
-        if not self._busy:
+        if self.state != self.LOOKING:
             return
         if self._since + LOOK_TIMEOUT > self._hub.loop.now:
             self._alarm.by(self._since + LOOK_TIMEOUT)
             return
-        self._hangs = True
+        self.state = self.HANGING
         self._hub.log.error("the token file cannot be looked at, its last version counts: it took too long")
         self._release(self._looking)
         self._release(self._waiting)
@@ -5508,8 +5513,7 @@ class Server(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         """Where the server can be reached, with the port that was bound; unix:PATH for a socket."""
         host = parse_address(self.settings.bind)[1]
-        host = f"[{host}]" if ":" in host else host
-        return f"unix:{self.path}" if self.path else f"http://{host}:{self.server_address[1]}"
+        return f"unix:{self.path}" if self.path else f"http://{_join_address(host, self.server_address[1])}"
 
     @property
     def draining(self) -> bool:
@@ -5608,22 +5612,13 @@ class Server(http.server.ThreadingHTTPServer):
             self.hub.loop.unwatch(self.socket)
             self._pause.by(self.hub.loop.now + SHORTAGE_PAUSE)
             return False
+        sock.setblocking(False)
         if len(self.clients) < self.max_clients + MAX_SURPLUS:
-            self.finish_request(sock, address)
+            self.finish_request(sock, address)  # makes a Client
         else:
             self.hub.log.error("a connection was closed: there are too many")
             sock.close()
         return True
-
-    def get_request(self) -> tuple[Any, Any]:
-        sock, address = self.socket.accept()
-        sock.setblocking(False)
-        return sock, address
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        client = Client(request, client_address, self)
-        self.clients.add(client)
-        client.on_ready(READ)  # mostly, its request is there
 
     def _start_thread(self, work: Callable[[], None]) -> None:
         self.process_request(work, None)  # type: ignore[arg-type]
