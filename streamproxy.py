@@ -5149,11 +5149,14 @@ class Stream:
         self.failure: ProxyError | None = None  # why the answer is not complete
         self.asked = False  # upstream has begun to get the request, and may have been paid
         self.first_text_at: float | None = None
-        self.over = False
         self._source: Source | None = None
         self._began_at = hub.loop.now
         self._exchange = exchange
         self._alarm = Alarm(hub.loop, self._on_alarm)
+
+    @property
+    def over(self) -> bool:
+        return self.viewer.state == Viewer.OVER
 
     def ask(self, fresh: bool = False) -> None:
         """Ask upstream; fresh: not on a warm connection."""
@@ -5169,7 +5172,7 @@ class Stream:
 
         stale: the request went to a warm connection that had been closed already.
         """
-        if self.over or self.viewer.state >= Viewer.LAST:
+        if self.viewer.state >= Viewer.LAST:
             return
         ours = not isinstance(failure, (UpstreamError, Aborted))  # a fault, and text may be lost
         if self.answer.state >= Answer.SETTLED and not (self.answer.failure or ours):
@@ -5181,7 +5184,7 @@ class Stream:
             return
         self.failure = self.answer.failure or failure
         if self.viewer.state == Viewer.SILENT:
-            self._end()  # the exchange says why
+            self._cut()  # the exchange says why
             return
         told = self.answer.encode("error", error=self.failure.message)
         self.record.append(told)
@@ -5218,8 +5221,7 @@ class Stream:
         if not self.over:
             self.failure = failure
             self._close_source()
-            self.viewer.cut()
-            self._end()
+            self._cut()
 
     def on_fault(self, error: Exception) -> None:
         self._exchange.on_fault(error)
@@ -5227,7 +5229,7 @@ class Stream:
     def on_drained(self) -> None:
         """The client has taken all that was sent: go on."""
         self.viewer.more()
-        if self.viewer.state == Viewer.OVER:
+        if self.over:
             self._end()
         elif self._source and not self.viewer.blocked:
             self._source.since = self.viewer.since = self.hub.loop.now  # upstream was not silent: we did not listen
@@ -5268,8 +5270,12 @@ class Stream:
 
     def _finish(self, intact: bool) -> None:
         self.viewer.last(intact)
-        if self.viewer.state == Viewer.OVER:
+        if self.over:
             self._end()
+
+    def _cut(self) -> None:
+        self.viewer.cut()
+        self._end()
 
     def _close_source(self, keep: bool = False) -> None:
         source, self._source = self._source, None
@@ -5277,7 +5283,6 @@ class Stream:
             source.close(keep)
 
     def _end(self) -> None:
-        self.over = True
         self._alarm.close()
         self._exchange.on_stream_over()
 
