@@ -103,7 +103,7 @@ if TYPE_CHECKING:
 
         @property
         def client(self) -> Peer: ...
-        def encode_stream_head(self) -> tuple[bytes, bool]: ...
+        def begin_stream(self) -> tuple[bytes, bool]: ...
         def on_stream_over(self) -> None: ...
         def on_fault(self, error: Exception) -> None: ...
 
@@ -3971,7 +3971,7 @@ class Exchange:
             client.reset()  # its body ends where the connection does
         self._end(cut)
 
-    def encode_head(self, status: int, fields: Mapping[str, str]) -> bytes:
+    def _begin_answer(self, status: int, fields: Mapping[str, str]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
         self.client.keeps_alive = self.client.keeps_alive and not (self.server.draining or self.client.surplus)
         common = {
@@ -3988,7 +3988,7 @@ class Exchange:
         self.status = status
         return head
 
-    def encode_stream_head(self) -> tuple[bytes, bool]:
+    def begin_stream(self) -> tuple[bytes, bool]:
         """Return the head of the stream's answer, and whether its body is chunked."""
         assert self.stream
         answer = self.stream.answer
@@ -3998,11 +3998,11 @@ class Exchange:
         chunked = self.request.http11 and "Content-Length" not in fields
         if chunked:
             fields["Transfer-Encoding"] = "chunked"
-        return self.encode_head(answer.status, fields), chunked
+        return self._begin_answer(answer.status, fields), chunked
 
     def _answer(self, status: int, body: bytes, fields: Mapping[str, str]) -> None:
         length = {"Content-Length": str(len(body))} if body else {}
-        head = self.encode_head(status, {"Cache-Control": "no-store", **length, **fields})
+        head = self._begin_answer(status, {"Cache-Control": "no-store", **length, **fields})
         self.client.state = self.client.ANSWERING
         self.client.send(head if self.request.method == "HEAD" else head + body)
         if not self.client.pending:
@@ -4287,22 +4287,22 @@ class Resolver:
         return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
 
     def _wait(self, address: tuple[str, int], deadline: Deadline) -> list[Any]:
-        news: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        box: queue.SimpleQueue[Any] = queue.SimpleQueue()
         with self._lock:
             is_first = address not in self._waiting
-            self._waiting.setdefault(address, set()).add(news)
+            self._waiting.setdefault(address, set()).add(box)
         try:
             if is_first:
                 self._start(address)
             cut = ConnectionAbortedError, (errno.ECONNABORTED, "cut")
-            deadline.lifeline.hold(news, functools.partial(news.put, cut))
-            found = news.get(timeout=deadline.left())
+            deadline.lifeline.hold(box, functools.partial(box.put, cut))
+            found = box.get(timeout=deadline.left())
         except queue.Empty:
             raise socket.timeout("timed out") from None
         finally:
-            deadline.lifeline.drop(news)
+            deadline.lifeline.drop(box)
             with self._lock:
-                self._waiting.get(address, set()).discard(news)
+                self._waiting.get(address, set()).discard(box)
         if isinstance(found, tuple):
             raise found[0](*found[1])
         return found  # type: ignore[no-any-return]
@@ -4321,8 +4321,8 @@ class Resolver:
             found = type(error), error.args  # for each to raise its own: an exception holds on to frames
         with self._lock:
             waiting = self._waiting.pop(address)
-        for news in waiting:
-            news.put(found)
+        for box in waiting:
+            box.put(found)
 
 
 def interleave(addresses: Iterable[Any]) -> list[Any]:
@@ -5071,13 +5071,13 @@ class Viewer(Stateful):
 
     SILENT, OPEN, LAST, OVER = range(4)
 
-    def __init__(self, record: Record, client: Peer, encode_head: Callable[[], tuple[bytes, bool]]) -> None:
-        """encode_head is asked, when the first bytes leave, what goes before them, and whether the body is chunked."""
+    def __init__(self, record: Record, client: Peer, begin: Callable[[], tuple[bytes, bool]]) -> None:
+        """begin tells, when the first bytes leave, the head that goes before them, and whether the body is chunked."""
         self.record, self.client = record, client
         self.state = self.SILENT
         self.since = client.loop.now  # when something was last sent
         self.intact = False  # the body ends as it should
-        self._encode_head = encode_head
+        self._begin = begin
         self._head = self._tail = b""  # what goes before what leaves next, and behind it
         self._chunked = False
 
@@ -5131,7 +5131,7 @@ class Viewer(Stateful):
         self.state, self.intact = self.OVER, False
 
     def _open(self) -> None:
-        self._head, self._chunked = self._encode_head()
+        self._head, self._chunked = self._begin()
         self.state = self.OPEN
 
 
@@ -5145,7 +5145,7 @@ class Stream:
         """exchange is told, by on_stream_over, when all has been sent, or nothing more can be."""
         self.hub, self.call, self.answer = hub, call, answer
         self.record = Record()
-        self.viewer = Viewer(self.record, exchange.client, exchange.encode_stream_head)
+        self.viewer = Viewer(self.record, exchange.client, exchange.begin_stream)
         self.failure: ProxyError | None = None  # why the answer is not complete
         self.asked = False  # upstream has begun to get the request, and may have been paid
         self.first_text_at: float | None = None
@@ -5674,7 +5674,7 @@ class _Listener(Peer):
         self.client = self
         self.stream = hub.stream(call, TextAnswer(hub.redact), self)
 
-    def encode_stream_head(self) -> tuple[bytes, bool]:
+    def begin_stream(self) -> tuple[bytes, bool]:
         return b"", False
 
     def on_stream_over(self) -> None:
@@ -5801,12 +5801,12 @@ def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] |
     log.setLevel(logging.INFO)
     _tune_process()
     # A byte comes for each signal, whichever thread the system gives it to.
-    news, teller = socket.socketpair()
+    signals, teller = socket.socketpair()
     teller.setblocking(False)
     signal.set_wakeup_fd(teller.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    return 0, functools.partial(_serve, server, news, teller)
+    return 0, functools.partial(_serve, server, signals, teller)
 
 
 def _open_nothing() -> TextIO:
@@ -5814,18 +5814,18 @@ def _open_nothing() -> TextIO:
     return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
-def _serve(server: Server, news: socket.socket, teller: socket.socket) -> int:
+def _serve(server: Server, signals: socket.socket, teller: socket.socket) -> int:
     """Serve until a signal begins the drain; any further one ends that.  Return the exit status."""
     asked = threading.Event()
 
     def heed() -> None:
         with contextlib.suppress(OSError):  # it is closed
-            while news.recv(1):
+            while signals.recv(1):
                 if asked.is_set():
                     server.abort()
                 asked.set()
 
-    with news, teller:
+    with signals, teller:
         try:
             server.start()
             # Now, and not with the first signal: by then, the system may have no thread left.

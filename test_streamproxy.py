@@ -459,7 +459,7 @@ class Reader(streamproxy.Peer):
         self.over = 0
         self.faults: list[Exception] = []
 
-    def encode_stream_head(self) -> tuple[bytes, bool]:
+    def begin_stream(self) -> tuple[bytes, bool]:
         return b"HEAD ", True
 
     def on_blocked(self) -> None:
