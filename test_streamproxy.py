@@ -5905,13 +5905,14 @@ def test_name_that_no_name_server_can_be_asked_for() -> None:
 def test_look_up_that_hangs_holds_one_thread_and_nobody(names: Any, listener: Listener) -> None:
     name = names["api.example"] = SlowName([listener])
     upstream = streamproxy.Upstream(dial_settings(**SLOW))
+    gc.collect()  # what earlier tests left
     before, held = threading.active_count(), queues()
     for _ in range(2):
         dialings = [Dialing(upstream) for _ in range(8)]
         assert [dialing.error() for dialing in dialings] == [(504, "~ it took too long.")] * 8
     assert threading.active_count() == before + 1 and name.calls == 1
     if sys.implementation.name == "cpython":
-        assert queues() == held
+        assert queues() <= held
     late = Dialing(upstream)
     assert late.lifeline.holds.wait(DEADLINE)
     name.go.set()
