@@ -5791,7 +5791,7 @@ def test_request_of_a_call(upstream: str, call: streamproxy.Call, line: str) -> 
     fields = "".join(f"{name}: {value}\r\n" for name, value in call.fields.items())
     length = f"Content-Length: {len(call.body)}\r\n" if call.method == "POST" else ""
     wanted = f"{line} HTTP/1.1\r\n{CALL_FIELDS}{fields}{length}\r\n".encode() + call.body
-    assert streamproxy.Target(dial_settings(upstream)).encode(call) == wanted
+    assert streamproxy.Target(dial_settings(upstream)).encode_head(call) + call.body == wanted
 
 
 def test_request_with_a_key_of_its_own_field_or_none() -> None:
@@ -5825,13 +5825,7 @@ def test_request_through_a_proxy(upstream: str, proxy: str, line: str, fields: s
 ])
 def test_request_that_would_forge_a_line_is_not_encoded(call: streamproxy.Call) -> None:
     with pytest.raises(ValueError, match="bad value|latin-1"):
-        streamproxy.Target(dial_settings()).encode(call)
-
-
-def test_call_does_not_change() -> None:
-    with pytest.raises(AttributeError):
-        CALL.path = "/other"
-    assert (CALL.path, CALL.body, CALL.method, CALL.query) == ("/chat/completions", b"{}", "POST", "")
+        streamproxy.Target(dial_settings()).encode_head(call)
 
 
 def test_targets_that_share_no_connection_differ_in_their_keys() -> None:
@@ -6642,7 +6636,7 @@ def test_through_a_proxy(
                 end = TlsThrough(proxy, tls_server(certificate))
             connection = dialing.result()
             assert isinstance(connection, streamproxy.TlsConnection) == (tls or proxy_tls) and connection.read() is None
-            sent = upstream.target.encode(CALL)
+            sent = upstream.target.encode_head(CALL) + CALL.body
             assert connection.write(sent)
             got = end.recv(65536).decode()
             assert got == sent.decode() and got.startswith("POST /v1" if tls else "POST http://api.example/v1")
@@ -8711,7 +8705,7 @@ def test_drain_waits_but_a_moment_for_who_sends_on_what_was_refused(provider: Pr
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no SIGSTOP")
 def test_process_that_was_stopped_goes_on_with_what_came_meanwhile(provider: Provider) -> None:
-    with launched("--idle-timeout", "1.5", "--client-timeout", "1.5", OPENAI_BASE_URL=provider.url) as (process, front):
+    with launched("--idle-timeout", "4", "--client-timeout", "4", OPENAI_BASE_URL=provider.url) as (process, front):
         with Client(front).ask(PROMPT) as client, provider.take() as upstream, Client(front) as slow:
             upstream.start(A)
             assert client.head().status == 200 and client.chunk() == b"a"
@@ -8720,7 +8714,7 @@ def test_process_that_was_stopped_goes_on_with_what_came_meanwhile(provider: Pro
             process.send_signal(signal.SIGSTOP)
             upstream.event(delta("b"))
             slow.send(b"Host: localhost\r\n\r\n")
-            time.sleep(2)  # longer than either clock
+            time.sleep(4.5)  # longer than either clock
             process.send_signal(signal.SIGCONT)
             assert client.chunk() == b"b" and slow.head().status == 200
             upstream.finish()
