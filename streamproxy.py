@@ -21,33 +21,34 @@ It terminates no TLS, stores nothing and knows no users: nginx in front does the
 
 Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
-     9  Loop      tells that a client's socket can be read
-    11  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 5, 6, 7, 8)
-    12  Upstream  opens a connection, in a thread of 10, unless the Pool has one that is warm
-    13  Source    sends the request, and reads the answer
-                    BodyDecoder  upstream's framing to the bytes of the body                 (pure: 5)
-                    EventParser  bytes to events                                             (pure: 3)
-                    Answer       events to what the client asked for                         (pure: 4)
-    14  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
-    15  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
+    13  Loop      tells that a client's socket can be read
+    15  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 8 to 11)
+    16  Upstream  opens a connection, in a thread of 14, unless the Pool has one that is warm
+    17  Source    sends the request, and reads the answer
+                    BodyDecoder  upstream's framing to the bytes of the body                 (pure: 8)
+                    EventParser  bytes to events                                             (pure: 4)
+                    Answer       events to what the client asked for                         (pure: 3, 5 to 7)
+    18  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
+    19  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
 
 One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
 only what may block:
 
-    a Dial         from Source.open until it is posted back: a worker; the loop can cut its lifeline
-    a Connection   the worker that dials it; from then on the loop's, in Source and Pool
-    the token file the worker that looks at it; the loop reads the last version, which is replaced whole
-    a line of log  the log's thread, once it is queued
+    a Job           until the loop is told that it is done: a worker.  It dials, and the loop can cut its lifeline, or
+                    looks at a body that is large
+    a Connection    the worker that dials it; from then on the loop's, in Source and Pool
+    the token file  the worker that looks at it; the loop reads the last version, which is replaced whole
+    a line of log   the log's thread, once it is queued
 
-A client that leaves costs upstream nothing more, whatever is under way:
+A client that leaves is closed, and costs upstream nothing more.  Where it waits for an answer, a line of log says
+so, with the status that it was told, or 499:
 
-    Client IDLE                  it is closed
-    Client HEAD, BODY            a line of log says so (499), and it is closed
+    Client IDLE, LINGERING       nothing is under way: it has not asked, or was answered
+    Client HEAD, BODY            upstream was not asked
+    Client ANSWERING             nor here, while its token is judged; then a Source and a Viewer are at work:
     Source DIALING               the lifeline is cut, and the connection is closed when the worker hands it over
-    Source SENDING to FLOWING    the connection to upstream is closed at once
-    Source ENDING                likewise; all but a word or two had come
-    Viewer LAST                  upstream is done with; what the client did not take is dropped
-    Client LINGERING             it was answered; it is closed
+    Source SENDING to ENDING     the connection to upstream is closed at once
+    Source OVER, Viewer LAST     upstream is done with; what the client did not take is dropped
 
 Sources: RFC 9110 and 9112 (HTTP), WHATWG HTML section 9.2 (server-sent events).
 """
@@ -119,6 +120,7 @@ log = logging.getLogger("streamproxy")
 READ_SIZE = 64 * 1024  # asked of a socket at a time; it leaves at once, so this bounds what waits for a slow client
 TAKE_SIZE = 16 * 1024  # the same of a client: of a body in chunks of one byte, as much holds up the rest for 3 ms
 MAX_HEAD_SIZE = 64 * 1024  # of a head, of a request or an answer
+MAX_PARSED = 32 * 1024  # of a request's body that the loop looks at by itself: in the worst case, that takes 2 ms
 MAX_SKIMMED = 256 * 1024  # of a JSON document that is parsed only for the log's sake: it would hold up the rest
 MAX_EVENT_SIZE = 16 * 1024 * 1024  # of an event or a JSON document, held until it is whole: images make several MB
 MAX_ERROR_SIZE = 64 * 1024  # of a document that says why upstream refuses; longer ones are quoted, not passed on
@@ -416,7 +418,7 @@ def _hide_masked(text: str) -> str:
     return "".join([*out, text[at:]])
 
 
-# 3 ------------------------------------------------------------------- Event streams
+# 4 ------------------------------------------------------------------- Event streams
 
 
 class Event:
@@ -539,38 +541,6 @@ class EventParser:
             self._held += len(line) + 50  # as in memory: nobody sends many
 
 
-class EventCutter:
-    """The events of a stream in the bytes they came in, as they become whole."""
-
-    # What passes of an event that is not whole: it says nothing yet.
-    _QUIET = re.compile(rb"(?:(?:event|id|retry)?:[^\r\n]*(?:\r?\n|\Z))*[^\r\n]{0,8}")
-
-    def __init__(self) -> None:
-        self.rest = bytearray()  # what came behind the last blank line
-        self.passed = 0  # bytes of it that were passed on
-
-    def feed(self, body: bytes) -> bytes:
-        """Return the events that body completes, with what was passed on of the first."""
-        begin = max(0, len(self.rest) - 2)
-        self.rest += body
-        blanks = (b"\n\n", b"\n\r\n", b"\r\r")
-        end = max((at + len(blank) for blank in blanks if (at := self.rest.rfind(blank, begin)) >= 0), default=0)
-        events = bytes(self.rest[:end])
-        del self.rest[:end]
-        return events
-
-    def pass_on(self, passed: int) -> bytes:
-        """Return what may pass of the event that is not whole, of which passed bytes did."""
-        size, data = len(self.rest), b""
-        if size > MAX_EVENT_SIZE or (size < 256 and self._QUIET.fullmatch(self.rest)):
-            data, passed = bytes(self.rest[passed:]), size
-        if size > MAX_EVENT_SIZE:
-            del self.rest[1024:-4]  # its type, which comes first, is all that is looked at then
-            passed = len(self.rest)
-        self.passed = passed
-        return data
-
-
 def encode_event(data: str, type: str = "", last_event_id: str = "") -> bytes:
     """Return one event.  Line ends in data become data lines of their own (WHATWG HTML 9.2.6)."""
     head = (f"id: {last_event_id}\n" if last_event_id else "") + (f"event: {type}\n" if type else "")
@@ -581,30 +551,8 @@ def encode_event(data: str, type: str = "", last_event_id: str = "") -> bytes:
 PING = b": ping\n"
 
 
-# 4 ------------------------------------------------------------------- Answers
+# 5 ------------------------------------------------------------------- Payloads
 
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise json.JSONDecodeError("not JSON", name, 0)
-
-
-def _parse_number(text: str) -> float:
-    number = float(text) if len(text) < 400 else float("inf")  # int() takes quadratic time in Python 3.9
-    if not -1e308 < number < 1e308:
-        raise ValueError("a number is too large")
-    return int(text) if text.lstrip("-").isdigit() else number
-
-
-def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        raise ValueError("a member is named twice")  # and upstream may take the other one
-    return members
-
-
-load_json = json.JSONDecoder(
-    parse_constant=_refuse_constant, parse_int=_parse_number, parse_float=_parse_number, object_pairs_hook=_unique_members
-).decode
 
 # What servers send beside JSON, such as NaN, is null.  For what is as short as an event, a decoder that leaves
 # integers to the interpreter is twice as fast.
@@ -633,6 +581,11 @@ def dicts_in(values: object) -> list[dict[str, Any]]:
     """Return the JSON objects in an array or among the members of an object."""
     values = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
     return [value for value in values if isinstance(value, dict)]
+
+
+def holders_in(payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the JSON objects in which an answer tells of itself: payload, its members, and its choices."""
+    return [payload, *dicts_in(payload), *dicts_in(payload.get("choices"))]
 
 
 # Errors: every server has clothes of its own for them.
@@ -775,24 +728,11 @@ def quoting(words: str, status: int, error: object) -> UpstreamError:
     return failure
 
 
-def parse_event(event: Event) -> dict[str, Any]:
-    """Return the JSON object in an event; {} where it says nothing.
-
-    Raises Garbled, and UpstreamError for an error that upstream sent this way.
-    """
-    return check_event(load_event(event), event)
-
-
-def check_event(payload: Any, event: Event) -> dict[str, Any]:
-    """Return payload, of event, if it is a JSON object that tells of no error.  Raises as parse_event."""
-    if event.type == "message" and '"error' not in event.data and isinstance(payload, dict):  # mostly
-        if payload.get("choices") or (payload.get("usage") and "choices" in payload):
-            return payload
-    return check_payload(payload, event.type)
-
-
 def load_event(event: Event) -> Any:
-    """Return the JSON in an event; {} where it says nothing.  Raises as parse_event."""
+    """Return the JSON in an event; {} where it says nothing.
+
+    Raises Garbled, and UpstreamError for what can only be an error.
+    """
     try:
         return {} if event.type == "ping" else load_payload(event.data)
     except Garbled:
@@ -804,8 +744,16 @@ def load_event(event: Event) -> Any:
         raise
 
 
-def check_payload(payload: object, type: str = "message") -> dict[str, Any]:
-    """Return payload, if it is a JSON object that tells of no error.  Raises Garbled, and UpstreamError."""
+def check_payload(payload: Any, data: str, type: str = "message") -> dict[str, Any]:
+    """Return payload, which data is, of an event of type, if it is a JSON object that tells of no error.
+
+    Raises Garbled, and UpstreamError for an error that upstream sent this way.
+    """
+    if (
+        type == "message" and '"error' not in data and isinstance(payload, dict)
+        and (payload.get("choices") or (payload.get("usage") and "choices" in payload))
+    ):  # fmt: skip
+        return payload  # mostly
     error = find_error(payload, type)
     if error is not None:
         status = next((int(kind) for kind in kinds_of(error) if kind.isdigit() and int(kind) in PASSED_STATUSES), 502)
@@ -819,25 +767,7 @@ def check_payload(payload: object, type: str = "message") -> dict[str, Any]:
 
 # Refusals: answers whose status is no success.
 
-_COMPRESSION = re.compile("(?:x-)?(?:gzip|compress|deflate|bzip2)|br|zstd|dcb|dcz|lz4|snappy|exi", re.IGNORECASE)
 _WAIT = re.compile("[0-9]{1,9}|[A-Z][a-z]{2}, [0-9A-Za-z :]{20,26}")  # RFC 9110 section 10.2.3
-
-
-def compression_of(fields: Mapping[str, str]) -> str:
-    """Return the Content-Encoding of an answer, if it is one: servers also send none, utf-8 and identity."""
-    codings = [coding.strip() for coding in fields.get("content-encoding", "").split(",")]
-    return ", ".join(filter(_COMPRESSION.fullmatch, codings)).lower()
-
-
-def inflate(data: bytes, coding: str) -> bytes:
-    """Return what coding has packed, little more than MAX_ERROR_SIZE at most; b"" where it cannot be read."""
-    if not coding:
-        return data
-    if "gzip" in coding or "deflate" in coding:
-        for wbits in (47, -15):  # the formats of gzip and zlib, and what RFC 9110 section 8.4.1.2 warns of
-            with contextlib.suppress(zlib.error):
-                return zlib.decompressobj(wbits).decompress(data, MAX_ERROR_SIZE + 1)
-    return b""
 
 
 def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
@@ -918,26 +848,13 @@ def parse_reason(choice: dict[str, Any]) -> str:
     return reason
 
 
-_Joiner = codecs.getincrementaldecoder("utf-16-le")  # which imports a module: later there may be no descriptor for it
-
-
-def join_halves(joiner: codecs.IncrementalDecoder, text: str) -> str:
-    """Return text with the surrogate pairs whole that upstream split over two events.
-
-    A tokeniser may cut an emoji in two, and JSON then carries each half as an escape of its own.
-    joiner, for UTF-16, keeps the first half until the second comes, and makes U+FFFD of one left alone.
-    """
-    if text.isascii() and not joiner.getstate()[0]:  # mostly
-        return text
-    return joiner.decode(text.encode("utf-16-le", "surrogatepass"))
-
+# 6 ------------------------------------------------------------------- Answers
 
 # What a body is.  Its first bytes tell: labels are wrong too often.
 _UNTOLD, _EVENTS, _DOCUMENT, _OTHER = range(4)
 _FIELD = re.compile(rb"(?:data|event|id|retry|error) ?:|:")
 _FIELD_STARTS = (b"data:", b"event:", b"id:", b"retry:", b"error:")
 _FIELD_IN_DOCUMENT = re.compile(rb"[\r\n](?:data|event|id|retry|error) ?:")  # no JSON has a line that begins so
-_AS_IT_COMES = re.compile("(?:audio|image|video|multipart)/|.*(?:ndjson|jsonl|json-seq)")
 
 
 def form_of(begin: bytes, label: int) -> int:
@@ -952,6 +869,83 @@ def form_of(begin: bytes, label: int) -> int:
     return _UNTOLD if any(start.startswith(text) for start in _FIELD_STARTS) else label
 
 
+_COMPRESSION = re.compile("(?:x-)?(?:gzip|compress|deflate|bzip2)|br|zstd|dcb|dcz|lz4|snappy|exi", re.IGNORECASE)
+_AS_IT_COMES = re.compile("(?:audio|image|video|multipart)/|.*(?:ndjson|jsonl|json-seq)")
+_WHOLE_AT_CLOSE = re.compile("(?:audio|image|video)/|application/octet-stream")
+
+# Fields of upstream's head that are for the client to see, their names in lower case.
+_BACK = frozenset(("retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "request-id", "openai-processing-ms"))
+
+
+def passes_back(name: str) -> bool:
+    return name in _BACK or name == "openai-version" or name.startswith(("x-ratelimit-", "anthropic-ratelimit-"))
+
+
+class Head:
+    """What the head of an answer of upstream's says."""
+
+    def __init__(self, status: int, fields: Mapping[str, str]) -> None:
+        self.status, self.fields = status, fields
+        self.content_type = fields.get("content-type", "")
+        self.media = self.content_type.partition(",")[0].partition(";")[0].strip().lower()
+        self.label = _DOCUMENT if self.media.endswith("json") else _OTHER  # what the body is, it says
+        if self.media == "text/event-stream":
+            self.label = _EVENTS
+
+    @property
+    def compression(self) -> str:
+        """The Content-Encoding, if it is one: servers also send none, utf-8 and identity."""
+        codings = self.fields.get("content-encoding", "")
+        return codings and ", ".join(filter(_COMPRESSION.fullmatch, map(str.strip, codings.split(",")))).lower()
+
+    @property
+    def framed(self) -> bool:
+        """Whether the body ends where HTTP says, or where the connection does, as well."""
+        told = self.fields.get("content-length") or "transfer-encoding" in self.fields
+        return bool(told or _WHOLE_AT_CLOSE.match(self.media))
+
+
+_NO_HEAD = Head(200, {})  # before upstream's has come
+_STREAM_HEAD = Head(200, {"content-type": "text/event-stream"})  # the same, where a stream was asked for
+
+
+class Notes:
+    """What the log tells of an answer, and which of its choices have ended."""
+
+    def __init__(self, redact: Callable[[str], str]) -> None:
+        self.request_id: str | None = None  # upstream's
+        self.model: str | None = None
+        self.usage: dict[str, Any] | None = None
+        self.finish_reason: str | None = None
+        self.finished: set[str] = set()  # indexes of choices
+        self.events = self.pieces = self.size = 0  # pieces and size: of what was passed on, in bytes
+        self._redact = redact
+
+    def take(self, payload: dict[str, Any]) -> None:
+        """Note the model and the usage, wherever in payload they stand."""
+        for holder in holders_in(payload):
+            model, usage = holder.get("model"), holder.get("usage")
+            if self.model is None and model and isinstance(model, str):
+                self.model = self._redact(model[:100])
+            if usage and isinstance(usage, dict):
+                with contextlib.suppress(RecursionError, ValueError):
+                    told = self._redact(json.dumps(usage, allow_nan=False))  # to the log and the client
+                    self.usage = {**(self.usage or {}), **json.loads(told)}
+
+    def take_end(self, payload: dict[str, Any]) -> None:
+        """Note why the answer ended, as any of the APIs says it.  Raises UpstreamError: it failed."""
+        for holder in holders_in(payload):
+            reason = holder.get("stop_reason") or holder.get("finish_reason")
+            if holder.get("object") == "response":
+                details = holder.get("incomplete_details")
+                reason = details.get("reason") if isinstance(details, dict) else holder.get("status")
+            if isinstance(reason, str) and reason not in ("", "null"):
+                self.finish_reason = self._redact(reason[:80])
+        for choice in dicts_in(payload.get("choices")):
+            if parse_reason(choice):
+                self.finished.add(str(choice.get("index")))
+
+
 class Answer:
     """What the client is sent, made from the body that upstream sends.
 
@@ -963,43 +957,59 @@ class Answer:
     # end in a moment; when that is over, close(None).  DONE: nothing more is waited for.
     OPEN, SETTLED, ENDING, DONE = range(4)
 
-    content_type = ""
-    eager = False  # the head leaves as soon as upstream's has come, not with the first text
-    pings = False  # heartbeats make sense
     passes = False  # upstream's own documents and fields are for the client
     choices = 1  # that were asked for
-    status = 200
 
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         """redact takes secrets out of what upstream says of its errors, and of its fields."""
         self.state = self.OPEN
         self.failure: UpstreamError | None = None
         self.fields: dict[str, str] = {}  # of upstream's head, those that the client is to see
-        self.request_id: str | None = None  # upstream's
-        self.model: str | None = None
-        self.usage: dict[str, Any] | None = None
-        self.finish_reason: str | None = None
+        self.head = _NO_HEAD
+        self.notes = Notes(redact)
         self.life = 0  # grows with all that says that upstream is alive and not about to end
-        self.events = self.pieces = self.size = 0  # pieces and size: of what was passed on, in bytes
         self._redact = redact
-        self._label = self._form = _UNTOLD
+        self._form = _UNTOLD
         self._held = bytearray()  # what has come, until it is told what it is, or of a document, until it is whole
 
     def start(self, status: int, fields: Mapping[str, str]) -> Answer:
         """Take upstream's head, which says how the body is to be read; return what takes the body."""
-        self.request_id = self._redact((fields.get("x-request-id") or fields.get("request-id") or "")[:200]) or None
+        told = "\n".join(fields.values())
+        shown = self._redact(told)
+        if shown != told:
+            fields = dict(zip(fields, shown.split("\n")))
+        head = Head(status, fields)
+        self.notes.request_id = (fields.get("x-request-id") or fields.get("request-id") or "")[:200] or None
         if self.passes:
-            fields = dict(zip(fields, self._redact("\n".join(fields.values())).split("\n")))
             self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
         if not (status in (200, 201, 202) or (self.passes and 200 <= status < 300)):
-            return Refusal(self, status, fields)
-        if compression_of(fields):
+            return Refusal(self, head)
+        if head.compression:
             self.failure = Garbled("Upstream compressed its answer, although asked not to.")
-        label = fields.get("content-type", "").partition(",")[0].partition(";")[0].strip().lower()
-        self._label = _EVENTS if label == "text/event-stream" else _DOCUMENT if label.endswith("json") else _OTHER
-        self._form = _OTHER if self.passes and _AS_IT_COMES.match(label) else _UNTOLD
-        self._start(status, fields, label)
+        self.head = head
+        self._form = _OTHER if self.passes and _AS_IT_COMES.match(head.media) else _UNTOLD
+        self._on_form()
         return self
+
+    @property
+    def status(self) -> int:
+        """The status of the client's answer."""
+        return self.head.status
+
+    @property
+    def content_type(self) -> str:
+        """What the client's answer is; "": it is not said."""
+        return self.head.content_type
+
+    @property
+    def pings(self) -> bool:
+        """Whether heartbeats make sense."""
+        return (self._form or self.head.label) == _EVENTS
+
+    @property
+    def eager(self) -> bool:
+        """Whether the head leaves as soon as upstream's has come, not with the first text."""
+        return self.pings or self._form == _OTHER
 
     def feed(self, body: bytes) -> bytes:
         """Return what body adds to the answer, for the client."""
@@ -1047,33 +1057,18 @@ class Answer:
 
     def _take_bytes(self, body: bytes, out: list[bytes]) -> None:
         """Take what is no event stream, or not yet known to be one."""
-        before = len(self._held)
         self.life += 1
-        self.events += self._label != _EVENTS and (self._form or self._label) != _UNTOLD
-        if self._form == _OTHER:
-            self._take_other(body, out)
-            return
+        self.notes.events += self.head.label != _EVENTS
+        begin = max(0, len(self._held) - 8)
         self._held += body
-        if self._form == _UNTOLD or _FIELD_IN_DOCUMENT.search(self._held, max(0, before - 8)):
-            self._form = form_of(bytes(self._held), self._label)
-            self._on_form()
-        if self._form == _EVENTS:
+        if self._form == _UNTOLD or (self._form == _DOCUMENT and _FIELD_IN_DOCUMENT.search(self._held, begin)):
+            self._form = form_of(bytes(self._held), self.head.label)
+        if self._form == _DOCUMENT and len(self._held) > MAX_EVENT_SIZE:
+            self._form = _OTHER
+        self._on_form()
+        if self._form in (_EVENTS, _OTHER):
             body, self._held = bytes(self._held), bytearray()
-            self._take_events(body, out)
-        elif self._form == _OTHER or len(self._held) > MAX_EVENT_SIZE:
-            self._form, body, self._held = _OTHER, bytes(self._held), bytearray()
-            self._take_other(body, out)
-
-    def _note(self, payload: dict[str, Any]) -> None:
-        """Keep what the log tells of an answer, wherever in payload it stands."""
-        for holder in [payload, *dicts_in(payload), *dicts_in(payload.get("choices"))]:
-            model, usage = holder.get("model"), holder.get("usage")
-            if self.model is None and model and isinstance(model, str):
-                self.model = self._redact(model[:100])
-            if usage and isinstance(usage, dict):
-                with contextlib.suppress(RecursionError, ValueError):
-                    told = self._redact(json.dumps(usage, allow_nan=False))  # to the log and the client
-                    self.usage = {**(self.usage or {}), **json.loads(told)}
+            (self._take_events if self._form == _EVENTS else self._take_other)(body, out)
 
     def _fail(self, error: UpstreamError) -> None:
         if isinstance(error, Garbled) and self.state >= self.SETTLED:
@@ -1087,11 +1082,8 @@ class Answer:
 
     # What the kinds of answers differ in; what the client is to have of it goes to out.
 
-    def _start(self, status: int, fields: Mapping[str, str], label: str) -> None:
-        pass
-
     def _on_form(self) -> None:
-        """Take note of what the body is."""
+        """Take note of what the body is, as far as that is known."""
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
         raise NotImplementedError
@@ -1103,19 +1095,37 @@ class Answer:
         raise NotImplementedError
 
 
+def inflate(data: bytes, coding: str) -> bytes:
+    """Return what coding has packed, little more than MAX_ERROR_SIZE at most; b"" where it cannot be read."""
+    if not coding:
+        return data
+    if "gzip" in coding or "deflate" in coding:
+        for wbits in (47, -15):  # the formats of gzip and zlib, and what RFC 9110 section 8.4.1.2 warns of
+            with contextlib.suppress(zlib.error):
+                return zlib.decompressobj(wbits).decompress(data, MAX_ERROR_SIZE + 1)
+    return b""
+
+
 class Refusal(Answer):
     """An answer whose status is no success: a failure, told once its document is whole or too large."""
 
-    def __init__(self, asked: Answer, status: int, fields: Mapping[str, str]) -> None:
+    status = 200  # of what may have been begun
+    eager = False
+
+    def __init__(self, asked: Answer, head: Head) -> None:
         """asked: what the client waits for, and may have the start of already."""
         super().__init__(asked._redact)
-        self.content_type, self.pings, self.fields = asked.content_type, asked.pings, asked.fields
-        self.request_id, self.passes = asked.request_id, asked.passes
-        self.asked = asked
-        self.refused = status
+        self.passes, self.fields, self.notes.request_id = asked.passes, asked.fields, asked.notes.request_id
+        self.asked, self.head, self.refused = asked, head, head.status
         self.document = b""  # once it is whole
-        self._coding = compression_of(fields)
-        self._retry_after = fields.get("retry-after", "")
+
+    @property
+    def content_type(self) -> str:
+        return self.asked.content_type
+
+    @property
+    def pings(self) -> bool:
+        return self.asked.pings
 
     def ping(self) -> bytes:
         return self.asked.ping()
@@ -1125,14 +1135,14 @@ class Refusal(Answer):
 
     def _take_bytes(self, body: bytes, out: list[bytes]) -> None:
         self.life += 1
-        self.events += 1
+        self.notes.events += 1
         self._held += body
         if len(self._held) > MAX_ERROR_SIZE:
             self._finish(None, out)
 
     def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
-        self.document = document = inflate(bytes(self._held), self._coding)
-        failure = refusal(self.refused, document, self._retry_after)
+        self.document = document = inflate(bytes(self._held), self.head.compression)
+        failure = refusal(self.refused, document, self.head.fields.get("retry-after", ""))
         if self.passes and failure.status != 502 and document.strip() and len(document) <= MAX_ERROR_SIZE:
             failure.document = document
             if document.lstrip()[:1] not in (b"{", b"[", b'"'):
@@ -1141,15 +1151,20 @@ class Refusal(Answer):
         raise failure
 
 
+_Joiner = codecs.getincrementaldecoder("utf-16-le")  # which imports a module: later there may be no descriptor for it
+
+
 class TextAnswer(Answer):
     """The answer to one prompt as bare text."""
 
+    status = 200
     content_type = "text/plain; charset=utf-8"
+    pings = eager = False
 
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         super().__init__(redact)
         self._parser = EventParser(strict=False)
-        self._joiners = {"reasoning": _Joiner("replace"), "message": _Joiner("replace")}
+        self._joiners: dict[str, codecs.IncrementalDecoder] = {}
         self._messages: str | None = ""  # what messages have told; None: deltas tell, and a message would repeat it
 
     def encode(self, type: str, **payload: Any) -> bytes:
@@ -1158,13 +1173,12 @@ class TextAnswer(Answer):
     def end(self) -> bytes:
         halves = [(type, joiner.decode(b"", True)) for type, joiner in self._joiners.items()]
         rest = [self.encode(type, text=half) for type, half in halves if half]
-        return b"".join(rest) + self.encode("done", finish_reason=self.finish_reason, usage=self.usage)
+        return b"".join(rest) + self.encode("done", finish_reason=self.notes.finish_reason, usage=self.notes.usage)
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
         parser = self._parser
         for event in parser.feed(body):
-            if self._take_event(event, out):
-                break
+            self._take_event(event, out)
         if parser.idle and self.state < self.ENDING:
             self.life += parser.idle
             parser.idle = 0
@@ -1176,7 +1190,7 @@ class TextAnswer(Answer):
         try:
             if self._form == _DOCUMENT:
                 data = self._held.decode("utf-8", "replace")
-                payload = check_payload(load_payload(data))
+                payload = check_payload(load_payload(data), data)
                 if not payload.get("choices"):
                     raise Garbled("Upstream sent JSON that is not a chat completion.")
                 self._take_payload(payload, data, out)
@@ -1187,20 +1201,21 @@ class TextAnswer(Answer):
             if self._form == _DOCUMENT:
                 raise cut or garbled from None
 
-    def _take_event(self, event: Event, out: list[bytes]) -> bool:
-        """Take event; tell whether it is the last."""
-        self.events += 1
+    def _take_event(self, event: Event, out: list[bytes]) -> None:
+        if self.state == self.DONE:
+            return
+        self.notes.events += 1
         self.life += 1
-        if event.data.strip() == "[DONE]":
+        data = event.data
+        if data.strip() == "[DONE]":
             self.state = self.DONE
-            return True
-        self._take_payload(parse_event(event), event.data, out)
-        return False
+        else:
+            self._take_payload(check_payload(load_event(event), data, event.type), data, out)
 
     def _take_payload(self, payload: dict[str, Any], data: str, out: list[bytes]) -> None:
         usage = '"usage"' in data and (payload.get("usage", payload) or data.count('"usage"') > 1)  # mostly null
-        if usage or (self.model is None and payload.get("model")):
-            self._note(payload)
+        if usage or (self.notes.model is None and payload.get("model")):
+            self.notes.take(payload)
         try:
             for choice in payload.get("choices") or ():
                 if self.choices == 1 or not choice.get("index"):
@@ -1221,22 +1236,35 @@ class TextAnswer(Answer):
             text = message.removeprefix(self._messages)  # some are all the text so far
             self._messages += text
         if reasoning:
-            reasoning = join_halves(self._joiners["reasoning"], reasoning)
+            reasoning = self._joined("reasoning", reasoning)
             if reasoning:
                 out.append(self.encode("reasoning", text=reasoning))
-        text = text and join_halves(self._joiners["message"], text)
+        text = text and self._joined("message", text)
         if text:
-            self.pieces += 1
-            self.size += len(text.encode())
+            self.notes.pieces += 1
+            self.notes.size += len(text.encode())
             out.append(self.encode("message", text=text))
         reason = choice.get("finish_reason") and parse_reason(choice)
         if reason:
-            self.finish_reason = self._redact(reason)
+            self.notes.finish_reason = self._redact(reason)
             # Beside a role or reasoning, before any text, it came early: then nothing is hurried.
-            early = not self.pieces and any(part[name] for name in part if name != "content")
+            early = not self.notes.pieces and any(part[name] for name in part if name != "content")
             self.state = self.SETTLED if early else self.ENDING
         elif text:
             self.state = min(self.state, self.SETTLED)  # a finish_reason before it came early
+
+    def _joined(self, type: str, text: str) -> str:
+        """Return text with the surrogate pairs whole that upstream split over two events.
+
+        A tokeniser may cut an emoji in two, and JSON then carries each half as an escape of its own.  A joiner, for
+        UTF-16, keeps the first half until the second comes, and makes U+FFFD of one left alone.
+        """
+        joiner = self._joiners.get(type)
+        if text.isascii() and not (joiner and joiner.getstate()[0]):  # mostly
+            return text
+        if not joiner:
+            joiner = self._joiners[type] = _Joiner("replace")
+        return joiner.decode(text.encode("utf-16-le", "surrogatepass"))
 
 
 class EventAnswer(TextAnswer):
@@ -1265,6 +1293,41 @@ class EventAnswer(TextAnswer):
 _encode_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
+# 7 ------------------------------------------------------------------- Passed answers
+
+
+class EventCutter:
+    """The events of a stream in the bytes they came in, as they become whole."""
+
+    # What passes of an event that is not whole: it says nothing yet.
+    _QUIET = re.compile(rb"(?:(?:event|id|retry)?:[^\r\n]*(?:\r?\n|\Z))*[^\r\n]{0,8}")
+
+    def __init__(self) -> None:
+        self.rest = bytearray()  # what came behind the last blank line
+        self.passed = 0  # bytes of it that were passed on
+
+    def feed(self, body: bytes) -> bytes:
+        """Return the events that body completes, with what was passed on of the first."""
+        begin = max(0, len(self.rest) - 2)
+        self.rest += body
+        blanks = (b"\n\n", b"\n\r\n", b"\r\r")
+        end = max((at + len(blank) for blank in blanks if (at := self.rest.rfind(blank, begin)) >= 0), default=0)
+        events = bytes(self.rest[:end])
+        del self.rest[:end]
+        return events
+
+    def pass_on(self, passed: int) -> bytes:
+        """Return what may pass of the event that is not whole, of which passed bytes did."""
+        size, data = len(self.rest), b""
+        if size > MAX_EVENT_SIZE or (size < 256 and self._QUIET.fullmatch(self.rest)):
+            data, passed = bytes(self.rest[passed:]), size
+        if size > MAX_EVENT_SIZE:
+            del self.rest[1024:-4]  # its type, which comes first, is all that is looked at then
+            passed = len(self.rest)
+        self.passed = passed
+        return data
+
+
 def goes_on(block: bytes) -> int:
     """Return how many events block has, if each is one line in which a completion just goes on; 0: nothing is told.
 
@@ -1290,9 +1353,11 @@ _DATA_LINES = re.compile(rb"(?:data: ?\{[^\n]*\n\n)+")
 def is_dull(event: bytes) -> bool:
     """Tell the same of one event, also where its JSON has blanks or its lines end otherwise, and of a typed delta."""
     match = _DULL_EVENT.fullmatch(event)
-    if not match or match[1] is None or event.count(b"\r") != event.count(b"\r\n"):
-        return bool(match and match[1] is None)
-    return not (b'"error' in event or _REASON.search(event) or (b'"usage"' in event and b'"usage":null' not in event))
+    if not match or match[1] is None:
+        return match is not None  # it has a type that tells
+    if b'"error' in event or _REASON.search(event) or event.count(b"\r") != event.count(b"\r\n"):
+        return False
+    return b'"usage"' not in event or b'"usage":null' in event
 
 
 _REASON = re.compile(rb'"finish_reason"\s*:\s*[^n\s]')
@@ -1314,7 +1379,6 @@ class PassedAnswer(Answer):
     # What ends a stream, beside [DONE]: Anthropic's messages, OpenAI's responses.
     _LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
     _EVENT = re.compile(rb"(?:[^\n]+\n)*?\r?\n|(?:[^\r]+\r)*\r|.+", re.DOTALL)  # lines and a blank one, or the rest
-    _WHOLE_AT_CLOSE = re.compile("(?:audio|image|video)/|application/octet-stream")
     _SKIMMED = re.compile(rb'"(model|usage)"\s*:\s*("[^"\\]*"|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 
     def __init__(
@@ -1326,21 +1390,17 @@ class PassedAnswer(Answer):
         """
         super().__init__(redact)
         self.choices = choices
-        self.pings = stream
-        self.content_type = "text/event-stream" if stream else ""
+        self.head = _STREAM_HEAD if stream else _NO_HEAD
         self._api = "/v1/messages" if messages else "/v1/"
         self._stream = stream
         self._parser = EventParser(sys.maxsize, strict=False)  # of the events that are looked at
-        self._finished: set[str] = set()  # indexes of choices
         self._cutter = EventCutter()
-        self._length: str | None = None  # as upstream's head says
-        self._framed = True  # the body ends where HTTP says, or where the connection does, as well
         self._is_open = False  # the client has a head of ours for a stream, and nothing of upstream's
 
     def ping(self) -> bytes:
         if self._cutter.passed:
             return b""
-        self._is_open = self._is_open or self._label == self._form == _UNTOLD
+        self._is_open = self._is_open or self.head is _STREAM_HEAD
         return encode_event('{"type": "ping"}', "ping") if self._api == "/v1/messages" else PING
 
     def encode(self, type: str, **payload: Any) -> bytes:
@@ -1349,72 +1409,56 @@ class PassedAnswer(Answer):
         data = encode_error(UpstreamError(payload["error"]), self._api).decode().strip()
         return encode_event(data, "error" if self._api == "/v1/messages" else "")
 
-    def _start(self, status: int, fields: Mapping[str, str], label: str) -> None:
-        self.status = status
-        self.content_type = fields.get("content-type", "")
-        self.eager = self._label == _EVENTS or self._form == _OTHER
-        self._length = fields.get("content-length")
-        self._framed = bool(self._length or "transfer-encoding" in fields or self._WHOLE_AT_CLOSE.match(label))
-        self._on_form()
-
     def _on_form(self) -> None:
-        self.pings = (self._form or self._label) == _EVENTS
-        if self._form == _OTHER and self._length is not None:
-            self.fields["Content-Length"] = self._length
+        if self._form == _OTHER and "content-length" in self.head.fields:
+            self.fields["Content-Length"] = self.head.fields["content-length"]
 
     def _pass(self, data: bytes, out: list[bytes]) -> None:
         if data:
-            self.pieces += 1
-            self.size += len(data)
+            notes = self.notes
+            notes.pieces += 1
+            notes.size += len(data)
             out.append(data)
 
     def _take_other(self, body: bytes, out: list[bytes]) -> None:
         self._pass(body, out)
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
-        cutter = self._cutter
+        cutter, notes = self._cutter, self.notes
         if body[-2:] == b"\n\n" and not cutter.rest:  # mostly, whole events come, and nothing is held
-            data = body if self._just_goes_on(body) else self._look_through(body, 0)
+            block, passed, rest = body, 0, b""
         else:
             passed, block = cutter.passed, cutter.feed(body)
-            data = block[passed:] if self._just_goes_on(block) else self._look_through(block, passed)
-            data += cutter.pass_on(0 if block else passed)
-        if data:
-            self.pieces += 1
-            self.size += len(data)
-            out.append(data)
-
-    def _just_goes_on(self, block: bytes) -> int:
-        looked = self.events and 0 < len(block) < MAX_SKIMMED and self.state < Answer.ENDING
-        count = goes_on(block) if looked else 0
-        self.events += count
-        self.life += count
-        return count
+            rest = cutter.pass_on(0 if block else passed)
+        count = goes_on(block) if notes.events and block and self.state < self.ENDING else 0
+        if count:
+            notes.events += count
+            self.life += count
+            data = block[passed:] if passed else block
+        else:
+            data = self._look_through(block, passed)
+        self._pass(data + rest if rest else data, out)
 
     def _look_through(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""
         out = []
-        for event in self._EVENT.findall(block):
-            out.append(self._take_piece(event, passed))
-            passed = 0
+        for piece in self._EVENT.findall(block):
+            shown, passed, counts = piece[passed:], 0, self.state < self.ENDING
+            if counts and self.notes.events and len(piece) < MAX_SKIMMED and is_dull(piece):
+                self.notes.events += 1
+                self.life += 1
+            else:
+                events = self._parser.feed(piece)
+                self.life += counts and len(events) + self._parser.idle
+                self._parser.idle = 0
+                if False in [self._is_harmless(event) for event in events]:
+                    shown = redact_bytes(shown, self._redact)
+            out.append(shown)
         return b"".join(out)
-
-    def _take_piece(self, piece: bytes, passed: int) -> bytes:
-        """Take one event; return what the client is to have of it."""
-        counts = self.state < self.ENDING
-        if self.events and counts and len(piece) < MAX_SKIMMED and is_dull(piece):
-            self.events += 1
-            self.life += 1
-            return piece[passed:]
-        events = self._parser.feed(piece)
-        self.life += counts and len(events) + self._parser.idle
-        self._parser.idle = 0
-        secret = False in [self._is_harmless(event) for event in events]
-        return redact_bytes(piece[passed:], self._redact) if secret else piece[passed:]
 
     def _is_harmless(self, event: Event) -> bool:
         """Take event; False: it is an error, and may have secrets."""
-        self.events += 1
+        self.notes.events += 1
         try:
             self._take_event(event)
         except UpstreamError as error:
@@ -1426,11 +1470,12 @@ class PassedAnswer(Answer):
 
     def _take_event(self, event: Event) -> None:
         payload: Any = {}
-        ends = event.data.strip() == "[DONE]" or event.type in self._LAST_TYPES
+        done = event.data.strip() == "[DONE]"
+        ends = done or event.type in self._LAST_TYPES
         with contextlib.suppress(Garbled):  # what is not as it should be is for the client to see
-            payload = load_event(event)
+            payload = {} if done else load_event(event)
             ends = ends or (isinstance(payload, dict) and payload.get("type") in self._LAST_TYPES)
-            payload = payload if ends else check_event(payload, event)
+            payload = payload if ends else check_payload(payload, event.data, event.type)
         if ends and self.failure is None:
             self.state = self.ENDING
         self._take_payload(payload, event.data)
@@ -1439,31 +1484,21 @@ class PassedAnswer(Answer):
         """Take note of what payload, which data is, says of the answer and of its end."""
         if not isinstance(payload, dict):
             return
-        if self.model is None or '"usage"' in data:
-            self._note(payload)
-        if '_reason"' not in data and '"response"' not in data:  # nor of its end
-            return
-        for holder in [payload, *dicts_in(payload), *dicts_in(payload.get("choices"))]:
-            reason = holder.get("stop_reason") or holder.get("finish_reason")
-            if holder.get("object") == "response":
-                details = holder.get("incomplete_details")
-                reason = details.get("reason") if isinstance(details, dict) else holder.get("status")
-            if isinstance(reason, str) and reason not in ("", "null"):
-                self.finish_reason = self._redact(reason[:80])
-        for choice in dicts_in(payload.get("choices")):
-            if parse_reason(choice):
-                self._finished.add(str(choice.get("index")))
-        if self.state == self.OPEN and len(self._finished) >= self.choices and self.failure is None:
+        if self.notes.model is None or '"usage"' in data:
+            self.notes.take(payload)
+        if data.count('_reason"') > data.count('_reason":null') or '"response"' in data:
+            self.notes.take_end(payload)
+        if self.state == self.OPEN and len(self.notes.finished) >= self.choices and self.failure is None:
             self.state = self.SETTLED
 
     def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
         if self._form == _EVENTS:
             self._finish_events(out)
-        elif self._form == _UNTOLD and self._label == _EVENTS:
+        elif self._form == _UNTOLD and self.head.label == _EVENTS:
             self._pass(bytes(self._held), out)
         elif cut:
             raise cut
-        elif self._form == _DOCUMENT or self._framed:
+        elif self._form == _DOCUMENT or self.head.framed:
             document = self._take_document(bytes(self._held), out) if self._form == _DOCUMENT else bytes(self._held)
             if self._form != _OTHER:
                 self.fields["Content-Length"] = str(len(document))
@@ -1484,26 +1519,26 @@ class PassedAnswer(Answer):
 
         Raises UpstreamError where it is cut, or an error although a stream was asked for.
         """
-        if len(document) > MAX_SKIMMED and self._framed and document.find(b'"error', 0, 2048) < 0:
+        if len(document) > MAX_SKIMMED and self.head.framed and document.find(b'"error', 0, 2048) < 0:
             ends = self._SKIMMED.findall(document[:2048] + document[-2048:])
-            self._note({name.decode(): load_payload(value.decode("utf-8", "replace")) for name, value in ends})
+            self.notes.take({name.decode(): load_payload(value.decode("utf-8", "replace")) for name, value in ends})
             return document
         text = document.decode("utf-8", "replace")
         try:
             payload = load_payload(text)
         except Garbled:
-            if self._framed:
+            if self.head.framed:
                 return document
             raise UpstreamError("Upstream ended before the end of its answer.", ending="truncated") from None
         with contextlib.suppress(UpstreamError):  # which the document tells
             self._take_payload(payload, text)
         try:
-            check_payload(payload)
+            check_payload(payload, text)
         except Garbled:
             pass
         except UpstreamError as error:
             document = redact_bytes(document, self._redact)
-            if self._label == _EVENTS:  # its head has left
+            if self.head.label == _EVENTS:  # its head has left
                 self._pass(document, out)
             elif self._stream:
                 error.document = document
@@ -1515,15 +1550,7 @@ class PassedAnswer(Answer):
         return document
 
 
-# Fields of upstream's head that are for the client to see, their names in lower case.
-_BACK = frozenset(("retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "request-id", "openai-processing-ms"))
-
-
-def passes_back(name: str) -> bool:
-    return name in _BACK or name == "openai-version" or name.startswith(("x-ratelimit-", "anthropic-ratelimit-"))
-
-
-# 5 ------------------------------------------------------------------- HTTP framing
+# 8 ------------------------------------------------------------------- HTTP framing
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 _QUOTED = r'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'  # section 5.6.4
@@ -1805,7 +1832,7 @@ def readable_line(data: bytes) -> Request:
     return Request()
 
 
-# 6 ------------------------------------------------------------------- Settings
+# 9 ------------------------------------------------------------------- Settings
 
 
 def is_loopback(host: str) -> bool:
@@ -1824,17 +1851,41 @@ def parse_address(text: str) -> tuple[str, str, int]:
     return match[1] or "", match[2] or match[3] or "", int(match[4] or 0)
 
 
+# JSON of the operator's and of clients, read strictly: upstream could take for something else what is not in the grammar.
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise json.JSONDecodeError("not JSON", name, 0)
+
+
+def _parse_number(text: str) -> float:
+    number = float(text) if len(text) < 400 else float("inf")  # int() takes quadratic time in Python 3.9
+    if not -1e308 < number < 1e308:
+        raise ValueError("a number is too large")
+    return int(text) if text.lstrip("-").isdigit() else number
+
+
+def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("a member is named twice")  # and upstream may take the other one
+    return members
+
+
+load_json = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_int=_parse_number, parse_float=_parse_number, object_pairs_hook=_unique_members
+).decode
+
+
 # Readers turn a setting's text, or the texts of a repeated one, into its value; their ValueError
 # says what is allowed.
 
 
 def _matching(pattern: str, allowed: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
     def read(text: str) -> Any:
-        try:
+        with contextlib.suppress(ValueError):
             if re.fullmatch(pattern, text):
                 return convert(text)
-        except ValueError:
-            pass
         raise ValueError(allowed)
 
     return read
@@ -2060,7 +2111,7 @@ class Settings:
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
-# 7 ------------------------------------------------------------------- Requests
+# 10 ------------------------------------------------------------------ Requests
 
 USER_AGENT = f"streamproxy/{__version__}"
 
@@ -2129,22 +2180,13 @@ def default_params(request: Mapping[str, Any], settings: Settings, refused: Cont
 class Call:
     """A request to upstream.  It does not change."""
 
-    path: str
-    body: bytes
-    fields: Mapping[str, str]
-    method: str
-    query: str
-    adapted: Adapted | None
-
     def __init__(
         self, path: str, body: bytes, fields: Mapping[str, str] | None = None, method: str = "POST", query: str = "",
         adapted: Adapted | None = None,
     ) -> None:  # fmt: skip
         """path: below the base URL.  adapted: what body was made from, and can be made from anew."""
-        vars(self).update(path=path, body=body, fields=fields or {}, method=method, query=query, adapted=adapted)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError("calls do not change")
+        self.path, self.body, self.fields = path, body, fields or {}
+        self.method, self.query, self.adapted = method, query, adapted
 
 
 class Refusals:
@@ -2424,11 +2466,11 @@ ROUTES = (
 
 
 @functools.lru_cache(maxsize=64)
-def _routes_at(path: str) -> list[Any]:
+def _routes_at(path: str) -> list[Route]:
     return [route for route in ROUTES if re.fullmatch(route.path, path)]
 
 
-def api_routes(path: str, settings: Settings) -> dict[str, Any]:
+def api_routes(path: str, settings: Settings) -> dict[str, Route]:
     """Return the Route of each method that the API has at path; {}: there is nothing."""
     routes = _routes_at(path) + ([Route("POST", path)] if path in settings.allow_path else [])
     return {method: route for route in reversed(routes) for method in route.methods.split()}
@@ -2489,7 +2531,7 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
-# 8 ------------------------------------------------------------------- Access
+# 11 ------------------------------------------------------------------ Access
 
 
 class Tokens:
@@ -2592,7 +2634,6 @@ class Limits:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._clock = clock
-        self._lock = threading.Lock()
         self.total = 0
         self._clients: dict[str, list[float]] = {}  # streams, requests left, and as of when
         self._many = MAX_QUIET_CLIENTS  # so many are looked through for those that can be forgotten
@@ -2602,20 +2643,6 @@ class Limits:
 
         counts: among the requests of a minute.
         """
-        with self._lock:
-            self._enter(client, counts)
-
-    def leave(self, client: str) -> None:
-        """Give back the place that enter took."""
-        with self._lock:
-            self.total -= 1
-            self._clients[client][0] -= 1
-            if len(self._clients) > self._many:
-                old = self._clock() - 60  # a minute's silence leaves nothing to know of a client
-                self._clients = {name: state for name, state in self._clients.items() if state[0] or state[2] > old}
-                self._many = max(MAX_QUIET_CLIENTS, 2 * len(self._clients))
-
-    def _enter(self, client: str, counts: bool) -> None:
         limits, now = self._settings, self._clock()
         if limits.max_streams and self.total >= limits.max_streams:
             raise RequestError("Too many answers are on their way.", 503, fields={"Retry-After": "1"})
@@ -2631,6 +2658,15 @@ class Limits:
             state[1:] = [left - 1, now]
         state[0] += 1
         self.total += 1
+
+    def leave(self, client: str) -> None:
+        """Give back the place that enter took."""
+        self.total -= 1
+        self._clients[client][0] -= 1
+        if len(self._clients) > self._many:
+            old = self._clock() - 60  # a minute's silence leaves nothing to know of a client
+            self._clients = {name: state for name, state in self._clients.items() if state[0] or state[2] > old}
+            self._many = max(MAX_QUIET_CLIENTS, 2 * len(self._clients))
 
 
 _PORT = re.compile(":[0-9]*$")
@@ -2747,7 +2783,162 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
-# 9 ------------------------------------------------------------------- Loop
+# 12 ------------------------------------------------------------------ Chat page
+
+_PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, interactive-widget=resizes-content">
+<title>streamproxy</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; scrollbar-gutter: stable; }
+* { box-sizing: border-box; margin: 0; font: inherit; unicode-bidi: plaintext; }
+body { display: flex; flex-direction: column; min-height: 100dvh; max-width: 46rem;
+  margin: auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
+main { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; }
+.message { margin: 1.5rem 0; }
+.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem 1rem;
+  border-radius: .75rem; background: light-dark(#eef0f3, #2b2f36); }
+.error { padding-left: 1rem; border-left: 3px solid; color: light-dark(#a3201a, #ffa198); }
+.note, details { margin: .5rem 0; font-size: .875rem; color: light-dark(#5c636d, #9ba2ac); }
+.streaming::after { content: "\25cf"; animation: fade 1s infinite alternate; }
+@keyframes fade { to { opacity: .2; } }
+form { position: sticky; bottom: 0; display: flex; align-items: end; gap: .5rem;
+  padding: .5rem 0 1rem; background: Canvas; }
+textarea, button, input { padding: .5rem 1rem; border-radius: .75rem; }
+textarea, input { flex: 1; min-width: 0; resize: none; background: Canvas; }
+button { border: 0; background: light-dark(#1d57b0, #8fb6f5); color: Canvas; }
+</style>
+<main id="log" role="log" aria-label="Conversation"></main>
+<form>
+  <input id="token" type="password" aria-label="Client token" placeholder="Token" autocomplete="off" hidden>
+  <textarea id="prompt" rows="3" aria-label="Message" placeholder="Message" autofocus></textarea>
+  <button id="send">Send</button>
+  <button id="stop" type="button" hidden>Stop</button>
+</form>
+<script>
+const [page, log, form, token, input, sendButton, stopButton] =
+  ["html", "#log", "form", "#token", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
+const messages = [];     // the conversation so far
+let controller = null;   // stops the answer that is arriving; null when none is
+token.value = sessionStorage.getItem("token") || "";   // kept for this tab
+
+// All text enters the page here, as text: nothing that arrives is ever read as markup.
+function grow(element, text) {
+  const atEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
+  element.append(text);
+  if (atEnd) page.scrollTop = page.scrollHeight;
+}
+
+function add(parent, tag, className, text) {
+  const element = parent.appendChild(document.createElement(tag));
+  element.className = className;
+  grow(element, text);
+  return element;
+}
+
+function addReasoning(message) {
+  const details = add(message, "details", "reasoning", "");
+  add(details, "summary", "label", "Reasoning");
+  return add(details, "p", "text", "");
+}
+
+// What is said of answers that did not end by themselves.
+const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."};
+
+// The events of an event stream, wherever its bytes were cut on the way.
+async function* readEvents(body) {
+  const reader = body.getReader(), decoder = new TextDecoder();
+  let rest = "";
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    const events = (rest + decoder.decode(value, {stream: true})).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const [, type = "message", data] = /(?:event: (\w+)\n)?data: (.*)/s.exec(event) || [];
+      if (data) yield [type, JSON.parse(data)];
+    }
+  }
+}
+
+async function ask(question) {
+  const turn = {role: "user", content: question};
+  add(log, "h2", "message user", question);
+  const message = add(log, "div", "message assistant streaming", "");
+  page.scrollTop = page.scrollHeight;
+  let reasoning = null, answer = null, note = "", error = "The server could not be reached.";
+  try {
+    const response = await fetch(location.origin + location.pathname, {
+      method: "POST", body: JSON.stringify({messages: [...messages, turn]}), signal: controller.signal,
+      headers: {"Content-Type": "application/json", "Accept": "text/event-stream",
+        ...token.value && {"Authorization": `Bearer ${token.value}`}}});
+    token.hidden = response.status !== 401;
+    if (token.hidden) sessionStorage.setItem("token", token.value);
+    error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
+    if (!response.ok) error = (await response.json()).error || error;
+    else for await (const [type, data] of readEvents(response.body)) {
+      if (type === "message") grow(answer ||= add(message, "p", "text", ""), data.text);
+      if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
+      if (type === "error") error = data.error;
+      if (type === "done") error = "";
+      note = ENDINGS[data.finish_reason] || note;
+    }
+  } catch {}   // a lost connection or a body that is not JSON: error already says it
+  if (controller.signal.aborted) [error, note] = ["", "Stopped."];
+  message.classList.remove("streaming");
+  if (answer) messages.push(turn, {role: "assistant", content: answer.textContent});
+  else input.value ||= question;   // nothing was said: offer the question again
+  if (!token.hidden) token.focus();
+  if (note) add(message, "p", "note", note);
+  if (error) add(log, "p", "message error", error);
+}
+
+function setRunning(running) {
+  controller = running ? new AbortController() : null;
+  if (document.activeElement.matches("button")) input.focus();   // the button is about to go
+  sendButton.hidden = running;
+  stopButton.hidden = !running;
+  log.ariaBusy = running;   // an answer is read out when it is whole
+}
+
+form.addEventListener("submit", async event => {
+  event.preventDefault();
+  const question = input.value;
+  if (controller || !question.trim()) return;
+  input.value = "";
+  setRunning(true);
+  await ask(question);
+  setRunning(false);
+});
+input.addEventListener("keydown", event => {
+  if (event.key !== "Enter" || event.shiftKey || event.keyCode === 229) return;   // 229: input method
+  event.preventDefault();
+  form.requestSubmit();
+});
+stopButton.addEventListener("click", () => controller.abort());
+</script>
+"""
+
+
+def _page_policy(page: str) -> str:
+    """The page's Content-Security-Policy: its own style and script, by hash, and its own server."""
+    hashes = {}
+    for tag in ("script", "style"):
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}';"
+        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+PAGE = _PAGE.encode()
+PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
+
+
+# 13 ------------------------------------------------------------------ Loop
 
 READ, WRITE = 1, 4  # as in poll(2); a hang-up or an error is told by other bits, and by the next read
 
@@ -2788,6 +2979,9 @@ class Alarm:
         if when < self.at:
             self._loop.arm(self, when)
 
+    def __lt__(self, other: object) -> bool:
+        return False  # a heap asks, of two with one time
+
     def close(self) -> None:
         self.call = None  # the loop may hold an alarm for long, but not what it would call
         self._loop.arm(self, math.inf)
@@ -2810,9 +3004,8 @@ class Loop:
         self._posts: collections.deque[Callable[[], object]] = collections.deque()
         self._begun: collections.deque[Callable[[], object]] = collections.deque()
         self._full = 0  # turns in which not all could be seen to, since an alarm is due
-        self._alarms: list[tuple[float, int, Alarm]] = []  # a heap; an entry counts if its alarm has that time
+        self._alarms: list[tuple[float, Alarm]] = []  # a heap; an entry counts if its alarm has that time
         self._stale = 0  # of those, how many do not count, about
-        self._order = itertools.count()  # so that the heap never compares alarms
         self._bell, self._rope = socket.socketpair()  # pulling the rope rings the bell, which wakes the selector
         self._bell.setblocking(False)
         self._asleep = False
@@ -2875,9 +3068,9 @@ class Loop:
         self._stale += alarm.at != math.inf
         alarm.at = when
         if when != math.inf:
-            heapq.heappush(self._alarms, (when, next(self._order), alarm))
+            heapq.heappush(self._alarms, (when, alarm))
         if self._stale > 1000 + len(self._alarms) // 2:  # they would stay until their time
-            self._alarms = [entry for entry in self._alarms if entry[2].at == entry[0]]
+            self._alarms = [entry for entry in self._alarms if entry[1].at == entry[0]]
             heapq.heapify(self._alarms)
             self._stale = 0
 
@@ -2922,7 +3115,7 @@ class Loop:
         for _ in range(MAX_ALARMS):
             if not self._alarms or self._alarms[0][0] > self.now:
                 break
-            when, _, alarm = heapq.heappop(self._alarms)
+            when, alarm = heapq.heappop(self._alarms)
             if alarm.at == when:
                 alarm.at = math.inf
                 if alarm.call:
@@ -2957,11 +3150,30 @@ class Loop:
                 on_fault(error)
 
 
-# 10 ------------------------------------------------------------------ Threads
+# 14 ------------------------------------------------------------------ Threads
+
+
+class Job:
+    """What a thread is given to do, and what came of it, of which the loop is told."""
+
+    def __init__(self, loop: Loop, work: Callable[[], Any], on_done: Callable[[], object]) -> None:
+        self.result: Any = None
+        self.failure: ProxyError | None = None
+        self._loop, self._work, self._on_done = loop, work, on_done
+
+    def run(self) -> None:
+        """In a thread that may wait."""
+        try:
+            self.result = self._work()
+        except ProxyError as error:
+            self.failure = error.bare()
+        except Exception as error:  # noqa: BLE001
+            self.failure = internal_error(error)
+        self._loop.post(self._on_done)
 
 
 class Workers:
-    """Threads for what may block: a few, parked for good, and more while those are held up.
+    """Threads for what may block, or take its time: a few, parked for good, and more while those are held up.
 
     run and close belong to the loop's thread.
     """
@@ -3154,7 +3366,7 @@ def start_thread(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="worker", daemon=True).start()
 
 
-# 11 ------------------------------------------------------------------ Clients
+# 15 ------------------------------------------------------------------ Clients
 
 
 class Peer:
@@ -3278,15 +3490,25 @@ class Client(Peer):
         if self.state == self.BODY:
             if self._read_body() and self.exchange:
                 self.loop.begin(self.exchange.go_on)
-        elif self.state == self.IDLE or (self.state == self.HEAD and (b"\n" in data or len(self.data) > MAX_HEAD_SIZE)):
-            self.loop.begin(self.begin)  # which must not look through a head that drips in each time
-        elif self.exchange and len(self.data) > MAX_PIPELINED + self.exchange.body_room():
-            self.exchange.drop(Aborted("The client sent too much while its answer was on its way."))
+            return
+        if self.state == self.IDLE or (self.state == self.HEAD and (b"\n" in data or len(self.data) > MAX_HEAD_SIZE)):
+            self.loop.begin(self.begin)
+        if len(self.data) > MAX_PIPELINED:
+            if self.exchange and self.exchange.request.body.complete:
+                self.exchange.drop(Aborted("The client sent too much while its answer was on its way."))
+            else:  # nor is its end seen, until what came is taken
+                self.loop.unwatch(self.sock)
+
+    def _listen(self) -> None:
+        """Go on to listen to a client from which more came than could be taken at once."""
+        if len(self.data) > MAX_PIPELINED and not self.lost:
+            self.loop.watch(self.sock, READ | (WRITE if self.pending else 0), self.on_ready)
 
     def begin(self) -> None:
         """Begin with the request that is there, if one is."""
         if self.state not in (self.IDLE, self.HEAD) or self.lost:
             return
+        self._listen()
         try:
             parsed = parse_request_head(self.data)
         except RequestError as error:
@@ -3304,6 +3526,7 @@ class Client(Peer):
     def expect_body(self) -> None:
         """Read the body of the request, and have its exchange go on once it is there."""
         self.state = self.BODY
+        self._listen()
         if self._read_body() and self.exchange:
             self.exchange.go_on()
 
@@ -3318,6 +3541,7 @@ class Client(Peer):
             if not self.keeps_alive:
                 with contextlib.suppress(OSError):
                     self.sock.shutdown(socket.SHUT_WR)
+            self._listen()
             data, self.data = self.data, b""
             self._set_alarm()
             self._linger(data)
@@ -3473,7 +3697,7 @@ class Exchange:
         self.failure: ProxyError | None = None
         self.stream: Stream | None = None
         self.received = bytearray()  # of the body
-        self._then: Callable[[], None] | None = None  # what is done once a place, and the body, are there
+        self._then: Callable[[], None] | None = None  # what is done once what it waits for is there: the body, ...
 
     # What is asked.
 
@@ -3533,8 +3757,12 @@ class Exchange:
         self.server.lookout.look(self._on_looked)
 
     def _on_looked(self) -> None:
-        if self.client.exchange is self and not self.status:  # or it has left meanwhile, or was refused
+        if self._waits():
             self._step(self._enter)
+
+    def _waits(self) -> bool:
+        """Tell whether there is still somebody who was neither answered nor refused."""
+        return self.client.exchange is self and not (self.client.lost or self.status)
 
     def _enter(self) -> None:
         fields, settings = self.request.fields, self.server.settings
@@ -3555,10 +3783,6 @@ class Exchange:
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.expect_body()
 
-    def body_room(self) -> int:
-        """Return how much of its body may come before the exchange is ready for it."""
-        return 0 if self.request.body.complete else self.server.settings.max_body
-
     def on_body(self, part: bytes) -> bool:
         """Take a part of the body; tell if it is whole, and good."""
         self.received += part
@@ -3572,9 +3796,10 @@ class Exchange:
         return False
 
     def go_on(self) -> None:
-        """Do what the request was let in for, unless its client has left, or was refused, meanwhile."""
-        if self._then and not self.status:
-            self._step(self._then)
+        """Do what waited for the body, or for a thread that looked at it."""
+        then, self._then = self._then, None
+        if then and self._waits():
+            self._step(then)
 
     # What is answered.
 
@@ -3609,7 +3834,7 @@ class Exchange:
         except ValueError:
             raise RequestError("The query is not UTF-8.") from None
         asked = {"prompt": prompts[0] if len(prompts) == 1 else None}
-        self._ask_for(asked, EventAnswer(self.id, self.server.hub.redact, reconnects=True))
+        self._ask(*self._asked(asked, EventAnswer(self.id, self.server.hub.redact, reconnects=True)))
 
     def post_prompt(self) -> None:
         """Answer a JSON body with a stream."""
@@ -3617,34 +3842,42 @@ class Exchange:
         self._admit(self._ask_prompt)
 
     def _ask_prompt(self) -> None:
-        redact = self.server.hub.redact
-        asked = parse_request(self._take_body())
-        if not self._wants_events():
-            self._ask_for(asked, TextAnswer(redact))
-        elif "last-event-id" in self.request.fields:  # see get_root
+        if self._wants_events() and "last-event-id" in self.request.fields:  # see get_root
             self._answer(204, b"", {})
         else:
-            self._ask_for(asked, EventAnswer(self.id, redact))
+            self._ask_by(self._prompted)
 
-    def _ask_for(self, asked: Mapping[str, Any], answer: Answer) -> None:
+    def _prompted(self, body: bytes) -> tuple[Call, Answer]:
+        redact = self.server.hub.redact
+        answer = EventAnswer(self.id, redact) if self._wants_events() else TextAnswer(redact)
+        return self._asked(parse_request(body), answer)
+
+    def _asked(self, asked: Mapping[str, Any], answer: Answer) -> tuple[Call, Answer]:
         adapted = Adapted(asked, self.server.settings, self.server.hub.refusals)
         answer.choices = adapted.choices
-        self._ask(answer, prompt_call(adapted))
+        return prompt_call(adapted), answer
 
     def pass_on(self) -> None:
         """Pass a request of the API on, and its answer back."""
         if self.request.method == "POST":
             check_media(self.request.fields, self.server.settings)
         route = api_routes(self.request.path, self.server.settings)[self.request.method]
-        self._admit(self._pass_body, route.counts)
+        self._admit(functools.partial(self._ask_by, self._passed), route.counts)
 
-    def _pass_body(self) -> None:
+    def _passed(self, body: bytes) -> tuple[Call, Answer]:
         settings, request = self.server.settings, self.request
-        body, asked = self._take_body(), {}
+        asked: dict[str, Any] = {}
         if request.method == "POST":
             asked = check_model(body, settings, api_routes(request.path, settings)["POST"].has_model)
         messages, streamed = request.path == "/v1/messages", asked.get("stream") is True
-        self._pass(PassedAnswer(self.server.hub.redact, count_choices(asked), messages, streamed), body)
+        answer = PassedAnswer(self.server.hub.redact, count_choices(asked), messages, streamed)
+        return self._passed_call(body), answer
+
+    def _passed_call(self, body: bytes = b"") -> Call:
+        request, settings = self.request, self.server.settings
+        fields = passed_fields(request.fields, settings, bool(body))
+        query = passed_query(request.query, request.method, settings)
+        return Call(request.path[len("/v1") :], body, fields, request.method, query)
 
     def get_models(self) -> None:
         """Answer with the models that may be used, or with one of them."""
@@ -3653,27 +3886,32 @@ class Exchange:
     def _answer_models(self) -> None:
         document = models_document(self.request.path, self.server.settings)
         if document is None:
-            self._pass(PassedAnswer(self.server.hub.redact))
+            self._ask(self._passed_call(), PassedAnswer(self.server.hub.redact))
         else:
             self._answer(200, document, {"Content-Type": "application/json"})
-
-    def _take_body(self) -> bytes:
-        body, self.received = bytes(self.received), bytearray()
-        return body
 
     def _wants_events(self) -> bool:
         accept = self.request.fields.get("accept", "")
         ranges = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
         return "text/event-stream" in ranges and self.request.method != "HEAD"
 
-    def _pass(self, answer: Answer, body: bytes = b"") -> None:
-        """Answer a request of the API."""
-        request, settings = self.request, self.server.settings
-        fields = passed_fields(request.fields, settings, bool(body))
-        query = passed_query(request.query, request.method, settings)
-        self._ask(answer, Call(request.path[len("/v1") :], body, fields, request.method, query))
+    def _ask_by(self, make: Callable[[bytes], tuple[Call, Answer]]) -> None:
+        """Ask upstream what make makes of the body: in a thread, where that takes its time."""
+        body, self.received = self.received, bytearray()
+        if len(body) <= MAX_PARSED:
+            self._ask(*make(bytes(body)))
+        else:
+            hub = self.server.hub
+            job = Job(hub.loop, lambda: make(bytes(body)), self.go_on)
+            self._then = functools.partial(self._on_made, job)
+            hub.workers.run(job.run)
 
-    def _ask(self, answer: Answer, call: Call) -> None:
+    def _on_made(self, job: Job) -> None:
+        if job.failure:
+            raise job.failure
+        self._ask(*job.result)
+
+    def _ask(self, call: Call, answer: Answer) -> None:
         self.stream = self.server.hub.stream(call, answer, self)
         self.stream.ask()
 
@@ -3800,11 +4038,11 @@ class Exchange:
             seconds=round(self.client.loop.clock() - self.began_at, 3),
         )
         if stream:
-            answer, first = stream.answer, stream.first_text_at
+            notes, first = stream.answer.notes, stream.first_text_at
             entry.update(
                 ttft=None if first is None else round(first - self.began_at, 3),
-                model=answer.model, finish_reason=answer.finish_reason, pieces=answer.pieces, bytes=answer.size,
-                usage=answer.usage, upstream_id=answer.request_id,
+                model=notes.model, finish_reason=notes.finish_reason, pieces=notes.pieces, bytes=notes.size,
+                usage=notes.usage, upstream_id=notes.request_id,
             )  # fmt: skip
         self.server.hub.log.info(entry)
 
@@ -3861,7 +4099,7 @@ _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
-# 12 ------------------------------------------------------------------ Upstream
+# 16 ------------------------------------------------------------------ Upstream
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -3953,18 +4191,18 @@ class Target:
                 fields["Proxy-Authorization"] = proxy.authorization
         self._fields = encode_head(" HTTP/1.1", fields)[:-2].decode("latin-1")
 
-    def encode(self, call: Call) -> bytes:
-        """Return the request.  Raises ValueError for a value that would forge a line."""
-        fields, body, query = call.fields, call.body, call.query or self._query
+    def encode_head(self, call: Call) -> bytes:
+        """Return the head of the request.  Raises ValueError for a value that would forge a line."""
+        fields, query = call.fields, call.query or self._query
         if call.query and self._query:
             query = f"{self._query}&{query}"
         path = f"{self._path}{call.path}?{query}" if query else self._path + call.path
         if not (_PATH.fullmatch(path) and _VALUES.fullmatch("".join(fields.values()))):
             raise ValueError("a bad value in a path or a header field")
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
-        if body or call.method == "POST":  # RFC 9110 section 8.6
-            lines += f"Content-Length: {len(body)}\r\n"
-        return f"{call.method} {path}{self._fields}{lines}\r\n".encode("latin-1") + body
+        if call.body or call.method == "POST":  # RFC 9110 section 8.6
+            lines += f"Content-Length: {len(call.body)}\r\n"
+        return f"{call.method} {path}{self._fields}{lines}\r\n".encode("latin-1")
 
 
 _PATH = re.compile("[!-~\x80-\xff]+")
@@ -4188,7 +4426,7 @@ class Connection:
         self.reused = False
         self.broken = False  # its end came without a word: no close, no TLS closure (RFC 9112 section 9.8)
         self.opened_at = 0.0
-        self._unsent: bytes | memoryview = b""
+        self._unsent: list[bytes | memoryview] = []
 
     def read(self, size: int = READ_SIZE) -> bytes | None:
         """Return what has come, at most size bytes; b"" at the end of the connection, None where nothing came."""
@@ -4200,24 +4438,30 @@ class Connection:
             self.broken = True
             return b""
 
-    def write(self, data: bytes) -> bool:
-        """Send data, behind what was not sent yet, as far as the socket takes it; tell if that was all.
+    def write(self, data: bytes, body: bytes = b"") -> bool:
+        """Send data and body, behind what was not sent yet, as far as the socket takes it; tell if that was all.
 
         Raises OSError where nothing can be sent any more; what came before can still be read.
         """
-        self._unsent = b"".join((self._unsent, data)) if self._unsent else data
+        if len(body) <= READ_SIZE:
+            self._unsent.append(data + body)
+        else:  # which is not copied
+            self._unsent += data, body
         return self.flush()
 
     def flush(self) -> bool:
-        """Go on with write, once: whoever reads as fast as this sends would hold up the rest."""
-        if self._unsent:
+        """Go on with write, but not for long: whoever reads as fast would hold up the rest."""
+        while self._unsent:
+            piece = self._unsent[0]
             try:
-                sent = self.sock.send(self._unsent)
+                sent = self.sock.send(piece)
             except BlockingIOError:
                 return False
-            # A view: what is left of a large body is not copied again and again.
-            self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
-        return not self._unsent
+            if sent < len(piece):
+                self._unsent[0] = memoryview(piece)[sent:]  # nor is what is left of it copied again and again
+                return False
+            del self._unsent[0]
+        return True
 
     def close(self) -> None:
         self.sock.close()
@@ -4297,10 +4541,15 @@ class TlsConnection(Connection):
         return plain
 
     def flush(self) -> bool:
-        if self._push() and self._unsent:
-            sent = self._tls.write(self._unsent[:READ_SIZE])
-            self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
-        return self._push() and not self._unsent
+        while self._push() and self._unsent:
+            piece = self._unsent[0]
+            sent = self._tls.write(piece[:READ_SIZE])
+            if sent < len(piece):
+                self._unsent[0] = memoryview(piece)[sent:]
+                self._push()
+                return False
+            del self._unsent[0]
+        return not self._unsent
 
     def close(self) -> None:
         """Say so first (RFC 8446 section 6.1); what was sent of a request tells what that is worth."""
@@ -4582,27 +4831,7 @@ class Pool:
                 self.drop(spare)
 
 
-# 13 ------------------------------------------------------------------ Sources
-
-
-class Dial:
-    """What a thread is given to do: to open a connection to upstream."""
-
-    def __init__(self, hub: Hub, on_done: Callable[[], object]) -> None:
-        self.lifeline = Lifeline()  # by which the loop can end it
-        self.connection: Connection | None = None
-        self.failure: ProxyError | None = None
-        self._hub, self._on_done = hub, on_done
-
-    def run(self) -> None:
-        """In a thread that may wait."""
-        try:
-            self.connection = self._hub.upstream.dial(self.lifeline)
-        except ProxyError as error:
-            self.failure = error.bare()
-        except Exception as error:  # noqa: BLE001
-            self.failure = internal_error(error)
-        self._hub.loop.post(self._on_done)
+# 17 ------------------------------------------------------------------ Sources
 
 
 class Source:
@@ -4630,7 +4859,8 @@ class Source:
         self.state = self.DIALING
         self.since = self.hub.loop.now  # in this state, or since it was last seen that upstream is alive
         self._sent_at = 0.0
-        self._dial: Dial | None = None
+        self._dial: Job | None = None
+        self._lifeline: Lifeline | None = None  # by which that can be ended
         self._head = b""  # what came of the answer's head, until it is whole
         self._body: BodyDecoder | None = None  # once it is
         self._keeps_alive = False
@@ -4644,15 +4874,16 @@ class Source:
         if warm:
             self._ask(warm)
         else:
-            self._dial = Dial(self.hub, self._on_dialed)
+            self._lifeline = Lifeline()
+            self._dial = Job(self.hub.loop, functools.partial(self.hub.dial, self._lifeline), self._on_dialed)
             self.hub.workers.run(self._dial.run)
 
     def close(self, keep: bool = False) -> None:
         """End: nobody pays for what would come from now on.  keep: what comes is a few bytes that were paid for."""
         state, self.state = self.state, self.OVER
         body = self._body
-        if state == self.DIALING and self._dial:
-            self._dial.lifeline.cut()
+        if state == self.DIALING and self._lifeline:
+            self._lifeline.cut()
         elif state in (self.SENDING, self.OVER) or not (body and self._keeps_alive and (keep or body.complete)):
             self._hang_up(state)
         else:
@@ -4712,33 +4943,33 @@ class Source:
             self.connection.close()
 
     def _on_dialed(self) -> None:
-        dial, self._dial = self._dial, None
+        dial, self._dial, self._lifeline = self._dial, None, None
         assert dial
         if self.state == self.OVER or self.stream.viewer.client.lost:
-            if dial.connection:
-                dial.connection.close()
-        elif dial.connection:
-            dial.connection.opened_at = self.hub.loop.now
-            self._ask(dial.connection)
+            if dial.result:
+                dial.result.close()
         elif dial.failure:
             self.stream.fail(dial.failure)
+        else:
+            dial.result.opened_at = self.hub.loop.now
+            self._ask(dial.result)
 
     def _ask(self, connection: Connection) -> None:
         self.connection, self.stream.asked = connection, True
         self.state, self.since = self.SENDING, self.hub.loop.now
         self._sent_at = self.since
-        self._send(self.hub.upstream.target.encode(self.stream.call))
+        self._send(self.hub.upstream.target.encode_head(self.stream.call), self.stream.call.body)
         self.watch()
         self.stream.set_alarm()
 
-    def _send(self, request: bytes = b"") -> None:
+    def _send(self, head: bytes = b"", body: bytes = b"") -> None:
         try:
-            done = self.connection.write(request) if request else self.connection.flush()
+            done = self.connection.write(head, body) if head else self.connection.flush()
         except OSError:  # it may have answered without reading all
             done = True
         if done:
             self.state = self.AWAITING
-            if not request:
+            if not head:
                 self.watch()
 
     def _take_head(self, data: bytes) -> None:
@@ -4753,7 +4984,7 @@ class Source:
             if not parsed:
                 return
             status, fields, rest = parsed
-            body = BodyDecoder(0) if status in (204, 304) else body_decoder(fields, BodyDecoder())
+            body = BodyDecoder(0) if status in (204, 304) else body_decoder(fields, BodyDecoder(), lenient=True)
         except ValueError as error:
             self.stream.fail(Garbled(f"Upstream's answer cannot be read: {error}."))
             return
@@ -4785,7 +5016,7 @@ class Source:
         if answer.state == Answer.DONE or answer.failure:
             self._conclude(answer)
         elif out:
-            if stream.first_text_at is None and answer.pieces:
+            if stream.first_text_at is None and answer.notes.pieces:
                 stream.first_text_at = self.hub.loop.now
             stream.viewer.more()
         if out and stream.viewer.client.pending:
@@ -4807,7 +5038,7 @@ class Source:
     def _conclude(self, answer: Answer) -> None:
         """End the stream with an answer that is done, or that failed and of which nothing more passes."""
         stream = self.stream
-        if stream.first_text_at is None and answer.pieces:
+        if stream.first_text_at is None and answer.notes.pieces:
             stream.first_text_at = self.hub.loop.now
         if answer.state == Answer.DONE:
             stream.complete()
@@ -4819,12 +5050,12 @@ class Source:
     def _flow(self, answer: Answer) -> None:
         if answer.state == answer.ENDING:
             self.state = self.ENDING
-        elif answer.events and self.state != self.SENDING:
+        elif answer.notes.events and self.state != self.SENDING:
             self.state = self.FLOWING
         self.stream.set_alarm()
 
 
-# 14 ------------------------------------------------------------------ Viewers
+# 18 ------------------------------------------------------------------ Viewers
 
 
 class Record:
@@ -4914,7 +5145,7 @@ class Viewer:
         self.state = self.OPEN
 
 
-# 15 ------------------------------------------------------------------ Streams
+# 19 ------------------------------------------------------------------ Streams
 
 
 class Stream:
@@ -5075,6 +5306,10 @@ class Hub:
         self.workers = Workers(self.loop, self.log.error, start)
         self.pool = Pool(self.loop)
 
+    def dial(self, lifeline: Lifeline) -> Connection:
+        """Return a new connection to upstream.  Blocks.  Raises UpstreamError."""
+        return self.upstream.dial(lifeline)
+
     def stream(self, call: Call, answer: Answer, exchange: Asker) -> Stream:
         return Stream(self, call, answer, exchange)
 
@@ -5087,7 +5322,87 @@ class Hub:
         self.log.close(CLOSE_TIMEOUT)
 
 
-# 16 ------------------------------------------------------------------ Server
+# 20 ------------------------------------------------------------------ Demo upstream
+
+DEMO_PAUSE = 0.05  # seconds between two words: a human pace
+DEMO_ANSWER = (
+    "You asked: \u201c{prompt}\u201d\n\nNo model has read it. This is streamproxy\u2019s built-in upstream,"
+    " which sends your words back over real HTTP, one event a word: Gr\u00fc\u00dfe, \u4f60\u597d,"
+    " \u0928\u092e\u0938\u094d\u0924\u0947, \U0001f44b\U0001f3fd. Set OPENAI_API_KEY and leave out --demo"
+    " to ask a real one.\n"
+)
+
+
+class DemoHandler(http.server.BaseHTTPRequestHandler):
+    """A chat-completions API that echoes what it was asked, word by word."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        models = [{"id": DEFAULT_MODEL, "object": "model", "created": 0, "owned_by": "streamproxy"}]
+        self._answer({"object": "list", "data": models})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = str(asked["messages"][-1]["content"])
+        words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{prompt}", prompt))
+        usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
+        usage["total_tokens"] = sum(usage.values())
+        if not asked.get("stream"):
+            message = {"role": "assistant", "content": "".join(words)}
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            self._answer({"id": "chatcmpl-demo", "object": "chat.completion", "choices": choices, "usage": usage})
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the proxy leaves when its client does
+            self._send([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+            for word in words:
+                time.sleep(DEMO_PAUSE)
+                self._send([{"index": 0, "delta": {"content": word}, "finish_reason": None}])
+            self._send([{"index": 0, "delta": {}, "finish_reason": "stop"}])
+            self._send([], usage=usage)
+            self.wfile.write(encode_chunk(encode_event("[DONE]")) + LAST_CHUNK)
+
+    def _send(self, choices: Sequence[object], **more: object) -> None:
+        payload = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": choices, **more}
+        self.wfile.write(encode_chunk(encode_event(json.dumps(payload))))
+
+    def _answer(self, payload: object) -> None:
+        body = json.dumps(payload).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class _DemoServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = BACKLOG
+
+
+@contextlib.contextmanager
+def demo_upstream(settings: Settings) -> Iterator[Settings]:
+    """Run the built-in upstream where settings ask for it; give the settings that lead there."""
+    if not settings.demo:
+        yield settings
+        return
+    with _DemoServer(("127.0.0.1", 0), DemoHandler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
+        try:
+            yield settings.replace(upstream=f"http://127.0.0.1:{server.server_address[1]}/v1")
+        finally:
+            server.shutdown()
+
+
+# 21 ------------------------------------------------------------------ Server
 
 
 class Lookout:
@@ -5413,242 +5728,7 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
             raise listener.stream.failure
 
 
-# 17 ------------------------------------------------------------------ Demo upstream
-
-DEMO_PAUSE = 0.05  # seconds between two words: a human pace
-DEMO_ANSWER = (
-    "You asked: \u201c{prompt}\u201d\n\nNo model has read it. This is streamproxy\u2019s built-in upstream,"
-    " which sends your words back over real HTTP, one event a word: Gr\u00fc\u00dfe, \u4f60\u597d,"
-    " \u0928\u092e\u0938\u094d\u0924\u0947, \U0001f44b\U0001f3fd. Set OPENAI_API_KEY and leave out --demo"
-    " to ask a real one.\n"
-)
-
-
-class DemoHandler(http.server.BaseHTTPRequestHandler):
-    """A chat-completions API that echoes what it was asked, word by word."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_GET(self) -> None:
-        models = [{"id": DEFAULT_MODEL, "object": "model", "created": 0, "owned_by": "streamproxy"}]
-        self._answer({"object": "list", "data": models})
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = str(asked["messages"][-1]["content"])
-        words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{prompt}", prompt))
-        usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
-        usage["total_tokens"] = sum(usage.values())
-        if not asked.get("stream"):
-            message = {"role": "assistant", "content": "".join(words)}
-            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-            self._answer({"id": "chatcmpl-demo", "object": "chat.completion", "choices": choices, "usage": usage})
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        with contextlib.suppress(OSError):  # the proxy leaves when its client does
-            self._send([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
-            for word in words:
-                time.sleep(DEMO_PAUSE)
-                self._send([{"index": 0, "delta": {"content": word}, "finish_reason": None}])
-            self._send([{"index": 0, "delta": {}, "finish_reason": "stop"}])
-            self._send([], usage=usage)
-            self.wfile.write(encode_chunk(encode_event("[DONE]")) + LAST_CHUNK)
-
-    def _send(self, choices: Sequence[object], **more: object) -> None:
-        payload = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": choices, **more}
-        self.wfile.write(encode_chunk(encode_event(json.dumps(payload))))
-
-    def _answer(self, payload: object) -> None:
-        body = json.dumps(payload).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class _DemoServer(socketserver.ThreadingTCPServer):
-    daemon_threads = True
-    request_queue_size = BACKLOG
-
-
-@contextlib.contextmanager
-def demo_upstream(settings: Settings) -> Iterator[Settings]:
-    """Run the built-in upstream where settings ask for it; give the settings that lead there."""
-    if not settings.demo:
-        yield settings
-        return
-    with _DemoServer(("127.0.0.1", 0), DemoHandler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
-        try:
-            yield settings.replace(upstream=f"http://127.0.0.1:{server.server_address[1]}/v1")
-        finally:
-            server.shutdown()
-
-
-# 18 ------------------------------------------------------------------ Chat page
-
-_PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, interactive-widget=resizes-content">
-<title>streamproxy</title>
-<link rel="icon" href="data:,">
-<style>
-:root { color-scheme: light dark; scrollbar-gutter: stable; }
-* { box-sizing: border-box; margin: 0; font: inherit; unicode-bidi: plaintext; }
-body { display: flex; flex-direction: column; min-height: 100dvh; max-width: 46rem;
-  margin: auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
-main { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; }
-.message { margin: 1.5rem 0; }
-.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem 1rem;
-  border-radius: .75rem; background: light-dark(#eef0f3, #2b2f36); }
-.error { padding-left: 1rem; border-left: 3px solid; color: light-dark(#a3201a, #ffa198); }
-.note, details { margin: .5rem 0; font-size: .875rem; color: light-dark(#5c636d, #9ba2ac); }
-.streaming::after { content: "\25cf"; animation: fade 1s infinite alternate; }
-@keyframes fade { to { opacity: .2; } }
-form { position: sticky; bottom: 0; display: flex; align-items: end; gap: .5rem;
-  padding: .5rem 0 1rem; background: Canvas; }
-textarea, button, input { padding: .5rem 1rem; border-radius: .75rem; }
-textarea, input { flex: 1; min-width: 0; resize: none; background: Canvas; }
-button { border: 0; background: light-dark(#1d57b0, #8fb6f5); color: Canvas; }
-</style>
-<main id="log" role="log" aria-label="Conversation"></main>
-<form>
-  <input id="token" type="password" aria-label="Client token" placeholder="Token" autocomplete="off" hidden>
-  <textarea id="prompt" rows="3" aria-label="Message" placeholder="Message" autofocus></textarea>
-  <button id="send">Send</button>
-  <button id="stop" type="button" hidden>Stop</button>
-</form>
-<script>
-const [page, log, form, token, input, sendButton, stopButton] =
-  ["html", "#log", "form", "#token", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
-const messages = [];     // the conversation so far
-let controller = null;   // stops the answer that is arriving; null when none is
-token.value = sessionStorage.getItem("token") || "";   // kept for this tab
-
-// All text enters the page here, as text: nothing that arrives is ever read as markup.
-function grow(element, text) {
-  const atEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
-  element.append(text);
-  if (atEnd) page.scrollTop = page.scrollHeight;
-}
-
-function add(parent, tag, className, text) {
-  const element = parent.appendChild(document.createElement(tag));
-  element.className = className;
-  grow(element, text);
-  return element;
-}
-
-function addReasoning(message) {
-  const details = add(message, "details", "reasoning", "");
-  add(details, "summary", "label", "Reasoning");
-  return add(details, "p", "text", "");
-}
-
-// What is said of answers that did not end by themselves.
-const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."};
-
-// The events of an event stream, wherever its bytes were cut on the way.
-async function* readEvents(body) {
-  const reader = body.getReader(), decoder = new TextDecoder();
-  let rest = "";
-  for (;;) {
-    const {value, done} = await reader.read();
-    if (done) return;
-    const events = (rest + decoder.decode(value, {stream: true})).split("\n\n");
-    rest = events.pop();
-    for (const event of events) {
-      const [, type = "message", data] = /(?:event: (\w+)\n)?data: (.*)/s.exec(event) || [];
-      if (data) yield [type, JSON.parse(data)];
-    }
-  }
-}
-
-async function ask(question) {
-  const turn = {role: "user", content: question};
-  add(log, "h2", "message user", question);
-  const message = add(log, "div", "message assistant streaming", "");
-  page.scrollTop = page.scrollHeight;
-  let reasoning = null, answer = null, note = "", error = "The server could not be reached.";
-  try {
-    const response = await fetch(location.origin + location.pathname, {
-      method: "POST", body: JSON.stringify({messages: [...messages, turn]}), signal: controller.signal,
-      headers: {"Content-Type": "application/json", "Accept": "text/event-stream",
-        ...token.value && {"Authorization": `Bearer ${token.value}`}}});
-    token.hidden = response.status !== 401;
-    if (token.hidden) sessionStorage.setItem("token", token.value);
-    error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
-    if (!response.ok) error = (await response.json()).error || error;
-    else for await (const [type, data] of readEvents(response.body)) {
-      if (type === "message") grow(answer ||= add(message, "p", "text", ""), data.text);
-      if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
-      if (type === "error") error = data.error;
-      if (type === "done") error = "";
-      note = ENDINGS[data.finish_reason] || note;
-    }
-  } catch {}   // a lost connection or a body that is not JSON: error already says it
-  if (controller.signal.aborted) [error, note] = ["", "Stopped."];
-  message.classList.remove("streaming");
-  if (answer) messages.push(turn, {role: "assistant", content: answer.textContent});
-  else input.value ||= question;   // nothing was said: offer the question again
-  if (!token.hidden) token.focus();
-  if (note) add(message, "p", "note", note);
-  if (error) add(log, "p", "message error", error);
-}
-
-function setRunning(running) {
-  controller = running ? new AbortController() : null;
-  if (document.activeElement.matches("button")) input.focus();   // the button is about to go
-  sendButton.hidden = running;
-  stopButton.hidden = !running;
-  log.ariaBusy = running;   // an answer is read out when it is whole
-}
-
-form.addEventListener("submit", async event => {
-  event.preventDefault();
-  const question = input.value;
-  if (controller || !question.trim()) return;
-  input.value = "";
-  setRunning(true);
-  await ask(question);
-  setRunning(false);
-});
-input.addEventListener("keydown", event => {
-  if (event.key !== "Enter" || event.shiftKey || event.keyCode === 229) return;   // 229: input method
-  event.preventDefault();
-  form.requestSubmit();
-});
-stopButton.addEventListener("click", () => controller.abort());
-</script>
-"""
-
-
-def _page_policy(page: str) -> str:
-    """The page's Content-Security-Policy: its own style and script, by hash, and its own server."""
-    hashes = {}
-    for tag in ("script", "style"):
-        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}';"
-        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-PAGE = _PAGE.encode()
-PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
-
-
-# 19 ------------------------------------------------------------------ Command line
+# 22 ------------------------------------------------------------------ Command line
 
 
 class _ArgumentParser(argparse.ArgumentParser):
