@@ -2713,10 +2713,9 @@ def test_api_models_that_may_be_used(provider: Provider) -> None:
     for allowed, body in [
         (("a", "b"), b'{"model": "b"}'), (("*",), b'{"model": "any", "Model": "thing"}'), (("*",), b"no JSON at all"),
     ]:
-        with running(
-            provider, allow_model=allowed
-        ) as server, Client(server).ask(body, path="/v1/completions"), provider.take() as upstream:
-            assert upstream.body == body
+        with running(provider, allow_model=allowed) as server:
+            with Client(server).ask(body, path="/v1/completions"), provider.take() as upstream:
+                assert upstream.body == body
 
 
 @pytest.mark.parametrize(("query", "method", "expected"), [
@@ -3439,29 +3438,28 @@ EXPOSED = [
 ])
 def test_cors_preflight_lets_an_allowed_origin_send_any_field(tmp_path: Path, asked: str, allowed: str) -> None:
     wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": asked}
-    with running(
-        None, allow_origin=(ORIGIN,), token_file=token_file(tmp_path, f"a {ALICE}")
-    ) as server, Client(server) as client:
-        client.send(f"OPTIONS /v1/responses/resp_1 HTTP/1.1\r\nHost: localhost\r\nOrigin: {ORIGIN}\r\n".encode())
-        client.send("".join(f"{name}: {value}\r\n" for name, value in wanted.items()).encode("latin-1"), b"\r\n")
-        head = client.head()
-        assert head.status == 204
-        assert {
-            name: value for name, value in head.fields.items() if name.startswith("Access-Control-Allow")
-            or name == "Vary"
-        } == {
-            "Access-Control-Allow-Origin": ORIGIN, "Access-Control-Allow-Methods": "GET, DELETE, OPTIONS",
-            "Access-Control-Allow-Headers": allowed, "Vary": "Origin",
-        }  # fmt: skip
-        client.ask(method="OPTIONS", path="/", Origin="https://evil.example", **wanted)
-        status, message = client.error()
-        assert status == 403 and "--allow-origin" in message
-        client.ask(method="OPTIONS", path="/")
-        assert client.head().fields["Allow"] == "GET, HEAD, OPTIONS, POST"
-        client.ask(PROMPT, Origin=ORIGIN)
-        head = client.head()
-        assert (head.status, head.fields["Access-Control-Allow-Origin"]) == (401, ORIGIN)  # the page can read why
-        assert set(EXPOSED) <= set(head.fields["Access-Control-Expose-Headers"].split(", "))
+    with running(None, allow_origin=(ORIGIN,), token_file=token_file(tmp_path, f"a {ALICE}")) as server:
+        with Client(server) as client:
+            client.send(f"OPTIONS /v1/responses/resp_1 HTTP/1.1\r\nHost: localhost\r\nOrigin: {ORIGIN}\r\n".encode())
+            client.send("".join(f"{name}: {value}\r\n" for name, value in wanted.items()).encode("latin-1"), b"\r\n")
+            head = client.head()
+            assert head.status == 204
+            assert {
+                name: value for name, value in head.fields.items() if name.startswith("Access-Control-Allow")
+                or name == "Vary"
+            } == {
+                "Access-Control-Allow-Origin": ORIGIN, "Access-Control-Allow-Methods": "GET, DELETE, OPTIONS",
+                "Access-Control-Allow-Headers": allowed, "Vary": "Origin",
+            }  # fmt: skip
+            client.ask(method="OPTIONS", path="/", Origin="https://evil.example", **wanted)
+            status, message = client.error()
+            assert status == 403 and "--allow-origin" in message
+            client.ask(method="OPTIONS", path="/")
+            assert client.head().fields["Allow"] == "GET, HEAD, OPTIONS, POST"
+            client.ask(PROMPT, Origin=ORIGIN)
+            head = client.head()
+            assert (head.status, head.fields["Access-Control-Allow-Origin"]) == (401, ORIGIN)  # the page can read why
+            assert set(EXPOSED) <= set(head.fields["Access-Control-Expose-Headers"].split(", "))
 
 
 @pytest.mark.parametrize(("forwarded", "trusted", "client"), [
@@ -4018,17 +4016,16 @@ def test_post_text_leaves_piece_by_piece_as_it_arrives(server: streamproxy.Serve
 
 
 def test_post_as_events(server: streamproxy.Server, provider: Provider) -> None:
-    with Client(server).ask(
-        PROMPT, Accept="text/html, text/event-stream;q=0.9", X_Request_Id="id-7"
-    ) as client, provider.take() as upstream:
-        upstream.start(delta("a"))
-        head = client.head()
-        assert (head.fields["Content-Type"], head.fields["X-Request-Id"]) == ("text/event-stream", "id-7")
-        assert client.chunk() == b'id: id-7\ndata: {"text": "a"}\n\n'
-        upstream.event(delta(None, reasoning="hm"))
-        assert client.chunk() == b'event: reasoning\ndata: {"text": "hm"}\n\n'
-        upstream.finish()
-        assert client.body() == b'event: done\ndata: {"finish_reason": "stop", "usage": null}\n\n'
+    with Client(server).ask(PROMPT, Accept="text/html, text/event-stream;q=0.9", X_Request_Id="id-7") as client:
+        with provider.take() as upstream:
+            upstream.start(delta("a"))
+            head = client.head()
+            assert (head.fields["Content-Type"], head.fields["X-Request-Id"]) == ("text/event-stream", "id-7")
+            assert client.chunk() == b'id: id-7\ndata: {"text": "a"}\n\n'
+            upstream.event(delta(None, reasoning="hm"))
+            assert client.chunk() == b'event: reasoning\ndata: {"text": "hm"}\n\n'
+            upstream.finish()
+            assert client.body() == b'event: done\ndata: {"finish_reason": "stop", "usage": null}\n\n'
 
 
 def test_post_a_json_completion_is_an_answer_in_one_piece(server: streamproxy.Server, provider: Provider) -> None:
@@ -4323,19 +4320,18 @@ def test_surrogate_halves_in_what_upstream_says_are_replaced(server: streamproxy
 
 
 def test_eventsource_gets_its_answer_once(server: streamproxy.Server, provider: Provider) -> None:
-    with Client(server).ask(
-        method="GET", path="/?prompt=Gr%C3%BC%C3%9Fe+%26", **EVENTS
-    ) as client, provider.take() as upstream:
-        assert json.loads(upstream.body)["messages"] == [{"role": "user", "content": "Grüße &"}]
-        upstream.start(delta("a"))
-        head = client.head()
-        assert head.fields["Content-Type"] == "text/event-stream"
-        assert client.chunk() == f'id: {head.fields["X-Request-Id"]}\ndata: {{"text": "a"}}\n\n'.encode()
-        upstream.finish()
-        client.body()
-        client.ask(method="GET", path="/?prompt=x", Last_Event_ID="1", **EVENTS)
-        head = client.head()
-        assert head.status == 204 and "Content-Length" not in head.fields
+    with Client(server).ask(method="GET", path="/?prompt=Gr%C3%BC%C3%9Fe+%26", **EVENTS) as client:
+        with provider.take() as upstream:
+            assert json.loads(upstream.body)["messages"] == [{"role": "user", "content": "Grüße &"}]
+            upstream.start(delta("a"))
+            head = client.head()
+            assert head.fields["Content-Type"] == "text/event-stream"
+            assert client.chunk() == f'id: {head.fields["X-Request-Id"]}\ndata: {{"text": "a"}}\n\n'.encode()
+            upstream.finish()
+            client.body()
+            client.ask(method="GET", path="/?prompt=x", Last_Event_ID="1", **EVENTS)
+            head = client.head()
+            assert head.status == 204 and "Content-Length" not in head.fields
     assert provider.nobody_came()
 
 
@@ -4376,48 +4372,47 @@ def test_api_json_answer_keeps_its_length(server: streamproxy.Server, provider: 
 
 
 def test_api_fields_that_pass_and_those_that_do_not(provider: Provider) -> None:
-    with running(
-        provider, auth_header="api-key: {key}", upstream=provider.url + "?api-version=7"
-    ) as server, Client(server) as client:
-        sent = {
-            "Authorization": "Bearer theirs", "x-api-key": "theirs", "api-key": "theirs", "Cookie": "a=b",
-            "OpenAI-Organization": "org", "Connection": "keep-alive, x-hop", "x-hop": "1", "Accept-Encoding": "gzip",
-            "Content-Type": "application/json; x=y", "Accept": "application/json", "anthropic-version": "2023-06-01",
-            "anthropic-beta": "b", "OpenAI-Beta": "c", "Idempotency-Key": "d", "User-Agent": "OpenAI/Python 9",
-            "traceparent": "00-1-2-01", "tracestate": "a=1", "X-Client-Request-Id": "e", "X-Stainless-Retry-Count": "2",
-            "X-Stainless-OS": "Linux",
-        }
-        client.ask(ASKED, path="/v1/chat/completions?beta=true&model=gpt-5&api-version=8", **sent)
-        with provider.take() as upstream:
-            line, *lines = upstream.head.strip().split("\r\n")
-            assert line == "POST /v1/chat/completions?api-version=7&beta=true HTTP/1.1"
-            assert {name.lower(): value for name, value in (field.split(": ", 1) for field in lines)} == {
-                "host": provider.url[7:-3], "accept-encoding": "identity", "api-key": KEY,
-                "content-type": "application/json", "accept": "application/json", "anthropic-version": "2023-06-01",
-                "anthropic-beta": "b", "openai-beta": "c", "idempotency-key": "d", "traceparent": "00-1-2-01",
-                "tracestate": "a=1", "x-client-request-id": "e", "x-stainless-retry-count": "2",
-                "user-agent": f"streamproxy/{streamproxy.__version__} OpenAI/Python 9",
-                "content-length": str(len(json.dumps(ASKED))),
+    with running(provider, auth_header="api-key: {key}", upstream=provider.url + "?api-version=7") as server:
+        with Client(server) as client:
+            sent = {
+                "Authorization": "Bearer theirs", "x-api-key": "theirs", "api-key": "theirs", "Cookie": "a=b",
+                "OpenAI-Organization": "org", "Connection": "keep-alive, x-hop", "x-hop": "1",
+                "Accept-Encoding": "gzip", "Content-Type": "application/json; x=y", "Accept": "application/json",
+                "anthropic-version": "2023-06-01", "anthropic-beta": "b", "OpenAI-Beta": "c", "Idempotency-Key": "d",
+                "User-Agent": "OpenAI/Python 9", "traceparent": "00-1-2-01", "tracestate": "a=1",
+                "X-Client-Request-Id": "e", "X-Stainless-Retry-Count": "2", "X-Stainless-OS": "Linux",
             }
-            upstream.send(
-                OK,
-                b"Content-Type: application/json\r\nContent-Length: 2\r\nx-request-id: req_7\r\nRetry-After: 3\r\n"
-                b"x-ratelimit-limit-requests: 9\r\n"
-                b"anthropic-ratelimit-tokens-limit: 8\r\nSet-Cookie: a=b\r\nopenai-organization: org\r\n"
-                b"openai-project: p\r\nServer: x\r\n"
-                b"llm_provider-transfer-encoding: chunked\r\nKeep-Alive: timeout=5\r\n"
-                b"Connection: x-hop\r\nx-hop: 1\r\n",
-                b"X-Many: y\r\n" * 30, b"\r\n{}",
-            )
-        fields = {name.lower(): value for name, value in client.head().fields.items()}
-        assert client.exactly(2) == b"{}"
-        expected = {
-            "content-type": "application/json", "content-length": "2", "x-request-id": "req_7", "retry-after": "3",
-            "x-ratelimit-limit-requests": "9", "anthropic-ratelimit-tokens-limit": "8",
-        }
-        assert expected.items() <= fields.items()
-        ours = {"date", "x-content-type-options", "x-accel-buffering", "cache-control", "incremental", "keep-alive"}
-        assert set(fields) - set(expected) == ours
+            client.ask(ASKED, path="/v1/chat/completions?beta=true&model=gpt-5&api-version=8", **sent)
+            with provider.take() as upstream:
+                line, *lines = upstream.head.strip().split("\r\n")
+                assert line == "POST /v1/chat/completions?api-version=7&beta=true HTTP/1.1"
+                assert {name.lower(): value for name, value in (field.split(": ", 1) for field in lines)} == {
+                    "host": provider.url[7:-3], "accept-encoding": "identity", "api-key": KEY,
+                    "content-type": "application/json", "accept": "application/json", "anthropic-version": "2023-06-01",
+                    "anthropic-beta": "b", "openai-beta": "c", "idempotency-key": "d", "traceparent": "00-1-2-01",
+                    "tracestate": "a=1", "x-client-request-id": "e", "x-stainless-retry-count": "2",
+                    "user-agent": f"streamproxy/{streamproxy.__version__} OpenAI/Python 9",
+                    "content-length": str(len(json.dumps(ASKED))),
+                }
+                upstream.send(
+                    OK,
+                    b"Content-Type: application/json\r\nContent-Length: 2\r\nx-request-id: req_7\r\nRetry-After: 3\r\n"
+                    b"x-ratelimit-limit-requests: 9\r\n"
+                    b"anthropic-ratelimit-tokens-limit: 8\r\nSet-Cookie: a=b\r\nopenai-organization: org\r\n"
+                    b"openai-project: p\r\nServer: x\r\n"
+                    b"llm_provider-transfer-encoding: chunked\r\nKeep-Alive: timeout=5\r\n"
+                    b"Connection: x-hop\r\nx-hop: 1\r\n",
+                    b"X-Many: y\r\n" * 30, b"\r\n{}",
+                )
+            fields = {name.lower(): value for name, value in client.head().fields.items()}
+            assert client.exactly(2) == b"{}"
+            expected = {
+                "content-type": "application/json", "content-length": "2", "x-request-id": "req_7", "retry-after": "3",
+                "x-ratelimit-limit-requests": "9", "anthropic-ratelimit-tokens-limit": "8",
+            }
+            assert expected.items() <= fields.items()
+            ours = {"date", "x-content-type-options", "x-accel-buffering", "cache-control", "incremental", "keep-alive"}
+            assert set(fields) - set(expected) == ours
 
 
 @pytest.mark.parametrize(("coding", "status"), [
@@ -4467,11 +4462,10 @@ def test_body_in_which_no_model_can_be_seen_needs_that_any_may_be_asked(provider
     ) as client:
         status, message, _ = api_error(client)
         assert status == 415 and "--allow-model" in message
-    with running(
-        provider, allow_path=path, allow_model="*"
-    ) as server, Client(server).ask(b"--x", path=path, Content_Type=kind), provider.take() as upstream:
-        assert upstream.head.startswith(f"POST {path} HTTP/1.1\r\n")
-        assert f"\r\nContent-Type: {kind}\r\n" in upstream.head and upstream.body == b"--x"
+    with running(provider, allow_path=path, allow_model="*") as server:
+        with Client(server).ask(b"--x", path=path, Content_Type=kind), provider.take() as upstream:
+            assert upstream.head.startswith(f"POST {path} HTTP/1.1\r\n")
+            assert f"\r\nContent-Type: {kind}\r\n" in upstream.head and upstream.body == b"--x"
 
 
 @pytest.mark.parametrize(("method", "path", "has_body"), [
@@ -4623,10 +4617,12 @@ def test_api_models_are_those_that_may_be_asked_without_upstream(provider: Provi
 def test_api_models_are_upstream_s_where_any_may_be_asked(provider: Provider) -> None:
     with running(provider, allow_model="*") as server, Client(server).ask(
         method="GET", path="/v1/models?limit=9&x=y"
-    ) as client, provider.take() as upstream:
-        assert upstream.head.startswith("GET /v1/models?limit=9&x=y HTTP/1.1\r\n") and "ontent-" not in upstream.head
-        upstream.send(OK + JSON + b"Content-Length: 2\r\n\r\n{}")
-        assert client.head().status == 200 and client.exactly(2) == b"{}"
+    ) as client:
+        with provider.take() as upstream:
+            assert upstream.head.startswith("GET /v1/models?limit=9&x=y HTTP/1.1\r\n")
+            assert "ontent-" not in upstream.head
+            upstream.send(OK + JSON + b"Content-Length: 2\r\n\r\n{}")
+            assert client.head().status == 200 and client.exactly(2) == b"{}"
 
 
 @pytest.mark.parametrize(("path", "status"), [
@@ -4704,9 +4700,10 @@ def test_api_error_of_upstream_about_the_request_passes_whole_but_for_the_key(
 def test_api_sdks_are_told_not_to_try_again_what_may_have_been_paid_for(provider: Provider) -> None:
     with running(provider, first_byte_timeout=0.2) as server, Client(server).ask(
         ASKED, path="/v1/chat/completions"
-    ) as client, provider.take():
-        head = client.head()
-        assert (head.status, head.fields["X-Should-Retry"]) == (504, "false")
+    ) as client:
+        with provider.take():
+            head = client.head()
+            assert (head.status, head.fields["X-Should-Retry"]) == (504, "false")
     with running(None) as server, Client(server).ask(ASKED, path="/v1/chat/completions") as client:
         head = client.head()
         assert head.status == 502 and "X-Should-Retry" not in head.fields
@@ -4865,18 +4862,17 @@ def test_api_document_that_a_reset_ends_is_cut(
         context = ssl.create_default_context(cafile=str(certificate))
         context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
         monkeypatch.setattr(ssl, "create_default_context", lambda **_: context)
-    with running(
-        provider, upstream=tls_url(provider) if tls else provider.url, ca_file=str(certificate)
-    ) as server, Client(server) as client:
-        client.ask(ASKED, path="/v1/chat/completions")
-        with take_tls(provider, certificate) if tls else provider.take() as upstream:
-            upstream.send(OK + JSON + b'\r\n{"choices":[{"mess')
-            if tls:
-                socket.socket.shutdown(upstream.sock, socket.SHUT_RDWR)  # with no close_notify
-            else:
-                upstream.reset()
-            head = client.head()
-            assert (head.status, head.fields["X-Should-Retry"]) == (502, "false")
+    with running(provider, upstream=tls_url(provider) if tls else provider.url, ca_file=str(certificate)) as server:
+        with Client(server) as client:
+            client.ask(ASKED, path="/v1/chat/completions")
+            with take_tls(provider, certificate) if tls else provider.take() as upstream:
+                upstream.send(OK + JSON + b'\r\n{"choices":[{"mess')
+                if tls:
+                    socket.socket.shutdown(upstream.sock, socket.SHUT_RDWR)  # with no close_notify
+                else:
+                    upstream.reset()
+                head = client.head()
+                assert (head.status, head.fields["X-Should-Retry"]) == (502, "false")
 
 
 def test_api_errors_keep_fields_and_the_connection(server: streamproxy.Server, provider: Provider) -> None:
@@ -4910,16 +4906,15 @@ def test_api_form_cannot_carry_another_model(server: streamproxy.Server, provide
 
 
 def test_api_idle_clock_counts_events_behind_comments(provider: Provider) -> None:
-    with running(
-        provider, idle_timeout=0.5, first_byte_timeout=0.5
-    ) as server, Client(server).ask(ASKED, path="/v1/chat/completions") as client:
-        with provider.take() as upstream:
-            upstream.send(STREAM_HEAD)
-            for _ in range(8):
-                time.sleep(0.15)
-                upstream.event(b": keep\n\n" + ROLE)
-            upstream.finish()
-            assert client.head().status == 200 and client.body().endswith(DONE)
+    with running(provider, idle_timeout=0.5, first_byte_timeout=0.5) as server:
+        with Client(server).ask(ASKED, path="/v1/chat/completions") as client:
+            with provider.take() as upstream:
+                upstream.send(STREAM_HEAD)
+                for _ in range(8):
+                    time.sleep(0.15)
+                    upstream.event(b": keep\n\n" + ROLE)
+                upstream.finish()
+                assert client.head().status == 200 and client.body().endswith(DONE)
 
 
 def test_api_document_is_whole_by_its_framing(server: streamproxy.Server, provider: Provider) -> None:
@@ -5796,7 +5791,7 @@ def test_request_of_a_call(upstream: str, call: streamproxy.Call, line: str) -> 
     fields = "".join(f"{name}: {value}\r\n" for name, value in call.fields.items())
     length = f"Content-Length: {len(call.body)}\r\n" if call.method == "POST" else ""
     wanted = f"{line} HTTP/1.1\r\n{CALL_FIELDS}{fields}{length}\r\n".encode() + call.body
-    assert streamproxy.Target(dial_settings(upstream)).encode(call) == wanted
+    assert streamproxy.Target(dial_settings(upstream)).encode_head(call) + call.body == wanted
 
 
 def test_request_with_a_key_of_its_own_field_or_none() -> None:
@@ -5830,13 +5825,7 @@ def test_request_through_a_proxy(upstream: str, proxy: str, line: str, fields: s
 ])
 def test_request_that_would_forge_a_line_is_not_encoded(call: streamproxy.Call) -> None:
     with pytest.raises(ValueError, match="bad value|latin-1"):
-        streamproxy.Target(dial_settings()).encode(call)
-
-
-def test_call_does_not_change() -> None:
-    with pytest.raises(AttributeError):
-        CALL.path = "/other"
-    assert (CALL.path, CALL.body, CALL.method, CALL.query) == ("/chat/completions", b"{}", "POST", "")
+        streamproxy.Target(dial_settings()).encode_head(call)
 
 
 def test_targets_that_share_no_connection_differ_in_their_keys() -> None:
@@ -6159,13 +6148,14 @@ def test_name_that_no_name_server_can_be_asked_for() -> None:
 def test_look_up_that_hangs_holds_one_thread_and_nobody(names: Any, listener: Listener) -> None:
     name = names["api.example"] = SlowName([listener])
     upstream = streamproxy.Upstream(dial_settings(**SLOW))
+    gc.collect()  # what earlier tests left
     before, held = threading.active_count(), queues()
     for _ in range(2):
         dialings = [Dialing(upstream) for _ in range(8)]
         assert [dialing.error() for dialing in dialings] == [(504, "~ it took too long.")] * 8
     assert threading.active_count() == before + 1 and name.calls == 1
     if sys.implementation.name == "cpython":
-        assert queues() == held
+        assert queues() <= held
     late = Dialing(upstream)
     assert late.lifeline.holds.wait(DEADLINE)
     name.go.set()
@@ -6646,7 +6636,7 @@ def test_through_a_proxy(
                 end = TlsThrough(proxy, tls_server(certificate))
             connection = dialing.result()
             assert isinstance(connection, streamproxy.TlsConnection) == (tls or proxy_tls) and connection.read() is None
-            sent = upstream.target.encode(CALL)
+            sent = upstream.target.encode_head(CALL) + CALL.body
             assert connection.write(sent)
             got = end.recv(65536).decode()
             assert got == sent.decode() and got.startswith("POST /v1" if tls else "POST http://api.example/v1")
@@ -6978,43 +6968,40 @@ def test_many_dials_at_once(names: Any, certificate: Path) -> None:
 def test_tls_pieces_arrive_one_by_one_and_all_of_those_that_share_a_record(
     provider: Provider, certificate: Path
 ) -> None:
-    with running(
-        provider, upstream=tls_url(provider), ca_file=str(certificate)
-    ) as server, Client(server).ask(PROMPT) as client:
-        with take_tls(provider, certificate) as upstream:
-            upstream.start(ROLE, A)
-            assert client.head().status == 200 and client.chunk() == b"a"
-            upstream.event(delta("b"))
-            assert client.chunk() == b"b"
-            text = "x" * 10
-            upstream.send(b"".join(chunk(delta(text)) for _ in range(3000)), chunk(DONE))
-            assert client.body().decode() == text * 3000
+    with running(provider, upstream=tls_url(provider), ca_file=str(certificate)) as server:
+        with Client(server).ask(PROMPT) as client:
+            with take_tls(provider, certificate) as upstream:
+                upstream.start(ROLE, A)
+                assert client.head().status == 200 and client.chunk() == b"a"
+                upstream.event(delta("b"))
+                assert client.chunk() == b"b"
+                text = "x" * 10
+                upstream.send(b"".join(chunk(delta(text)) for _ in range(3000)), chunk(DONE))
+                assert client.body().decode() == text * 3000
 
 
 def test_tls_records_that_arrive_together_are_all_read(provider: Provider, certificate: Path) -> None:
-    with running(
-        provider, upstream=tls_url(provider), ca_file=str(certificate)
-    ) as server, Client(server).ask(PROMPT) as client:
-        with take_tls(provider, certificate) as upstream:
-            upstream.start(ROLE)
-            for size in range(1, 300):
-                upstream.event(delta("x" * size))
-            client.head()
-            left = sum(range(1, 300))
-            while left:  # nothing more comes that could push on what was left behind
-                left -= len(client.chunk())
+    with running(provider, upstream=tls_url(provider), ca_file=str(certificate)) as server:
+        with Client(server).ask(PROMPT) as client:
+            with take_tls(provider, certificate) as upstream:
+                upstream.start(ROLE)
+                for size in range(1, 300):
+                    upstream.event(delta("x" * size))
+                client.head()
+                left = sum(range(1, 300))
+                while left:  # nothing more comes that could push on what was left behind
+                    left -= len(client.chunk())
 
 
 def test_tls_text_that_shares_a_record_with_the_head_is_not_held_back(provider: Provider, certificate: Path) -> None:
-    with running(
-        provider, upstream=tls_url(provider), ca_file=str(certificate)
-    ) as server, Client(server).ask(PROMPT) as client:
-        with take_tls(provider, certificate) as upstream:
-            upstream.start(*[delta("x" * 100)] * 60)  # 12 kB: more than the head's buffer holds, less than a record
-            client.head()
-            got = b""
-            while len(got) < 6000:
-                got += client.chunk()
+    with running(provider, upstream=tls_url(provider), ca_file=str(certificate)) as server:
+        with Client(server).ask(PROMPT) as client:
+            with take_tls(provider, certificate) as upstream:
+                upstream.start(*[delta("x" * 100)] * 60)  # 12 kB: more than the head's buffer holds, less than a record
+                client.head()
+                got = b""
+                while len(got) < 6000:
+                    got += client.chunk()
 
 
 def test_tls_client_leaves(provider: Provider, certificate: Path) -> None:
@@ -7038,51 +7025,47 @@ def test_tls_client_leaves_within_the_handshake(provider: Provider, certificate:
 def test_tls_certificate_is_verified(provider: Provider, certificate: Path, tmp_path: Path, fault: str) -> None:
     other = fault == "it is another's"
     shown = make_certificate(tmp_path, "DNS:elsewhere.example") if other else certificate
-    with running(
-        provider, upstream=tls_url(provider), ca_file=str(shown) if other else ""
-    ) as server, Client(server).ask(PROMPT) as client:
-        with pytest.raises((OSError, AssertionError)):
-            take_tls(provider, shown)
-        assert client.error() == (502, "Upstream cannot be reached: its certificate is not trusted.")
+    with running(provider, upstream=tls_url(provider), ca_file=str(shown) if other else "") as server:
+        with Client(server).ask(PROMPT) as client:
+            with pytest.raises((OSError, AssertionError)):
+                take_tls(provider, shown)
+            assert client.error() == (502, "Upstream cannot be reached: its certificate is not trusted.")
 
 
 def test_proxy_of_the_environment_is_used(provider: Provider, environment: Callable[..., None]) -> None:
     environment(http_proxy=provider.url)
-    with running(
-        None, upstream="http://api.example/v1"
-    ) as server, Client(server).ask(PROMPT) as client, provider.take() as proxy:
-        assert proxy.head.startswith("POST http://api.example/v1/chat/completions HTTP/1.1\r\n")
-        proxy.start(A)
-        assert client.head().status == 200 and client.chunk() == b"a"
+    with running(None, upstream="http://api.example/v1") as server:
+        with Client(server).ask(PROMPT) as client, provider.take() as proxy:
+            assert proxy.head.startswith("POST http://api.example/v1/chat/completions HTTP/1.1\r\n")
+            proxy.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
 
 
 def test_proxy_that_is_itself_spoken_to_over_tls(
     provider: Provider, certificate: Path, environment: Callable[..., None]
 ) -> None:
     environment(http_proxy=tls_url(provider))
-    with running(
-        None, upstream="http://api.example/v1", ca_file=str(certificate)
-    ) as server, Client(server).ask(PROMPT) as client:
-        with take_tls(provider, certificate) as proxy:
-            assert proxy.head.startswith("POST http://api.example/v1/chat/completions HTTP/1.1\r\n")
-            proxy.start(A)
-            assert client.head().status == 200 and client.chunk() == b"a"
+    with running(None, upstream="http://api.example/v1", ca_file=str(certificate)) as server:
+        with Client(server).ask(PROMPT) as client:
+            with take_tls(provider, certificate) as proxy:
+                assert proxy.head.startswith("POST http://api.example/v1/chat/completions HTTP/1.1\r\n")
+                proxy.start(A)
+                assert client.head().status == 200 and client.chunk() == b"a"
 
 
 def test_proxy_connect_for_tls(provider: Provider, tmp_path: Path, environment: Callable[..., None]) -> None:
     certificate = make_certificate(tmp_path, "DNS:api.example")
     environment(HTTPS_PROXY=provider.url)
-    with running(
-        None, upstream="https://api.example/v1", ca_file=str(certificate)
-    ) as server, Client(server).ask(PROMPT) as client:
-        proxy = provider.take()
-        assert proxy.head.startswith("CONNECT api.example:443 HTTP/1.") and "uthorization" not in proxy.head
-        proxy.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(str(certificate))
-        with UpstreamPeer(context.wrap_socket(proxy.sock, server_side=True)) as upstream:
-            upstream.start(A)
-            assert client.head().status == 200 and client.chunk() == b"a"
+    with running(None, upstream="https://api.example/v1", ca_file=str(certificate)) as server:
+        with Client(server).ask(PROMPT) as client:
+            proxy = provider.take()
+            assert proxy.head.startswith("CONNECT api.example:443 HTTP/1.") and "uthorization" not in proxy.head
+            proxy.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(str(certificate))
+            with UpstreamPeer(context.wrap_socket(proxy.sock, server_side=True)) as upstream:
+                upstream.start(A)
+                assert client.head().status == 200 and client.chunk() == b"a"
 
 
 def test_proxy_is_not_used_for_no_proxy_and_the_demo(provider: Provider, environment: Callable[..., None]) -> None:
@@ -7254,18 +7237,17 @@ def test_client_leaves_while_a_dead_connection_is_replaced(server: streamproxy.S
 
 
 def test_tls_connection_is_used_again(provider: Provider, certificate: Path) -> None:
-    with running(
-        provider, upstream=tls_url(provider), ca_file=str(certificate)
-    ) as server, Client(server).ask(PROMPT) as client:
-        with take_tls(provider, certificate) as upstream:
-            for text in ("a", "b"):
-                one_answer(server, upstream, text)
-                assert client.head().status == 200 and client.body() == text.encode()
-                wait_for(lambda: idle(server) == 1)
-                client.ask(PROMPT)
-                upstream.read_request()
-            client.sock.close()
-            assert upstream.gone()
+    with running(provider, upstream=tls_url(provider), ca_file=str(certificate)) as server:
+        with Client(server).ask(PROMPT) as client:
+            with take_tls(provider, certificate) as upstream:
+                for text in ("a", "b"):
+                    one_answer(server, upstream, text)
+                    assert client.head().status == 200 and client.body() == text.encode()
+                    wait_for(lambda: idle(server) == 1)
+                    client.ask(PROMPT)
+                    upstream.read_request()
+                client.sock.close()
+                assert upstream.gone()
     assert provider.nobody_came()
 
 
@@ -8723,7 +8705,7 @@ def test_drain_waits_but_a_moment_for_who_sends_on_what_was_refused(provider: Pr
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no SIGSTOP")
 def test_process_that_was_stopped_goes_on_with_what_came_meanwhile(provider: Provider) -> None:
-    with launched("--idle-timeout", "1.5", "--client-timeout", "1.5", OPENAI_BASE_URL=provider.url) as (process, front):
+    with launched("--idle-timeout", "4", "--client-timeout", "4", OPENAI_BASE_URL=provider.url) as (process, front):
         with Client(front).ask(PROMPT) as client, provider.take() as upstream, Client(front) as slow:
             upstream.start(A)
             assert client.head().status == 200 and client.chunk() == b"a"
@@ -8732,7 +8714,7 @@ def test_process_that_was_stopped_goes_on_with_what_came_meanwhile(provider: Pro
             process.send_signal(signal.SIGSTOP)
             upstream.event(delta("b"))
             slow.send(b"Host: localhost\r\n\r\n")
-            time.sleep(2)  # longer than either clock
+            time.sleep(4.5)  # longer than either clock
             process.send_signal(signal.SIGCONT)
             assert client.chunk() == b"b" and slow.head().status == 200
             upstream.finish()
@@ -9660,18 +9642,17 @@ def test_command_line_demo_end_to_end_and_drain_on_sigterm() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_command_line_second_signal_aborts_at_once(provider: Provider, number: signal.Signals) -> None:
-    with launched(
-        OPENAI_BASE_URL=provider.url
-    ) as (process, front), Client(front).ask(PROMPT) as client, provider.take() as upstream:
-        upstream.start(A)
-        client.head()
-        client.chunk()
-        process.send_signal(number)
-        wait_for(lambda: refused(front))
-        process.send_signal(number)
-        assert client.rest() == b"" and upstream.gone()
-        assert process.wait(DEADLINE) == 0
-        assert process.stderr and " ending=aborted " in process.stderr.read()
+    with launched(OPENAI_BASE_URL=provider.url) as (process, front), Client(front).ask(PROMPT) as client:
+        with provider.take() as upstream:
+            upstream.start(A)
+            client.head()
+            client.chunk()
+            process.send_signal(number)
+            wait_for(lambda: refused(front))
+            process.send_signal(number)
+            assert client.rest() == b"" and upstream.gone()
+            assert process.wait(DEADLINE) == 0
+            assert process.stderr and " ending=aborted " in process.stderr.read()
 
 
 # What is put before the program, so that from some time on no thread can be started but those that dial.
@@ -9967,15 +9948,14 @@ def test_readme_line_for_each_upstream_asks_it_rightly(provider: Provider, name:
 
 
 def test_readme_another_streamproxy_as_upstream(provider: Provider, tmp_path: Path) -> None:
-    with running(
-        provider, token_file=token_file(tmp_path, f"proxy {ALICE}")
-    ) as far, running(None, upstream=far.url + "/v1", api_key=ALICE) as near:
-        for path, body in (("/", PROMPT), ("/v1/chat/completions", ASKED)):
-            with Client(near).ask(body, path=path) as client, provider.take() as upstream:
-                upstream.start(A)
-                assert client.head().status == 200 and b"a" in client.chunk()
-                upstream.finish()
-                client.body()
+    with running(provider, token_file=token_file(tmp_path, f"proxy {ALICE}")) as far:
+        with running(None, upstream=far.url + "/v1", api_key=ALICE) as near:
+            for path, body in (("/", PROMPT), ("/v1/chat/completions", ASKED)):
+                with Client(near).ask(body, path=path) as client, provider.take() as upstream:
+                    upstream.start(A)
+                    assert client.head().status == 200 and b"a" in client.chunk()
+                    upstream.finish()
+                    client.body()
 
 
 def test_readme_links_lead_to_its_sections() -> None:
