@@ -3995,7 +3995,7 @@ class Exchange:
         fields = {**STREAM_FIELDS, **answer.fields}
         if answer.content_type:
             fields["Content-Type"] = answer.content_type
-        chunked = self.request.http11 and "Content-Length" not in fields
+        chunked = self.request.http11 and "Content-Length" not in fields and answer.status not in (204, 304)
         if chunked:
             fields["Transfer-Encoding"] = "chunked"
         return self._begin_answer(answer.status, fields), chunked
@@ -4439,10 +4439,8 @@ class Connection:
 
         Raises OSError where nothing can be sent any more; what came before can still be read.
         """
-        if len(body) <= READ_SIZE:
-            self._unsent.append(data + body)
-        else:  # which is not copied
-            self._unsent += data, body
+        pieces = (data + body,) if len(body) <= READ_SIZE else (data, body)  # a large one is not copied
+        self._unsent += filter(None, pieces)  # nothing is an error to OpenSSL 1.1
         return self.flush()
 
     def flush(self) -> bool:

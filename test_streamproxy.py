@@ -5271,7 +5271,7 @@ def test_request_behind_an_aborted_answer_is_refused_at_once_and_upstream_not_as
 
 @pytest.mark.parametrize("status", NEVER_COMING)
 def test_refused_request_whose_body_never_comes_holds_no_thread_and_ends(provider: Provider, status: str) -> None:
-    with running(provider, client_timeout=0.5) as server:
+    with running(provider, client_timeout=3.0) as server:
         caught_up(server)
         before = threading.active_count()
         clients = [Client(server) for _ in range(200)]
@@ -8705,16 +8705,17 @@ def test_drain_waits_but_a_moment_for_who_sends_on_what_was_refused(provider: Pr
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no SIGSTOP")
 def test_process_that_was_stopped_goes_on_with_what_came_meanwhile(provider: Provider) -> None:
-    with launched("--idle-timeout", "4", "--client-timeout", "4", OPENAI_BASE_URL=provider.url) as (process, front):
+    with launched("--idle-timeout", "2.5", "--client-timeout", "2.5", OPENAI_BASE_URL=provider.url) as (process, front):
         with Client(front).ask(PROMPT) as client, provider.take() as upstream, Client(front) as slow:
             upstream.start(A)
             assert client.head().status == 200 and client.chunk() == b"a"
             slow.send(b"GET /healthz HTTP/1.1\r\n")
             caught_up(front)
             process.send_signal(signal.SIGSTOP)
+            assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])  # each of its threads
             upstream.event(delta("b"))
             slow.send(b"Host: localhost\r\n\r\n")
-            time.sleep(4.5)  # longer than either clock
+            time.sleep(3)  # longer than either clock
             process.send_signal(signal.SIGCONT)
             assert client.chunk() == b"b" and slow.head().status == 200
             upstream.finish()
