@@ -7719,6 +7719,65 @@ def test_upstream_that_refuses_a_large_body_unread_is_heard(provider: Provider) 
         reading.join()
 
 
+def refuse_parameter(upstream: UpstreamPeer, name: str, words: str) -> None:
+    said = {"error": {"message": words, "param": name, "code": "unsupported_parameter"}}
+    document = json.dumps(said).encode()
+    upstream.send(
+        b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n",
+        b"Content-Length: %d\r\n\r\n" % len(document) + document,
+    )
+
+
+def test_default_that_upstream_refuses_by_name_is_left_out_then_and_from_then_on(
+    server: streamproxy.Server, provider: Provider
+) -> None:
+    with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        asked = json.loads(upstream.body)
+        assert {"max_tokens", "temperature", "stream_options"} < set(asked)
+        refuse_parameter(upstream, "max_tokens", "Use 'max_completion_tokens' instead.")
+        upstream.read_request()  # on the same connection
+        del asked["max_tokens"]
+        assert json.loads(upstream.body) == {**asked, "max_completion_tokens": 400}
+        refuse_parameter(upstream, "temperature", "Only the default (1) value is supported.")
+        upstream.read_request()
+        del asked["temperature"]
+        assert json.loads(upstream.body) == {**asked, "max_completion_tokens": 400}
+        upstream.start(A)
+        upstream.finish()
+        assert client.head().status == 200 and client.body() == b"a"
+        client.ask(PROMPT)
+        upstream.read_request()
+        assert json.loads(upstream.body) == {**asked, "max_completion_tokens": 400}
+        refuse_parameter(upstream, "messages", "This is not a default.")
+        assert client.error() == (400, "This is not a default.")
+
+
+def test_parameter_that_the_operator_set_is_not_left_out(provider: Provider) -> None:
+    with running(provider, param="temperature=0.2") as server, Client(server).ask(PROMPT) as client:
+        with provider.take() as upstream:
+            refuse_parameter(upstream, "temperature", "Only the default (1) value is supported.")
+            assert client.error() == (400, "Only the default (1) value is supported.")
+
+
+def test_blanks_that_do_no_harm_are_taken_from_upstream(server: streamproxy.Server, provider: Provider) -> None:
+    with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        upstream.send(b"HTTP/1.1 200 OK\r\nContent-Type : text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for data in (A, STOP, DONE):
+            upstream.send(b"000%x  \r\n" % len(data), data, b"\r\n")
+        upstream.send(b"0 \r\n\r\n")
+        assert client.head().status == 200 and client.body() == b"a"
+
+
+def test_api_answer_that_has_no_body_is_not_chunked(provider: Provider) -> None:
+    with running(provider, allow_model="*") as server:
+        with Client(server).ask(method="DELETE", path="/v1/responses/r1") as client, provider.take() as upstream:
+            upstream.send(b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n")
+            head = client.head()
+            assert head.status == 204 and "Transfer-Encoding" not in head.fields
+            client.ask(method="GET", path="/healthz")
+            assert client.head().status == 200  # nothing stood between
+
+
 @pytest.mark.parametrize("then", ["leaves the connection open", "closes", "resets"])
 def test_refusal_of_upstream_that_reads_no_more_of_a_large_body_is_heard_at_once(provider: Provider, then: str) -> None:
     with running(provider, max_body=50_000_000, first_byte_timeout=DEADLINE) as server:
