@@ -5741,6 +5741,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _NoLock(contextlib.nullcontext):  # type: ignore[type-arg]
+    """What logging takes for a lock."""
+
+    def acquire(self) -> None:
+        pass
+
+    release = acquire
+
+
 class _Output(logging.Handler):
     """Writes lines to a stream's descriptor, those that come together at once; a failure is the log writer's."""
 
@@ -5750,7 +5759,7 @@ class _Output(logging.Handler):
         self._lines: list[str] = []
 
     def createLock(self) -> None:
-        self.lock = None  # one thread writes; and at exit, logging would wait for a lock that it holds
+        self.lock: Any = _NoLock()  # one thread writes; and at exit, logging would wait for a lock that it holds
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines.append(self.format(record) + "\n")
