@@ -5836,7 +5836,7 @@ def _serve(server: Server, signals: socket.socket, teller: socket.socket) -> int
         try:
             server.start()
             # Now, and not with the first signal: by then, the system may have no thread left.
-            for work in (heed, functools.partial(_announce, server)):
+            for work in (heed, functools.partial(_announce, server), _trim_memory):
                 threading.Thread(target=work, daemon=True).start()
             asked.wait()
         except RuntimeError:
@@ -5850,20 +5850,17 @@ def _serve(server: Server, signals: socket.socket, teller: socket.socket) -> int
 
 
 def run_script() -> None:
-    """Serve in a thread that goes on after the last line of the script.
+    """Serve; with CPython in a thread that goes on after the last line of the script.
 
     Until then, CPython keeps the script's syntax tree: half of the memory that this program takes at rest.
     """
+    if sys.implementation.name != "cpython":
+        sys.exit(main())
     status, serve = prepare()
     if not serve:
         sys.exit(status)
 
     def go_on() -> None:
-        threading.main_thread().join()
-        with contextlib.suppress(Exception):  # not on every system
-            import ctypes
-
-            ctypes.CDLL(None).malloc_trim(0)
         status = 1
         try:
             status = serve()
@@ -5897,6 +5894,15 @@ def _announce(server: Server) -> None:
         lines.append(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""")
     with contextlib.suppress(OSError, AttributeError):  # the latter: it was closed
         _write_all(sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode())
+
+
+def _trim_memory() -> None:
+    """Give back what is free once the script is over (see run_script): the C library keeps it for what may come."""
+    time.sleep(SHORTAGE_PAUSE)
+    with contextlib.suppress(Exception):  # not on every system
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _write_all(fd: int, data: bytes) -> None:
