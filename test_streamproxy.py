@@ -174,7 +174,11 @@ class Client(Peer):
             sock = server
         elif server.url.startswith("unix:"):
             sock = socket.socket(socket.AF_UNIX)
-            sock.connect(server.url[5:])
+            try:
+                sock.connect(server.url[5:])
+            except OSError:
+                sock.close()
+                raise
         else:
             url = urllib.parse.urlsplit(server.url)
             sock = socket.create_connection((url.hostname, url.port), DEADLINE)
@@ -583,6 +587,7 @@ class StillServer(Still):
         self.turn()
         self.close()
         self.server.stop()
+        self.server.server_close()  # a server that was draining leaves that to whoever stops it
 
     def client(self) -> Client:
         """One that has connected."""
