@@ -5836,7 +5836,7 @@ def _serve(server: Server, signals: socket.socket, teller: socket.socket) -> int
         try:
             server.start()
             # Now, and not with the first signal: by then, the system may have no thread left.
-            for work in (heed, functools.partial(_announce, server), _trim_memory):
+            for work in (heed, _trim_memory, functools.partial(_announce, server)):
                 threading.Thread(target=work, daemon=True).start()
             asked.wait()
         except RuntimeError:
