@@ -3001,10 +3001,13 @@ class Loop:
     """One thread that moves bytes, keeps every clock and waits for nothing but its selector.
 
     It knows nobody's class: a fault in what it calls is told to on_fault(error) of the object whose method
-    that is.  All but post, start and stop belong to its thread.  A test calls turn() instead.
+    that is.  All but post, start and stop belong to its thread, and to any while that does not run, as in a test,
+    which calls turn() instead.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, report: Callable[[str], object] = log.error) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, report: Callable[[str], object] = log.error
+    ) -> None:
         """report takes the words for a fault."""
         self.clock = clock
         self.now = clock()  # when this turn's events came
@@ -3020,7 +3023,7 @@ class Loop:
         self._bell.setblocking(False)
         self._asleep = False
         self._report = report
-        self._running = True
+        self._owner: int | None = None  # the thread that runs this
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
         self.watch(self._bell, READ, self._on_bell)
 
@@ -3057,10 +3060,12 @@ class Loop:
 
         urgent: it ends something that costs, and goes before those that begin something.
         """
+        assert self._owner in (None, threading.get_ident())
         (self._begun.appendleft if urgent else self._begun.append)(call)
 
     def watch(self, sock: socket.socket, events: int, call: Callable[[int], object]) -> None:
         """Call when sock is ready for events: READ, WRITE or both.  Undone by unwatch, before sock is closed."""
+        assert self._owner in (None, threading.get_ident())
         fd = sock.fileno()
         before = self._watched.get(fd)
         if not before:
@@ -3070,11 +3075,13 @@ class Loop:
         self._watched[fd] = events, call
 
     def unwatch(self, sock: socket.socket) -> None:
+        assert self._owner in (None, threading.get_ident())
         if self._watched.pop(sock.fileno(), None):
             self._epoll.unregister(sock.fileno())
 
     def arm(self, alarm: Alarm, when: float) -> None:
         """Have an alarm go off at when, and no longer when it would have: see Alarm.by."""
+        assert self._owner in (None, threading.get_ident())
         self._stale += alarm.at != math.inf
         alarm.at = when
         if when != math.inf:
@@ -3132,7 +3139,8 @@ class Loop:
                     self._call(alarm.call)
 
     def _run(self) -> None:
-        while self._running:
+        self._owner = threading.get_ident()
+        while self._owner:
             try:
                 self.turn()
             except Exception as error:  # noqa: BLE001  (no memory for what select found)
@@ -3142,7 +3150,7 @@ class Loop:
         self._bell.recv(READ_SIZE)
 
     def _stop(self) -> None:
-        self._running = False
+        self._owner = None
 
     def _call(self, call: Callable[[], object]) -> None:
         try:
@@ -3188,7 +3196,9 @@ class Workers:
     run and close belong to the loop's thread.
     """
 
-    def __init__(self, loop: Loop, report: Callable[[str], object], start: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self, loop: Loop, report: Callable[[str], object], start: Callable[[Callable[[], None]], None]
+    ) -> None:
         """start has a new thread make a call.  report takes the words where none can be started."""
         self._start, self._report = start, report
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -3374,7 +3384,10 @@ class Peer:
         self.sock, self.loop = sock, loop
         self.pending: bytes | memoryview = b""  # what the socket did not take
         self.lost = False  # the client is gone, and what is sent goes nowhere
-        loop.watch(sock, READ, self.on_ready)
+        self._watch()
+
+    def _watch(self) -> None:
+        self.loop.watch(self.sock, READ | WRITE if self.pending else READ, self.on_ready)
 
     def on_ready(self, events: int) -> None:
         if events & WRITE:
@@ -3407,7 +3420,7 @@ class Peer:
             return
         if sent < len(data):
             self.pending = memoryview(data)[sent:]  # of a large answer, what is left is not copied again and again
-            self.loop.watch(self.sock, READ | WRITE, self.on_ready)
+            self._watch()
             self.on_blocked()
 
     def close(self) -> None:
@@ -3427,7 +3440,7 @@ class Peer:
         if self.pending:
             self.on_blocked()
         else:
-            self.loop.watch(self.sock, READ, self.on_ready)
+            self._watch()
             self.on_drained()
 
     def _lose(self) -> None:
@@ -3466,7 +3479,7 @@ class Client(Peer, Stateful):
     def __init__(self, sock: socket.socket, address: Any, server: Server) -> None:
         super().__init__(sock, server.hub.loop)
         self.server = server
-        self.address = "unix" if server.path else plain_address(address[0])
+        self.address = "unix" if server.socket_path else plain_address(address[0])
         self.surplus = len(server.clients) >= server.max_clients  # it is told so
         self.data = b""  # came, and was not taken
         self.exchange: Exchange | None = None
@@ -3739,7 +3752,7 @@ class Exchange:
         return {**dict.fromkeys(routes, answer), "OPTIONS": Exchange.answer_preflight}
 
     def _own_address(self) -> str:
-        return "" if self.server.path else plain_address(self.client.sock.getsockname()[0])
+        return "" if self.server.socket_path else plain_address(self.client.sock.getsockname()[0])
 
     def _admit(self, then: Callable[[], None], counts: bool = True) -> None:
         """Let in a request that costs money, count it as long as it lasts, and go on once its body is there.
@@ -3825,7 +3838,8 @@ class Exchange:
 
     def _ask_query(self) -> None:
         try:
-            query = re.sub("[\x80-\xff]", lambda byte: f"%{ord(byte[0]):02X}", self.request.query)  # curl sends them raw
+            # curl sends bytes that should be escaped as they are.
+            query = re.sub("[\x80-\xff]", lambda byte: f"%{ord(byte[0]):02X}", self.request.query)
             prompts = urllib.parse.parse_qs(query, errors="strict").get("prompt", [])
         except ValueError:
             raise RequestError("The query is not UTF-8.") from None
@@ -4817,7 +4831,9 @@ class Pool:
 
     def _on_alarm(self) -> None:
         """Close what is too old."""
-        for spares, limit in [(list(self._settling), END_GRACE), *((idle[:], KEEP_ALIVE_TIMEOUT) for idle in self._idle.values())]:
+        groups = [(list(self._settling), END_GRACE)]
+        groups += [(idle[:], KEEP_ALIVE_TIMEOUT) for idle in self._idle.values()]
+        for spares, limit in groups:
             for spare in spares:
                 if spare.since + limit > self.loop.now:
                     self._alarm.by(spare.since + limit)
@@ -4832,7 +4848,8 @@ class Source(Stateful):
     """One try of a call: the request out, the answer in.
 
     DIALING -> SENDING -> AWAITING -> FLOWING -> ENDING, and from any of them OVER.  SENDING: upstream is listened to
-    meanwhile, for it may refuse what it has not read.  AWAITING: the first event.  ENDING: all but a word or two has come.
+    meanwhile, for it may refuse what it has not read.  AWAITING: the first event.  ENDING: all but a word or two has
+    come; if more does, it is FLOWING again.
     """
 
     DIALING, SENDING, AWAITING, FLOWING, ENDING, OVER = range(6)
@@ -4873,12 +4890,14 @@ class Source(Stateful):
         """End: nobody pays for what would come from now on.  keep: what comes is a few bytes that were paid for."""
         state, self.state = self.state, self.OVER
         body = self._body
-        if state == self.DIALING and self._lifeline:
-            self._lifeline.cut()
-        elif state in (self.SENDING, self.OVER) or not (body and self._keeps_alive and (keep or body.complete)):
-            self._hang_up(state)
-        else:
+        if state == self.DIALING:
+            if self._lifeline:
+                self._lifeline.cut()
+        elif state != self.SENDING and body and self._keeps_alive and (keep or body.complete):
             self.hub.pool.settle(self.connection, body)
+        else:
+            self.hub.loop.unwatch(self.connection.sock)
+            self.connection.close()
 
     def due(self) -> float:
         """When this state has lasted too long."""
@@ -4927,11 +4946,6 @@ class Source(Stateful):
 
     def on_fault(self, error: Exception) -> None:
         self.stream.on_fault(error)
-
-    def _hang_up(self, state: int) -> None:
-        if state not in (self.DIALING, self.OVER):
-            self.hub.loop.unwatch(self.connection.sock)
-            self.connection.close()
 
     def _on_dialed(self) -> None:
         dial, self._dial, self._lifeline = self._dial, None, None
@@ -5479,10 +5493,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings: Settings) -> None:
         """Raises SettingsError, and OSError where the address cannot be bound."""
-        self.path, host, port = parse_address(settings.bind)
-        address: Any = self.path
+        self.socket_path, host, port = parse_address(settings.bind)
+        address: Any = self.socket_path
         self.address_family = socket.AF_UNIX
-        if not self.path:
+        if not self.socket_path:
             self.address_family, *_, address = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)[0]
         super().__init__(address, Client, bind_and_activate=False)  # type: ignore[arg-type]
         self.state = self.SERVING
@@ -5515,8 +5529,9 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where the server can be reached, with the port that was bound; unix:PATH for a socket."""
-        host = parse_address(self.settings.bind)[1]
-        return f"unix:{self.path}" if self.path else f"http://{_join_address(host, self.server_address[1])}"
+        if self.socket_path:
+            return f"unix:{self.socket_path}"
+        return f"http://{_join_address(parse_address(self.settings.bind)[1], self.server_address[1])}"
 
     @property
     def draining(self) -> bool:
@@ -5577,7 +5592,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _drain(self) -> None:
         if self.limits.total:
-            self.hub.log.info(f"shutting down once {self.limits.total} streams have ended; a second signal cuts them off")
+            streams = f"{self.limits.total} streams have ended"
+            self.hub.log.info(f"shutting down once {streams}; a second signal cuts them off")
         self.hub.loop.unwatch(self.socket)
         for _ in range(BACKLOG):  # those who connected before
             if not self._accept():
@@ -5630,15 +5646,15 @@ class Server(http.server.ThreadingHTTPServer):
         request()  # see _start_thread
 
     def server_bind(self) -> None:
-        if self.path:
-            _remove_stale_socket(self.path)
+        if self.socket_path:
+            _remove_stale_socket(self.socket_path)
         else:  # which what it accepts inherits
             tune(self.socket)
         socketserver.TCPServer.server_bind(self)  # http.server's looks its own name up, which may take long
         self.socket.setblocking(False)
         self._listening = True
-        if self.path:
-            os.chmod(self.path, 0o666)  # as open as a loopback port; the folder's mode can say otherwise
+        if self.socket_path:
+            os.chmod(self.socket_path, 0o666)  # as open as a loopback port; the folder's mode can say otherwise
 
     def server_close(self) -> None:
         self._stop_listening()
@@ -5648,9 +5664,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _stop_listening(self) -> None:
         if self._listening:
-            if self.path:  # removed now: a successor may bind it while we drain
+            if self.socket_path:  # removed now: a successor may bind it while we drain
                 with contextlib.suppress(OSError):
-                    os.unlink(self.path)
+                    os.unlink(self.socket_path)
             self.socket.close()
             with self._changed:
                 self._listening = False
@@ -5890,7 +5906,7 @@ def _announce(server: Server) -> None:
     """Say where the server is.  In a thread of its own, for whoever should read it may not."""
     lines = [f"streamproxy {__version__} on {server.url}", describe(server.settings)]
     if server.settings.demo:
-        to = f"--unix-socket {server.url[5:]} http://localhost" if server.path else server.url
+        to = f"--unix-socket {server.url[5:]} http://localhost" if server.socket_path else server.url
         lines.append(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""")
     with contextlib.suppress(OSError, AttributeError):  # the latter: it was closed
         _write_all(sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode())
