@@ -144,7 +144,8 @@ LOOK_TIMEOUT = 1.0  # for the token file to be looked at, before its last versio
 RELIEF_PAUSE = 0.005  # for busy threads to take another job, before more are started
 LOG_PAUSE = 0.05  # for lines of log that come together to be written together
 CLOSE_TIMEOUT = 1.0  # for threads to end with the server
-SHORTAGE_PAUSE = 0.1  # before what failed for want of a descriptor or a thread is tried again
+SHORTAGE_PAUSE = 0.1  # before connections are accepted again, where no descriptor was left
+TRIM_DELAY = 0.1  # for the script's last line to have run, before what it took is given back
 ATTEMPT_DELAY = 0.25  # before the next address of a name is tried, too; RFC 8305 section 5
 DIAL_GRACE = 0.2  # over connect_timeout: the loop's clock cuts first, and has its own words for it
 PROBES = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # the second: macOS's first
@@ -3469,8 +3470,9 @@ class Peer:
 class Client(Peer, Stateful):
     """A connection of HTTP/1.1: its requests, one after the other.
 
-    IDLE -> HEAD -> BODY -> ANSWERING -> IDLE, or from any of them, LINGERING -> CLOSED.  LINGERING: the rest of a
-    request is dropped that was answered before it was there, for to close with bytes unread would reset the connection,
+    IDLE -> HEAD -> ANSWERING -> IDLE, and from any of them CLOSED.  HEAD: a part of it has come.  ANSWERING: the whole
+    head has; it goes to BODY and back where the request is let in and has one.  It goes by LINGERING where it was
+    answered before the body was there: the rest is dropped, for to close with bytes unread would reset the connection,
     and the client would never see why it was refused.
     """
 
@@ -3511,7 +3513,7 @@ class Client(Peer, Stateful):
     def _listen(self) -> None:
         """Go on to listen to a client from which more came than could be taken at once."""
         if len(self.data) > MAX_PIPELINED and not self.lost:
-            self.loop.watch(self.sock, READ | (WRITE if self.pending else 0), self.on_ready)
+            self._watch()
 
     def begin(self) -> None:
         """Begin with the request that is there, if one is."""
@@ -4908,8 +4910,7 @@ class Source(Stateful):
 
     def conclude(self) -> None:
         """Wait no longer for what follows the last event: the answer is what it is."""
-        self.stream.record.append(self.answer.close(None))
-        self._conclude(self.answer)
+        self._take(BodyDecoder(0), b"")
 
     def late(self) -> UpstreamError:
         """Return the failure for a state that has lasted too long."""
@@ -5018,11 +5019,11 @@ class Source(Stateful):
         stream = self.stream
         if out:
             stream.record.append(out)
+        if stream.first_text_at is None and answer.notes.pieces:
+            stream.first_text_at = self.hub.loop.now
         if answer.state == Answer.DONE or answer.failure:
             self._conclude(answer)
         elif out:
-            if stream.first_text_at is None and answer.notes.pieces:
-                stream.first_text_at = self.hub.loop.now
             stream.viewer.more()
         if out and stream.viewer.client.pending:
             self.watch()
@@ -5043,8 +5044,6 @@ class Source(Stateful):
     def _conclude(self, answer: Answer) -> None:
         """End the stream with an answer that is done, or that failed and of which nothing more passes."""
         stream = self.stream
-        if stream.first_text_at is None and answer.notes.pieces:
-            stream.first_text_at = self.hub.loop.now
         if answer.state == Answer.DONE:
             stream.complete()
             return
@@ -5884,7 +5883,10 @@ def run_script() -> None:
             if status:
                 os._exit(status)
 
-    threading.Thread(target=go_on, name="main").start()
+    try:
+        threading.Thread(target=go_on, name="main").start()
+    except RuntimeError:  # there is none: to serve says so
+        sys.exit(serve())
 
 
 def describe(settings: Settings) -> str:
@@ -5914,7 +5916,7 @@ def _announce(server: Server) -> None:
 
 def _trim_memory() -> None:
     """Give back what is free once the script is over (see run_script): the C library keeps it for what may come."""
-    time.sleep(SHORTAGE_PAUSE)
+    time.sleep(TRIM_DELAY)
     with contextlib.suppress(Exception):  # not on every system
         import ctypes
 

@@ -9754,8 +9754,9 @@ def test_command_line_signals_count_where_no_more_thread_can_be_started(provider
         assert process.wait(DEADLINE) == 0
 
 
-def test_command_line_without_a_thread_is_one_line_and_status_1() -> None:
-    code = f"{NO_THREAD}\nthreading.Thread.start = refuse\nsys.exit(streamproxy.main())"
+@pytest.mark.parametrize("entry", ["sys.exit(streamproxy.main())", "streamproxy.run_script()"])
+def test_command_line_without_a_thread_is_one_line_and_status_1(entry: str) -> None:
+    code = f"{NO_THREAD}\nthreading.Thread.start = refuse\n{entry}"
     words = "streamproxy: no thread can be started: the system's limit is reached\n"
     assert run(code=code, OPENAI_API_KEY=KEY, STREAMPROXY_BIND="127.0.0.1:0") == (1, "", words)
 
