@@ -56,6 +56,7 @@ Sources: RFC 9110 and 9112 (HTTP), WHATWG HTML section 9.2 (server-sent events).
 from __future__ import annotations
 
 import argparse
+import array
 import base64
 import codecs
 import collections
@@ -95,7 +96,7 @@ import zlib
 
 TYPE_CHECKING = False  # typing costs time and memory, and is not needed at run time
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
     from typing import Any, ClassVar, NoReturn, Protocol, Self, TextIO
 
     class Asker(Protocol):
@@ -135,6 +136,10 @@ MAX_PIPELINED = 64 * 1024
 # Seconds.
 LINGER_TIMEOUT = 30.0  # for what a client still sends that was refused: nginx's lingering_time
 END_GRACE = 1.0  # for usage and [DONE] to follow a finish_reason
+IDLE_GRACE = 1.0  # for a request that is on its way to a process that drains, of whoever comes by no proxy
+HANDSHAKE_PAUSE = 0.2  # for a connection that is being made to be there, before its listening socket is closed
+TELL_INTERVAL = 5.0  # before it is told again what a process that ends waits for
+NOTIFY_TIMEOUT = 1.0  # for systemd to take what it is told
 ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is over
 KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
 STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
@@ -257,6 +262,7 @@ def reason_of(error: BaseException) -> str:
         (ssl.SSLError, "the TLS handshake failed"),
         (socket.gaierror, "its name was not found"),
         (socket.timeout, "it took too long"),
+        (BlockingIOError, "whoever has it takes no connections"),
     ):
         if isinstance(error, kind):
             return words
@@ -2011,6 +2017,8 @@ class Settings:
     bind: str = _row(
         "127.0.0.1:8000", _read_bind, "ADDRESS",
         "listen at HOST:PORT, [IPv6]:PORT or unix:PATH; port 0 takes a free one")
+    reuse_port: bool = _row(
+        False, _read_switch, "", "listen beside others that do so at the same port (SO_REUSEPORT), which share it")
     upstream: str = _row(
         "https://api.openai.com/v1", _read_url, "URL", "base URL of the API; a query part is kept", "OPENAI_BASE_URL")
     api_key: str = _row(
@@ -2054,6 +2062,8 @@ class Settings:
     allow_anonymous: bool = _row(False, _read_switch, "", "serve anybody, on an address that other machines reach")
     ca_file: str = _row("", _read_text, "FILE", "certificates (PEM) to trust upstream by", shown="the system's")
     drain_timeout: float = _row(600.0, _read_seconds, "SECONDS", "for open streams to end after SIGTERM")
+    leave_delay: float = _row(
+        0.0, _read_seconds, "SECONDS", "before that, of taking connections while /readyz says 503")
     log_format: str = _row("text", _matching("text|json", "text or json"), "FORMAT", "log lines as text or json")
     demo: bool = _row(False, _read_switch, "", "answer from a built-in API: no key, no network")
 
@@ -2562,6 +2572,12 @@ class Tokens:
         names = [name for known, name in self._tokens if hmac.compare_digest(known, digest)]
         return names[-1] if names else None
 
+    @property
+    def verdict(self) -> str:
+        """What came of the last look, in words."""
+        names = len({name for _, name in self._tokens})
+        return self._fault or f"the token file names {names} client{'s' * (names != 1)}"
+
     def look(self) -> list[str]:
         """Take the file where it has changed; return what the log must say of it.  Blocks as long as the file does.
 
@@ -2697,6 +2713,11 @@ class Access:
     def look(self) -> Callable[[], list[str]] | None:
         """What looks whether the token file has changed, if there is one: see Tokens.look."""
         return self._tokens.look if self._tokens else None
+
+    @property
+    def verdict(self) -> str:
+        """What came of the last look, in words."""
+        return self._tokens.verdict if self._tokens else "there is no token file (--token-file)"
 
     def address_of(self, peer: str, forwarded: str) -> str:
         """Return the client's address: peer, or what trusted proxies say of it; "unix" for a unix socket."""
@@ -3377,8 +3398,17 @@ def start_thread(work: Callable[[], None]) -> None:
 # 15 ------------------------------------------------------------------ Clients
 
 
+def hang_up(sock: socket.socket) -> None:
+    """Close a connection so that the other side sees it, although a process forked meanwhile has a copy of sock."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
+
+
 class Peer:
     """A client's socket, which the loop reads from and writes to without waiting."""
+
+    resets = False  # when it is closed, or the process dies, the client sees an error
 
     def __init__(self, sock: socket.socket, loop: Loop) -> None:
         """sock must not block."""
@@ -3427,7 +3457,10 @@ class Peer:
     def close(self) -> None:
         self.lost, self.pending = True, b""
         self.loop.unwatch(self.sock)
-        self.sock.close()
+        if self.resets:
+            self.sock.close()  # to shut it down would look like an end
+        else:
+            hang_up(self.sock)
 
     def _flush(self) -> None:
         try:
@@ -3481,13 +3514,14 @@ class Client(Peer, Stateful):
     def __init__(self, sock: socket.socket, address: Any, server: Server) -> None:
         super().__init__(sock, server.hub.loop)
         self.server = server
-        self.address = "unix" if server.socket_path else plain_address(address[0])
+        self.address = "unix" if server.listener.path else plain_address(address[0])
         self.surplus = len(server.clients) >= server.max_clients  # it is told so
         self.data = b""  # came, and was not taken
         self.exchange: Exchange | None = None
         self.state = self.IDLE
         self.since = self.loop.now  # in this state; of HEAD and BODY together; of the last progress of what is sent
         self.keeps_alive = False  # after the answer; as yet there was none
+        self.proxied = False  # a request has come by a proxy
         self._alarm = Alarm(self.loop, self._on_alarm)
         self._set_alarm()
         server.clients.add(self)
@@ -3590,13 +3624,10 @@ class Client(Peer, Stateful):
             self.close()
 
     def drain(self) -> None:
-        """Close a connection that has asked nothing; its last words are heard before."""
+        """Wait for less long, now: see _due.  What has come is heard before."""
         if self.state == self.IDLE:
             self.on_ready(READ)
-        if self.state == self.IDLE and not self.data.strip(b"\r\n"):
-            self.close()
-        elif self.state == self.LINGERING:
-            self._set_alarm()  # for less long, now
+        self._set_alarm()
 
     def abort(self, failure: ProxyError) -> None:
         """End what is under way, truthfully."""
@@ -3614,13 +3645,18 @@ class Client(Peer, Stateful):
             super().close()
             self.server.on_closed(self)
 
-    def reset(self) -> None:
-        """Have the client see an error when this is closed (SO_LINGER of 0 s), not the end of a body."""
+    def reset(self, wanted: bool) -> None:
+        """Have the client see an error when this is closed (SO_LINGER of 0 s), not the end of a body.
+
+        Of a unix socket it sees the end all the same.
+        """
+        self.resets = wanted
         with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", wanted, 0))
 
     def _exchange_for(self, request: Request) -> Exchange:
         self.state, self.keeps_alive = self.ANSWERING, request.keeps_alive
+        self.proxied = self.proxied or not _PROXY_FIELDS.isdisjoint(request.fields)
         self.exchange = Exchange(self, request)
         return self.exchange
 
@@ -3636,10 +3672,7 @@ class Client(Peer, Stateful):
         self.state = self.IDLE
         if self.data:
             self.loop.begin(self.begin)
-        if self.server.draining:
-            self.drain()
-        else:
-            self._set_alarm()
+        self._set_alarm()
 
     def _read_body(self) -> bool:
         """Take what has come of the body; tell if it is whole, and good."""
@@ -3664,14 +3697,18 @@ class Client(Peer, Stateful):
 
     def _due(self) -> float:
         """When this state has lasted too long."""
-        limits = self.server.settings
+        limits, drains = self.server.settings, self.server.state >= self.server.DRAINING
         limit = limits.client_timeout
-        if self.state == self.IDLE and self.keeps_alive:
-            limit = limits.keep_alive_timeout
+        if self.state == self.IDLE:
+            if self.data.strip(b"\r\n"):
+                return math.inf  # it is about to begin
+            limit = limits.keep_alive_timeout if self.keeps_alive else limit
+            if drains and not self.proxied:
+                limit = min(IDLE_GRACE, limit or IDLE_GRACE)
         elif self.state == self.ANSWERING and not self.pending:
             limit = 0.0
         elif self.state == self.LINGERING:
-            most = END_GRACE if self.server.draining else LINGER_TIMEOUT
+            most = END_GRACE if drains else LINGER_TIMEOUT
             limit = min(most, limit or most)
         return self.since + limit if limit else math.inf
 
@@ -3688,6 +3725,12 @@ class Client(Peer, Stateful):
         else:
             self.close()
 
+
+# What proxies say of themselves.  In a drain, one may send a request on a connection as long as that is open; if we close
+# it just then, the proxy answers 502, since it cannot know whether to repeat what it has sent (RFC 9110 section 9.2.2).
+# So these are closed by the proxy, or when they are older than it keeps them.  Whoever comes by none asks again by
+# itself, as browsers and the SDKs do; and who ends a server at a terminal does not wait for an open page.
+_PROXY_FIELDS = frozenset(("x-forwarded-for", "forwarded", "via"))
 
 _REQUEST_ID = re.compile("[0-9A-Za-z._-]{1,64}")
 
@@ -3754,7 +3797,7 @@ class Exchange:
         return {**dict.fromkeys(routes, answer), "OPTIONS": Exchange.answer_preflight}
 
     def _own_address(self) -> str:
-        return "" if self.server.socket_path else plain_address(self.client.sock.getsockname()[0])
+        return "" if self.server.listener.path else plain_address(self.client.sock.getsockname()[0])
 
     def _admit(self, then: Callable[[], None], counts: bool = True) -> None:
         """Let in a request that costs money, count it as long as it lasts, and go on once its body is there.
@@ -3982,10 +4025,9 @@ class Exchange:
             return
         if self.failure:
             self.status = self.status or self.failure.status
-        cut = not stream.viewer.intact
-        if cut and not self.request.http11:
-            client.reset()  # its body ends where the connection does
-        self._end(cut)
+        if stream.viewer.intact and client.resets:
+            client.reset(False)
+        self._end(cut=not stream.viewer.intact)
 
     def _begin_answer(self, status: int, fields: Mapping[str, str]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
@@ -4014,6 +4056,8 @@ class Exchange:
         chunked = self.request.http11 and "Content-Length" not in fields and answer.status not in (204, 304)
         if chunked:
             fields["Transfer-Encoding"] = "chunked"
+        if not self.request.http11:  # its body ends where the connection does, be it that we are killed
+            self.client.reset(True)
         return self._begin_answer(answer.status, fields), chunked
 
     def _answer(self, status: int, body: bytes, fields: Mapping[str, str]) -> None:
@@ -4026,7 +4070,7 @@ class Exchange:
 
     def _leave_place(self) -> None:
         if self.place:
-            self.server.limits.leave(self.place)
+            self.server.on_stream_over(self.place, isinstance(self.failure, Aborted))
             self.place = ""
 
     def _end(self, cut: bool = False) -> None:
@@ -4474,7 +4518,7 @@ class Connection:
         return True
 
     def close(self) -> None:
-        self.sock.close()
+        hang_up(self.sock)
 
 
 class Trust:
@@ -5479,44 +5523,158 @@ class Lookout(Stateful):
         self._release(self._waiting)
 
 
+class Listener:
+    """The socket that clients connect to: bound here, or handed over by somebody who goes on to hold it, as systemd does.
+
+    A connection is made by the system, and waits to be accepted: one that waits when its listening socket is closed is
+    reset, which a proxy cannot tell from a request that was read.  So none is made any more before that.
+    """
+
+    def __init__(self, settings: Settings, given: socket.socket | None = None) -> None:
+        """given listens, at settings.bind.  Raises SettingsError, and OSError where the address cannot be bound."""
+        self.path, self._host, port = parse_address(settings.bind)
+        self.is_ours = not given
+        self._file = (0, 0)  # device and inode of the path that was bound
+        self.is_open = True
+        if self.path and not hasattr(socket, "AF_UNIX"):
+            raise SettingsError("--bind (STREAMPROXY_BIND): this system has no unix sockets; allowed: HOST:PORT")
+        if settings.reuse_port and (self.path or not hasattr(socket, "SO_REUSEPORT")):
+            raise SettingsError("--reuse-port (STREAMPROXY_REUSE_PORT): it is for HOST:PORT, on Linux, BSD and macOS")
+        self.sock = given or self._open(port)
+        try:
+            if not self.path:
+                tune(self.sock)  # which what it accepts inherits
+            if self.is_ours:
+                self._bind(port, settings.reuse_port)
+            self.sock.setblocking(False)
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def _open(self, port: int) -> socket.socket:
+        if self.path:
+            return socket.socket(socket.AF_UNIX)
+        return socket.socket(socket.getaddrinfo(self._host, port, 0, socket.SOCK_STREAM)[0][0])
+
+    def _bind(self, port: int, reuse_port: bool) -> None:
+        if self.path:
+            _remove_stale_socket(self.path)
+            self.sock.bind(self.path)
+            self._file = _file_at(self.path)
+            os.chmod(self.path, 0o666)  # as open as a loopback port; the folder's mode can say otherwise
+        else:
+            # On Windows, SO_REUSEADDR would let anybody have the port as well.
+            name = "SO_REUSEADDR" if os.name == "posix" else "SO_EXCLUSIVEADDRUSE"
+            for option in (name, *(["SO_REUSEPORT"] if reuse_port else [])):
+                if hasattr(socket, option):
+                    self.sock.setsockopt(socket.SOL_SOCKET, getattr(socket, option), 1)
+            self.sock.bind(socket.getaddrinfo(self._host, port, self.sock.family, socket.SOCK_STREAM)[0][4])
+        self.sock.listen(BACKLOG)
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Return a connection that waits, and whose it is.  Raises BlockingIOError where none does, and OSError."""
+        if not self.is_ours:  # whoever has it, too, may have it block: systemd does with each process that it starts
+            self.sock.setblocking(False)
+        sock, address = self.sock.accept()
+        sock.setblocking(False)
+        return sock, address
+
+    def leave(self) -> float:
+        """Have no connection begin any more; return for how many seconds those that did may still come to be there.
+
+        Whoever connects meanwhile is refused by a unix socket, and goes to another; at a port, Linux does not answer,
+        so that it tries once more a second later, when this is closed.
+        """
+        if not self.is_ours:
+            return 0.0  # they are for who has it, too
+        with contextlib.suppress(OSError):
+            if self.path:
+                self.sock.shutdown(socket.SHUT_RD)
+            elif sys.platform == "linux":
+                code = array.array("Q", _NO_SYN)
+                program = struct.pack("HP", len(code), code.buffer_info()[0])
+                self.sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+        return 0.0 if self.path or is_loopback(self._host) else HANDSHAKE_PAUSE
+
+    def close(self) -> None:
+        """Listen no more, and remove the path, unless it is a successor's by now."""
+        if self.is_open and self.is_ours:
+            if self.path and _file_at(self.path) == self._file:
+                with contextlib.suppress(OSError):
+                    os.unlink(self.path)
+            hang_up(self.sock)
+        self.sock.close()
+        self.is_open = False
+
+
+# Of asm-generic/socket.h; and a filter of packets (linux/filter.h) that takes all but those that begin a connection: it
+# loads TCP's flags, and drops what has SYN without ACK.
+_SO_ATTACH_FILTER = 26
+_NO_SYN = tuple(
+    struct.unpack("Q", struct.pack("HBBI", *step))[0]
+    for step in ((0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+)
+
+
+def _file_at(path: str) -> tuple[int, int]:
+    """Return device and inode; zeros where there is nothing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, 0
+    return status.st_dev, status.st_ino
+
+
+def _remove_stale_socket(path: str) -> None:
+    """Remove the socket of a process that is gone: nobody answers there.
+
+    Raises BlockingIOError where one has it that does not accept: as many as may wait do.
+    """
+    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            probe.setblocking(False)
+            code = probe.connect_ex(path)
+            if code == errno.ECONNREFUSED:
+                os.unlink(path)
+            elif code == errno.EAGAIN:
+                raise BlockingIOError(code, os.strerror(code))
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The proxy: bound once made, serving from start() to stop(), or within a with block.
 
-    Its requests are taken by the loop; its threads are the workers.
+    Its requests are taken by the loop; its threads are the workers.  SERVING -> LEAVING (goes on, but says that it
+    does not) -> DRAINING (takes no connections, but requests on those that there are) -> ABORTING -> STOPPED.
     """
 
     daemon_threads = True
-    request_queue_size = BACKLOG
 
-    SERVING, DRAINING, ABORTING, STOPPED = range(4)
+    SERVING, LEAVING, DRAINING, ABORTING, STOPPED = range(5)
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises SettingsError, and OSError where the address cannot be bound."""
-        self.socket_path, host, port = parse_address(settings.bind)
-        address: Any = self.socket_path
-        self.address_family = socket.AF_UNIX
-        if not self.socket_path:
-            self.address_family, *_, address = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)[0]
-        super().__init__(address, Client, bind_and_activate=False)  # type: ignore[arg-type]
+    def __init__(self, settings: Settings, given: socket.socket | None = None) -> None:
+        """given: a socket that listens at settings.bind, and stays as it is.
+
+        Raises SettingsError, and OSError where the address cannot be bound.
+        """
+        super().__init__(("", 0), Client, bind_and_activate=False)  # type: ignore[arg-type]
+        self.socket.close()  # which listens nowhere
         self.state = self.SERVING
         self.clients: set[Client] = set()
         self.max_clients = 2 * settings.max_streams + SPARE_CONNECTIONS if settings.max_streams else sys.maxsize
         self.limits = Limits(settings)
         self._changed = threading.Condition()  # of what stop() waits for
-        self._hurried = self._listening = False
-        self._resources = contextlib.ExitStack()
-        try:
-            self.settings = self._resources.enter_context(demo_upstream(settings))
+        self._hurried = False
+        self._over = [0, 0]  # streams since stop(): that ended, that were cut off
+        with contextlib.ExitStack() as stack:
+            self.settings = stack.enter_context(demo_upstream(settings))
             self.access = Access(settings)
             self.hub = Hub(self.settings, self._start_thread)
-            self._resources.callback(self.hub.close)
+            stack.callback(self.hub.close)
             self.lookout = Lookout(self.access.look, self.hub)
-            self._pause = Alarm(self.hub.loop, self._listen)
-            self.server_bind()
-            self.server_activate()
-        except BaseException:
-            self.server_close()
-            raise
+            self._pause = Alarm(self.hub.loop, self._on_pause)
+            self.listener = Listener(settings, given)
+            self.socket, self.server_address = self.listener.sock, self.listener.sock.getsockname()
+            self._resources = stack.pop_all()
 
     def __enter__(self) -> Self:
         self.start()
@@ -5528,12 +5686,13 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where the server can be reached, with the port that was bound; unix:PATH for a socket."""
-        if self.socket_path:
-            return f"unix:{self.socket_path}"
+        if self.listener.path:
+            return f"unix:{self.listener.path}"
         return f"http://{_join_address(parse_address(self.settings.bind)[1], self.server_address[1])}"
 
     @property
     def draining(self) -> bool:
+        """Whether requests are not welcome any more."""
         return self.state != self.SERVING
 
     def snapshot(self) -> dict[str, int]:
@@ -5551,22 +5710,27 @@ class Server(http.server.ThreadingHTTPServer):
         self.hub.log.start()
         self.hub.loop.start()
 
-    def stop(self) -> None:
-        """Stop accepting, let what is open end for up to drain_timeout seconds, abort the rest, close.
+    def stop(self, tell: Callable[[str], object] = lambda words: None) -> None:
+        """Take connections for leave_delay seconds more, and then none; let what is open end for up to drain_timeout
+        seconds, abort the rest, close.
 
-        A second call does nothing.
+        tell takes words for what is waited for, every few seconds.  A second call does nothing.
         """
         if self.draining:
             return
-        self.state = self.DRAINING
-        if self.hub.loop.started:
-            self.hub.loop.post(self._drain)
-            if not self._wait_until_empty(self.settings.drain_timeout):
+        self.state = self.LEAVING
+        loop = self.hub.loop
+        if loop.started:
+            loop.post(self._say_goodbye)
+            self._wait_until_empty(self.settings.leave_delay, tell)
+            self.state = self.DRAINING
+            loop.post(self._drain)
+            if not self._wait_until_empty(self.settings.drain_timeout, tell):
                 self._hurried = False
-                self.hub.loop.post(self._abort)
-                self._wait_until_empty(ABORT_GRACE)
-            self.hub.loop.post(self._close_clients)
-            self.hub.loop.post(self.lookout.close)
+                loop.post(self._abort)
+                self._wait_until_empty(ABORT_GRACE, tell)
+            for last in (self._close_clients, self.lookout.close, self._say_what_ended):
+                loop.post(last)
         self.server_close()
 
     def abort(self) -> None:
@@ -5575,31 +5739,77 @@ class Server(http.server.ThreadingHTTPServer):
             self._hurried = True
             self._changed.notify_all()
 
-    def _wait_until_empty(self, timeout: float) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._hurried or not (self.clients or self._listening), timeout)
-            return not (self.clients or self._listening)
+    def reload(self) -> None:
+        """Have the token file looked at, and said what came of it.  For any thread."""
+        self.hub.loop.post(functools.partial(self.lookout.look, self._say_tokens))
+
+    def _wait_until_empty(self, timeout: float, tell: Callable[[str], object]) -> bool:
+        """Wait until nobody is connected and none can connect any more; tell if that is so."""
+        ends_at = time.monotonic() + timeout
+        while True:
+            left = ends_at - time.monotonic()
+            if left > 0:
+                tell(self._waited_for())
+            with self._changed:
+                if self._changed.wait_for(lambda: self._hurried or self._is_empty(), min(left, TELL_INTERVAL)) or left <= 0:
+                    return self._is_empty()
+
+    def _is_empty(self) -> bool:
+        return not (self.clients or self.listener.is_open)
+
+    def _waited_for(self) -> str:
+        streams, others = self.limits.total, len(self.clients)
+        return f"waiting for {streams} stream{'s' * (streams != 1)}, {others} connection{'s' * (others != 1)} in all"
 
     # The rest is called by the loop, or of socketserver.
+
+    def on_stream_over(self, place: str, cut: bool) -> None:
+        """Take the end of a stream, which gives its place back."""
+        self.limits.leave(place)
+        if self.draining:
+            self._over[cut] += 1
 
     def on_closed(self, client: Client) -> None:
         """Take the end of a connection."""
         self.clients.discard(client)
         if self.draining:
-            with self._changed:
-                self._changed.notify_all()
+            self._notify()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _say_goodbye(self) -> None:
+        delay = self.settings.leave_delay
+        soon = f" in {delay:g} s (--leave-delay)" if delay else ""
+        self.hub.log.info(f"shutting down{soon}: {self._waited_for()}; a second signal ends them at once")
+
+    def _say_what_ended(self) -> None:
+        ended, cut = self._over
+        self.hub.log.info(f"shut down: {ended} stream{'s' * (ended != 1)} ended, {cut} cut off")
+
+    def _say_tokens(self) -> None:
+        hangs = self.lookout.state == self.lookout.HANGING
+        verdict = "the token file cannot be looked at, its last version counts" if hangs else self.access.verdict
+        self.hub.log.info(f"looked again, as asked: {verdict}")
 
     def _drain(self) -> None:
-        if self.limits.total:
-            streams = f"{self.limits.total} streams have ended"
-            self.hub.log.info(f"shutting down once {streams}; a second signal cuts them off")
         self.hub.loop.unwatch(self.socket)
-        for _ in range(BACKLOG):  # those who connected before
-            if not self._accept():
-                break
-        self._stop_listening()
+        pause = self.listener.leave()
+        if pause:
+            self._pause.by(self.hub.loop.now + pause)
+        else:
+            self._stop_listening()
         for client in list(self.clients):
             client.drain()
+
+    def _stop_listening(self) -> None:
+        if self.listener.is_ours:  # else others accept who waits
+            for _ in range(BACKLOG):
+                if not self._accept():
+                    break
+        self.listener.close()
+        self._notify()
 
     def _abort(self) -> None:
         self.state = self.ABORTING
@@ -5611,8 +5821,11 @@ class Server(http.server.ThreadingHTTPServer):
             client.drop(Aborted("The server is shutting down."))
 
     def _listen(self) -> None:
-        if self._listening and not self.draining:
+        if self.listener.is_open:
             self.hub.loop.watch(self.socket, READ, self._on_connections)
+
+    def _on_pause(self) -> None:
+        (self._listen if self.state < self.DRAINING else self._stop_listening)()
 
     def _on_connections(self, events: int) -> None:
         for _ in range(MAX_BEGINNINGS):
@@ -5622,15 +5835,15 @@ class Server(http.server.ThreadingHTTPServer):
     def _accept(self) -> bool:
         """Accept a connection, if one is there."""
         try:
-            sock, address = self.get_request()
+            sock, address = self.listener.accept()
         except BlockingIOError:
             return False
-        except OSError as error:  # no descriptor is left
-            self.hub.log.error(f"a connection was not accepted: {reason_of(error)}")
-            self.hub.loop.unwatch(self.socket)
-            self._pause.by(self.hub.loop.now + SHORTAGE_PAUSE)
+        except OSError as error:
+            if self.state < self.DRAINING:  # no descriptor is left
+                self.hub.log.error(f"a connection was not accepted: {reason_of(error)}")
+                self.hub.loop.unwatch(self.socket)
+                self._pause.by(self.hub.loop.now + SHORTAGE_PAUSE)
             return False
-        sock.setblocking(False)
         if len(self.clients) < self.max_clients + MAX_SURPLUS:
             self.finish_request(sock, address)  # makes a Client
         else:
@@ -5644,39 +5857,11 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         request()  # see _start_thread
 
-    def server_bind(self) -> None:
-        if self.socket_path:
-            _remove_stale_socket(self.socket_path)
-        else:  # which what it accepts inherits
-            tune(self.socket)
-        socketserver.TCPServer.server_bind(self)  # http.server's looks its own name up, which may take long
-        self.socket.setblocking(False)
-        self._listening = True
-        if self.socket_path:
-            os.chmod(self.socket_path, 0o666)  # as open as a loopback port; the folder's mode can say otherwise
-
     def server_close(self) -> None:
-        self._stop_listening()
+        self.listener.close()
         super().server_close()
         self.state = self.STOPPED
         self._resources.close()
-
-    def _stop_listening(self) -> None:
-        if self._listening:
-            if self.socket_path:  # removed now: a successor may bind it while we drain
-                with contextlib.suppress(OSError):
-                    os.unlink(self.socket_path)
-            self.socket.close()
-            with self._changed:
-                self._listening = False
-                self._changed.notify_all()
-
-
-def _remove_stale_socket(path: str) -> None:
-    """Remove the socket of a process that is gone: nobody answers there."""
-    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
-        if stat.S_ISSOCK(os.stat(path).st_mode) and probe.connect_ex(path) == errno.ECONNREFUSED:
-            os.unlink(path)
 
 
 class _Listener(Peer):
@@ -5809,13 +5994,18 @@ def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] |
     sys.stdout, sys.stderr = sys.stdout or _open_nothing(), sys.stderr or _open_nothing()
     flags = vars(build_parser().parse_args(argv))
     try:
+        given = inherited_socket(os.environ)
+        if given and (flags["bind"] or os.environ.get("STREAMPROXY_BIND")):
+            raise SettingsError("--bind (STREAMPROXY_BIND) and a socket of systemd's (LISTEN_FDS) are both given; allowed: one of them")
+        if given:
+            flags["bind"] = address_text(given)
         settings = Settings.load(os.environ, flags)
-        server = Server(settings)
+        server = Server(settings, given)
     except SettingsError as error:
-        print(f"streamproxy: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2, None
     except OSError as error:
-        print(f"streamproxy: cannot listen at {settings.bind}: {reason_of(error)}", file=sys.stderr)
+        _complain(f"cannot listen at {settings.bind}: {reason_of(error)}")
         return 1, None
     output = _Output(sys.stderr)
     output.setFormatter(_LogFormatter(settings.log_format))
@@ -5826,9 +6016,72 @@ def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] |
     signals, teller = socket.socketpair()
     teller.setblocking(False)
     signal.set_wakeup_fd(teller.fileno())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+    for name in (*_ENDING_SIGNALS, "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: None)
     return 0, functools.partial(_serve, server, signals, teller)
+
+
+# The third: Ctrl-Break on Windows, which can be sent there to another process, as SIGTERM cannot.
+_ENDING_SIGNALS = ("SIGTERM", "SIGINT", "SIGBREAK")
+
+
+def inherited_socket(environ: MutableMapping[str, str]) -> socket.socket | None:
+    """Return the socket that systemd has handed over (sd_listen_fds(3)), if it has; nobody else takes it for theirs.
+
+    Raises SettingsError where it is none that connections can be accepted of.
+    """
+    given = {name: environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")}
+    if given["LISTEN_PID"] != str(os.getpid()):
+        return None
+    if given["LISTEN_FDS"] != "1":
+        raise SettingsError(f"LISTEN_FDS: {given['LISTEN_FDS'][:10]!r} sockets are handed over; allowed: 1")
+    try:
+        sock = socket.socket(fileno=3)
+        sock.set_inheritable(False)
+        if sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return sock
+    except OSError:
+        pass
+    raise SettingsError("LISTEN_FDS: descriptor 3 does not listen; allowed: a socket of ListenStream= with Accept=no")
+
+
+def address_text(sock: socket.socket) -> str:
+    """Return where a socket listens, as --bind has it; unix:@NAME for one that is in no folder."""
+    address = sock.getsockname()
+    if isinstance(address, tuple):
+        return _join_address(address[0].partition("%")[0], address[1])
+    return f"unix:{address}" if isinstance(address, str) else f"unix:@{address[1:].decode('utf-8', 'replace')}"
+
+
+class Notifier:
+    """Tells systemd how the process is (sd_notify(3)), if that has asked for it."""
+
+    def __init__(self, address: str) -> None:
+        """address: NOTIFY_SOCKET; @ is for the null byte that begins a name which is in no folder."""
+        self._address = "\0" + address[1:] if address[:1] == "@" else address
+        self._sock: socket.socket | None = None
+        if address[:1] in ("/", "@") and hasattr(socket, "AF_UNIX"):
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._sock.settimeout(NOTIFY_TIMEOUT)
+
+    def ready(self, words: str) -> None:
+        self._tell("READY=1", f"STATUS={words}")
+
+    def stopping(self, words: str) -> None:
+        """Ask for more time, too: until it should have been told again, twice."""
+        self._tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={3 * TELL_INTERVAL * 1e6:.0f}", f"STATUS={words}")
+
+    def _tell(self, *lines: str) -> None:
+        if self._sock:
+            with contextlib.suppress(OSError):
+                self._sock.sendto("\n".join(lines).encode(), self._address)
+
+
+def _complain(words: str) -> None:
+    """Say why the program cannot run, to whoever can still read it."""
+    with contextlib.suppress(OSError):
+        _write_all(sys.stderr.fileno(), f"streamproxy: {words}\n".encode("utf-8", "backslashreplace"))
 
 
 def _open_nothing() -> TextIO:
@@ -5838,14 +6091,17 @@ def _open_nothing() -> TextIO:
 
 def _serve(server: Server, signals: socket.socket, teller: socket.socket) -> int:
     """Serve until a signal begins the drain; any further one ends that.  Return the exit status."""
-    asked = threading.Event()
+    asked, notifier = threading.Event(), Notifier(os.environ.get("NOTIFY_SOCKET", ""))
 
     def heed() -> None:
         with contextlib.suppress(OSError):  # it is closed
-            while signals.recv(1):
-                if asked.is_set():
+            for number in iter(functools.partial(signals.recv, 1), b""):
+                if number[0] == getattr(signal, "SIGHUP", None):
+                    server.reload()
+                elif asked.is_set():
                     server.abort()
-                asked.set()
+                else:
+                    asked.set()
 
     with signals, teller:
         try:
@@ -5853,12 +6109,13 @@ def _serve(server: Server, signals: socket.socket, teller: socket.socket) -> int
             # Now, and not with the first signal: by then, the system may have no thread left.
             for work in (heed, _trim_memory, functools.partial(_announce, server)):
                 threading.Thread(target=work, daemon=True).start()
+            notifier.ready(f"serving at {server.url}")
             asked.wait()
         except RuntimeError:
-            print("streamproxy: no thread can be started: the system's limit is reached", file=sys.stderr)
+            _complain("no thread can be started: the system's limit is reached")
             return 1
         finally:
-            server.stop()
+            server.stop(notifier.stopping)
             if threading.current_thread() is threading.main_thread():  # else it is over
                 signal.set_wakeup_fd(-1)
     return 0
@@ -5908,7 +6165,7 @@ def _announce(server: Server) -> None:
     """Say where the server is.  In a thread of its own, for whoever should read it may not."""
     lines = [f"streamproxy {__version__} on {server.url}", describe(server.settings)]
     if server.settings.demo:
-        to = f"--unix-socket {server.url[5:]} http://localhost" if server.socket_path else server.url
+        to = f"--unix-socket {server.url[5:]} http://localhost" if server.listener.path else server.url
         lines.append(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""")
     with contextlib.suppress(OSError, AttributeError):  # the latter: it was closed
         _write_all(sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode())

@@ -8768,6 +8768,122 @@ def test_drain_waits_but_a_moment_for_who_sends_on_what_was_refused(provider: Pr
         assert time.monotonic() < began + DEADLINE / 2
 
 
+@contextlib.contextmanager
+def stopping(server: streamproxy.Server) -> Iterator[threading.Thread]:
+    """While a server stops."""
+    thread = threading.Thread(target=server.stop)
+    thread.start()
+    wait_for(lambda: server.draining)
+    yield thread
+    thread.join(DEADLINE)
+    assert not thread.is_alive()
+
+
+def ready(client: Client) -> tuple[int, str | None]:
+    """What /readyz says, and Connection."""
+    head = client.ask(method="GET", path="/readyz").head()
+    client.exactly(int(head.fields["Content-Length"]))
+    return head.status, head.fields.get("Connection")
+
+
+def test_leave_delay_takes_connections_and_requests_while_readyz_says_503(
+    provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(provider, leave_delay=DEADLINE, drain_timeout=DEADLINE) as server, Client(server) as kept:
+        assert ready(kept) == (200, None)
+        with stopping(server):
+            assert server.state == server.LEAVING
+            assert ready(kept) == (503, "close") and kept.rest() == b""
+            with Client(server) as new:
+                assert ready(new) == (503, "close")
+            with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+                upstream.start(A)
+                upstream.finish()
+                assert client.head().fields["Connection"] == "close" and client.body() == b"a"
+            server.abort()
+    words = [record.getMessage() for record in caplog.records if record.getMessage().startswith("shut")]
+    assert words[0].startswith("shutting down in 20 s (--leave-delay): waiting for 0 streams, ")
+    assert words[1:] == ["shut down: 1 stream ended, 0 cut off"]
+
+
+def test_drain_says_how_many_streams_it_waits_for_and_what_became_of_them(
+    provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[str] = []
+    with running(provider, drain_timeout=DEADLINE) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(server).ask(PROMPT)) for _ in range(3)]
+        upstreams = [stack.enter_context(provider.take()) for _ in clients]
+        for upstream in upstreams:
+            upstream.start(A)
+        for client in clients:
+            assert client.head().status == 200
+        thread = threading.Thread(target=server.stop, args=[told.append])
+        thread.start()
+        wait_for(lambda: refused(server))
+        for upstream in upstreams[:2]:
+            upstream.finish()
+        wait_for(lambda: server.snapshot()["streams"] == 1)
+        server.abort()
+        thread.join()
+    words = [record.getMessage() for record in caplog.records if record.getMessage().startswith("shut")]
+    waits = "waiting for 3 streams, 3 connections in all"
+    assert words == [
+        f"shutting down: {waits}; a second signal ends them at once", "shut down: 2 streams ended, 1 cut off"
+    ]
+    assert told[0] == waits and set(told) <= {waits, "waiting for 0 streams, 0 connections in all"}
+
+
+def test_stop_tells_again_what_it_waits_for(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamproxy, "TELL_INTERVAL", 0.01)
+    box: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with running(provider, drain_timeout=DEADLINE) as server, Client(server) as client:
+        client.send(b"GET / HTTP/1.1\r\n")
+        caught_up(server)
+        thread = threading.Thread(target=server.stop, args=[box.put])
+        thread.start()
+        for _ in range(3):
+            assert box.get(timeout=DEADLINE).startswith("waiting for 0 streams, ")
+        server.abort()
+        thread.join()
+
+
+@pytest.mark.parametrize(("fields", "seconds"), [
+    ({"X_Forwarded_For": "192.0.2.1"}, 75.0), ({"Via": "1.1 x"}, 75.0), ({"Forwarded": "for=192.0.2.1"}, 75.0),
+    ({}, streamproxy.IDLE_GRACE), (None, streamproxy.IDLE_GRACE),
+])
+def test_drain_closes_a_connection_once_no_proxy_can_be_using_it(fields: dict[str, str] | None, seconds: float) -> None:
+    with StillServer(drain_timeout=100.0) as still:
+        clients = [still.client(), still.client()]
+        for client in clients if fields is not None else ():
+            client.ask(method="GET", path="/healthz", **fields)
+            still.turn(2)
+            assert client.head().fields.get("Connection") is None and client.exactly(3) == b"ok\n"
+        still.server.state = still.server.DRAINING
+        still.hub.loop.post(still.server._drain)
+        still.at(seconds - 0.1)
+        still.turn(2)
+        assert still.silent(clients[0]) and still.silent(clients[1])
+        assert repr(still.server.clients) and len(still.server.clients) == 2
+        clients[0].ask(method="GET", path="/healthz")  # as long as it is open, it is answered
+        still.turn(2)
+        head = clients[0].head()
+        assert head.fields["Connection"] == "close" and clients[0].exactly(3) == b"ok\n" and clients[0].rest() == b""
+        still.at(seconds)
+        assert clients[1].rest() == b"" and not still.server.clients
+
+
+def test_drain_keeps_what_waits_for_its_turn_to_begin() -> None:
+    with StillServer(drain_timeout=100.0) as still:
+        clients = [still.client() for _ in range(3 * streamproxy.MAX_BEGINNINGS)]
+        still.at(20.0)  # all of them could be closed
+        for client in clients:
+            client.ask(method="GET", path="/healthz")
+        still.server.state = still.server.DRAINING
+        still.hub.loop.post(still.server._drain)
+        still.turn(5)
+        assert all(client.head().status == 200 for client in clients)
+
+
 # ---------------------------------------------------------------- what is stuck, short or over
 
 
@@ -9032,7 +9148,7 @@ class PlayedServer(streamproxy.Server):
 
     play: Play
 
-    def _wait_until_empty(self, timeout: float) -> bool:
+    def _wait_until_empty(self, timeout: float, tell: Any) -> bool:
         return self.play.on_stopping(timeout)
 
 
@@ -9249,7 +9365,7 @@ class Play:
             self.turn()
 
     def connect(self) -> None:
-        sock = narrow(socket.socket(self.server.address_family))
+        sock = narrow(socket.socket(self.server.socket.family))
         sock.connect(self.server.server_address)
         self.clients.append(PlayedClient(sock))
 
@@ -10732,6 +10848,282 @@ def test_other_front_closes_idle_connections_first(provider: Provider, tmp_path:
         client.ask(PROMPT)
         with provider.take():  # and not on the same
             pass
+
+
+# ----------------------------------------------------------------------- Deploys that cut nothing
+
+
+@pytest.fixture
+def talker() -> Iterator[Provider]:
+    """An upstream that answers whatever comes, in pieces."""
+    provider, stack = Provider(), contextlib.ExitStack()
+    provider.listener.settimeout(None)
+
+    def answer(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError, AssertionError), UpstreamPeer(sock) as upstream:
+            while True:
+                upstream.start(*map(delta, "Hel"))
+                upstream.event(*map(delta, "lo"))
+                upstream.finish()
+                upstream.read_request()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=provider.listener.accept()[:1], daemon=True).start()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with stack:
+        yield provider
+        provider.listener.shutdown(socket.SHUT_RDWR)  # which ends an accept
+        thread.join()
+        provider.listener.close()
+
+
+class Load:
+    """Ten clients that ask over and over, half of them on the connection before; what went wrong is kept."""
+
+    def __init__(self, front: Any) -> None:
+        self.front = front
+        self.pause = 0.01  # for others to have the machine, too
+        self.answered, self.failures = 0, collections.Counter[str]()
+        self.over = threading.Event()
+        self.threads = [threading.Thread(target=self.ask_on, args=[number % 2 > 0]) for number in range(10)]
+
+    def __enter__(self) -> Self:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join()
+
+    def ask_on(self, keeps: bool) -> None:
+        client = None
+        while not self.over.is_set():
+            try:
+                client = client or Client(self.front)
+                head = client.ask(PROMPT, **({} if keeps else {"Connection": "close"})).head()
+                assert head.status == 200, head.line
+                assert client.body() == b"Hello"
+                self.answered += 1
+                time.sleep(self.pause)
+            except (OSError, AssertionError) as error:
+                self.failures[repr(error)] += 1
+                head = None
+            if client and (not head or head.fields.get("Connection") == "close"):
+                client.sock.close()
+                Peer.opened.remove(client.sock)
+                client = None
+
+    def goes_on(self) -> None:
+        """Wait until as many answers more have come as there are clients."""
+        until = self.answered + len(self.threads)
+        wait_for(lambda: self.answered >= until or self.failures)
+
+
+class Manager:
+    """What systemd is to an instance: it starts one, and waits until that says that it is ready."""
+
+    def __init__(self, folder: Path, *flags: str, **environ: str) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind(f"\0{folder}/notify")
+        self.sock.settimeout(DEADLINE)
+        self.flags = flags
+        self.environ = {**os.environ, "OPENAI_API_KEY": KEY, "NOTIFY_SOCKET": f"@{folder}/notify", **environ}
+        self.processes: list[Any] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            check_no_key(process.communicate()[1])
+        self.sock.close()
+
+    def told(self) -> dict[str, str]:
+        """What an instance says next."""
+        return dict(line.split("=", 1) for line in self.sock.recv(4096).decode().split("\n"))
+
+    def start(self, *flags: str, given: socket.socket | None = None) -> Any:
+        # Imported, it need not be compiled each time.
+        command, fds = [sys.executable, "-c", "import streamproxy; streamproxy.run_script()", *self.flags, *flags], ()
+        if given:  # as its third descriptor
+            fds = (given.fileno(),)
+            script = f'exec 3<&{fds[0]}; export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"'
+            command = ["bash", "-c", script, "bash", *command]
+        process = subprocess.Popen(
+            command, env=self.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, pass_fds=fds, cwd=HERE
+        )
+        self.processes.append(process)
+        while "READY" not in self.told():  # of one that ends, and says so until it has
+            assert process.poll() is None, process.communicate()[1]
+        return process
+
+    def stop(self, process: Any) -> str:
+        """What an instance logs until it has ended."""
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=DEADLINE)[1]
+        self.processes.remove(process)
+        check_no_key(errors)
+        assert process.returncode == 0 and " cut off" in errors, errors
+        return str(errors)
+
+
+def test_nginx_example_instances_restarted_in_turn_under_load_cut_nothing(talker: Provider, tmp_path: Path) -> None:
+    config = EXAMPLE.read_text()
+    for old, new in {"rate=5r/s": "rate=99999r/s", "burst=50": "burst=9999", "timeout 60s": "timeout 50ms"}.items():
+        assert old in config
+        config = config.replace(old, new)  # which keeps idle connections for 0.05 s; the instances wait for 3
+    flags = ("--upstream", talker.url, "--keep-alive-timeout", "3")
+    with Manager(tmp_path, *flags) as manager, contextlib.ExitStack() as stack:
+        instances = [manager.start("--bind", f"unix:{tmp_path}/{number}.sock") for number in (1, 2)]
+        load = stack.enter_context(Load(stack.enter_context(nginx(tmp_path, config))))
+        for turn in range(24):
+            load.goes_on()
+            errors = manager.stop(instances[turn % 2])
+            assert ", 0 cut off" in errors, errors
+            instances[turn % 2] = manager.start("--bind", f"unix:{tmp_path}/{turn % 2 + 1}.sock")
+        load.goes_on()
+    assert not load.failures, (load.failures, load.answered, (tmp_path / "error.log").read_text())
+
+
+def copied(sock: socket.socket) -> socket.socket:
+    """Another descriptor of a socket, as another process has it."""
+    return socket.socket(fileno=os.dup(sock.fileno()))  # sock.dup() would have it block
+
+
+def test_socket_of_systemd_that_somebody_has_block_holds_up_nobody(provider: Provider) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        settings = streamproxy.Settings(bind=streamproxy.address_text(given), api_key=KEY, upstream=provider.url)
+        with streamproxy.Server(settings, copied(given)) as server, Client(server) as client:
+            caught_up(server)
+            given.setblocking(True)
+            for _ in range(2):
+                with Client(server):
+                    assert ready(client) == (200, None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a connection that is being made may be reset")
+@pytest.mark.parametrize("how", ["a socket of systemd's", "--reuse-port"])
+def test_servers_that_hand_a_port_over_under_load_refuse_and_reset_nobody(talker: Provider, how: str) -> None:
+    shared = how != "--reuse-port"
+    with socket.create_server(("127.0.0.1", 0 if shared else free_port())) as given:
+        bind = f"127.0.0.1:{given.getsockname()[1]}"
+        settings = streamproxy.Settings(bind=bind, api_key=KEY, upstream=talker.url, reuse_port=not shared)
+        if not shared:
+            given.close()
+        servers = []
+
+        def start() -> None:
+            servers.append(streamproxy.Server(settings, copied(given) if shared else None))
+            servers[-1].start()
+
+        start()
+        with Load(Front(f"http://{bind}")) as load:
+            load.pause = 0.0
+            for _ in range(8):
+                start()
+                load.goes_on()
+                servers.pop(0).stop()
+                load.goes_on()
+        servers.pop().stop()
+        assert not load.failures, (load.failures, load.answered)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a connection that is being made may be reset")
+def test_listener_that_leaves_has_no_connection_begin_and_keeps_those_that_have() -> None:
+    settings = streamproxy.Settings(bind=f"127.0.0.1:{free_port()}", api_key=KEY, reuse_port=True)
+    first = streamproxy.Listener(settings)
+    with socket.create_connection(first.sock.getsockname()), socket.socket() as late:
+        first.leave()
+        late.setblocking(False)
+        assert late.connect_ex(first.sock.getsockname()) == errno.EINPROGRESS
+        first.sock.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            first.sock.accept()
+        second = streamproxy.Listener(settings)
+        first.close()
+        try:
+            assert select.select([], [late], [], DEADLINE)[1] and late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+            second.sock.accept()[0].close()
+        finally:
+            second.close()
+
+
+def test_instance_takes_the_socket_of_systemd_and_leaves_it_as_it_is(tmp_path: Path) -> None:
+    path, command = tmp_path / "s", [program("systemd-socket-activate"), "--listen", str(tmp_path / "s"), "-E", "OPENAI_API_KEY"]
+    process = subprocess.Popen([*command, sys.executable, str(PROGRAM), "--demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        wait_for(path.exists)
+        with Client(Front(f"unix:{path}")).ask(method="GET", path="/healthz") as client:
+            assert client.head().status == 200
+            assert process.stdout.readline().decode().endswith(f" on unix:{path}\n")
+            process.terminate()
+        assert process.wait(DEADLINE) == 0 and path.is_socket()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("begin", "flags", "words"), [
+    ("LISTEN_FDS=2", (), "LISTEN_FDS: '2' sockets are handed over; allowed: 1"),
+    ("LISTEN_FDS=1", (), "LISTEN_FDS: descriptor 3 does not listen; allowed: a socket of ListenStream= with Accept=no"),
+    (
+        "LISTEN_FDS=1 3<&{fd}", ("--bind", "127.0.0.1:0"),
+        "--bind (STREAMPROXY_BIND) and a socket of systemd's (LISTEN_FDS) are both given; allowed: one of them",
+    ),
+    (
+        "LISTEN_FDS=1 3<&{fd}", (), "--bind (STREAMPROXY_BIND): '0.0.0.0:{port}' lets others spend your money; allowed: "
+        "a loopback address, a unix socket, or any with --token-file or --allow-anonymous",
+    ),
+])
+def test_socket_of_systemd_that_cannot_be_used_is_one_line(begin: str, flags: tuple[str, ...], words: str) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as given:
+        names = {"fd": given.fileno(), "port": given.getsockname()[1]}
+        variables, _, redirection = begin.format(**names).partition(" ")
+        script = f'exec {redirection or "3</dev/null"}; export LISTEN_PID=$$ {variables}; exec "$@"'
+        command = ["bash", "-c", script, "bash", sys.executable, str(PROGRAM), "--demo", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[given.fileno()])
+        assert (done.returncode, done.stderr) == (2, f"streamproxy: {words.format(**names)}\n")
+
+
+def test_socket_of_systemd_that_is_another_process_s_is_not_ours() -> None:
+    environ = {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x", "A": "b"}
+    assert streamproxy.inherited_socket(environ) is None and environ == {"A": "b"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names without a folder are Linux's")
+def test_socket_of_systemd_is_named_as_bind_has_it(tmp_path: Path) -> None:
+    for family, address, text in [
+        (socket.AF_UNIX, f"{tmp_path}/s", f"unix:{tmp_path}/s"), (socket.AF_UNIX, f"\0{tmp_path}", f"unix:@{tmp_path}"),
+        (socket.AF_INET, ("127.0.0.1", 0), "127.0.0.1:{}"), (socket.AF_INET6, ("::1", 0), "[::1]:{}"),
+    ]:
+        with socket.socket(family) as sock:
+            sock.bind(address)
+            assert streamproxy.address_text(sock) == text.format(sock.getsockname()[1])
+
+
+def test_instance_tells_systemd_what_it_waits_for(talker: Provider, tmp_path: Path) -> None:
+    flags = "--upstream", talker.url, "--bind", f"unix:{tmp_path}/s", "--keep-alive-timeout", "3"
+    with Manager(tmp_path, *flags) as manager:
+        process = manager.start()
+        with Client(Front(f"unix:{tmp_path}/s")).ask(method="GET", path="/readyz", Via="1.1 x") as client:
+            assert client.head().status == 200 and client.exactly(3) == b"ok\n"
+            process.terminate()
+            assert manager.told() == {
+                "STOPPING": "1", "EXTEND_TIMEOUT_USEC": "15000000", "STATUS": "waiting for 0 streams, 1 connection in all"
+            }
+
+
+@pytest.mark.parametrize("address", ["", "/none/such", "@none-such", "vsock:2:1"])
+def test_notifier_that_nobody_hears_says_nothing(address: str) -> None:
+    streamproxy.Notifier(address).ready("")
+    streamproxy.Notifier(address).stopping("")
 
 
 # ----------------------------------------------------------------------- curl
