@@ -4304,6 +4304,19 @@ def test_http_1_0_cut_answer_is_a_reset(server: streamproxy.Server, provider: Pr
             client.rest()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
+@pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
+def test_http_1_0_answer_of_a_process_that_is_killed_does_not_look_whole(provider: Provider, path: str) -> None:
+    with launched(OPENAI_BASE_URL=provider.url) as (process, front):
+        asked = PROMPT if path == "/" else ASKED
+        with Client(front).ask(asked, path=path, version="1.0") as client, provider.take() as upstream:
+            upstream.start(A)
+            assert client.head().status == 200 and client.until(b"a")
+            process.kill()
+            with pytest.raises(ConnectionResetError):
+                client.rest()
+
+
 # ---------------------------------------------------------------- GET /
 
 
@@ -8127,6 +8140,32 @@ def test_unix_socket_is_replaced_when_stale_and_removed_at_the_end(provider: Pro
     assert not path.exists()
 
 
+def test_unix_socket_of_a_successor_is_left_alone(provider: Provider, tmp_path: Path) -> None:
+    with running(provider, bind=f"unix:{tmp_path}/s") as server:
+        (tmp_path / "s").unlink()
+        with running(provider, bind=f"unix:{tmp_path}/s") as successor:
+            server.stop()
+            assert ready(Client(successor)) == (200, None)
+        assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a connection too many is refused")
+def test_unix_socket_whose_owner_hangs_is_told_in_one_line(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as hangs, socket.socket(socket.AF_UNIX) as waits:
+        hangs.bind(f"{tmp_path}/s")
+        hangs.listen(0)
+        waits.connect(f"{tmp_path}/s")
+        words = f"streamproxy: cannot listen at unix:{tmp_path}/s: whoever has it takes no connections\n"
+        assert run("--demo", "--bind", f"unix:{tmp_path}/s") == (1, "", words)
+
+
+@pytest.mark.parametrize("bind", ["unix:s", "127.0.0.1:0"])
+def test_reuse_port_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, bind: str) -> None:
+    monkeypatch.delattr(socket, "SO_REUSEPORT", raising=False)
+    with pytest.raises(streamproxy.SettingsError, match="--reuse-port.*: it is for HOST:PORT, on Linux, BSD and macOS"):
+        streamproxy.Server(streamproxy.Settings(bind=bind, api_key=KEY, reuse_port=True))
+
+
 def test_unix_socket_clients_may_have_bound_their_own(provider: Provider, tmp_path: Path) -> None:
     with running(provider, bind=f"unix:{tmp_path}/s"), socket.socket(socket.AF_UNIX) as sock:
         sock.bind(f"{tmp_path}/c")
@@ -9840,6 +9879,62 @@ def test_command_line_second_signal_aborts_at_once(provider: Provider, number: s
             assert process.stderr and " ending=aborted " in process.stderr.read()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP")
+def test_command_line_sighup_has_the_token_file_read_and_says_what_came_of_it(tmp_path: Path) -> None:
+    path = Path(token_file(tmp_path, "a token-a\n"))
+    words = "looked again, as asked: "
+    with launched("--demo", "--token-file", str(path)) as (process, _):
+        for text, says in {
+            "a token-a\nb token-b\nb token-c\n": "the token file names 2 clients",
+            "a token-a b\n": "the token file was not taken, its last version counts: entry 1 is not NAME TOKEN",
+            "a token-a\n": "the token file names 1 client",
+        }.items():
+            path.write_text(text)
+            process.send_signal(signal.SIGHUP)
+            line = next(line for line in process.stderr if words in line)
+            assert line == f'level=info message="{words}{says}"\n'
+    with launched("--demo") as (process, _):
+        process.send_signal(signal.SIGHUP)
+        assert f"{words}there is no token file (--token-file)" in process.stderr.readline()
+
+
+# What ends with SIGTERM, and what is done before.
+STUCK = {
+    "stderr": "",
+    "resolver": "socket.getaddrinfo = lambda *_: threading.Event().wait(60)",
+    "client": "",
+}
+
+
+@pytest.mark.parametrize("what", STUCK)
+def test_command_line_sigterm_ends_what_is_stuck(provider: Provider, what: str) -> None:
+    begin = "import socket, sys, threading, streamproxy; streamproxy.ABORT_GRACE = 0.3; streamproxy.CLOSE_TIMEOUT = 0.2"
+    upstream = "http://api.example/v1" if what == "resolver" else provider.url
+    with contextlib.ExitStack() as stack:
+        front = Front(f"unix:{stack.enter_context(tempfile.TemporaryDirectory())}/s")
+        flags = ["--bind", front.url, "--drain-timeout", "0.1"]
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"{begin}\n{STUCK[what]}\nsys.exit(streamproxy.main())", *flags],
+            env={**os.environ, "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream}, stdout=subprocess.DEVNULL,
+            stderr=stuck_pipe(stack) if what == "stderr" else subprocess.DEVNULL, cwd=HERE,
+        )  # fmt: skip
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        wait_for(lambda: process.poll() is not None or not refused(front))
+        client = stack.enter_context(Client(front).ask(PROMPT))
+        if what != "resolver":
+            peer = stack.enter_context(provider.take())
+            peer.start(A)
+            client.head()
+        if what == "client":
+            peer.sock.settimeout(0.3)
+            with contextlib.suppress(socket.timeout):
+                while True:
+                    peer.event(delta("x" * 60000))
+        process.terminate()
+        assert process.wait(DEADLINE / 2) == 0
+
+
 # What is put before the program, so that from some time on no thread can be started but those that dial.
 NO_THREAD = """
 import sys, threading, streamproxy
@@ -10035,6 +10130,84 @@ def test_output_that_is_stuck_does_not_keep_a_second_signal_from_ending_all(prov
             process.send_signal(signal.SIGTERM)
             assert client.rest() == b"" and upstream.gone()
             assert process.wait(DEADLINE / 2) == 0
+
+
+@pytest.mark.skipif(not shutil.which("sh"), reason="needs a shell")
+@pytest.mark.parametrize("to", ["2>/dev/full", "2>&-"])
+def test_complaint_that_cannot_be_written_does_not_change_the_status(to: str) -> None:
+    if not os.path.exists("/dev/full"):
+        missing("there is no /dev/full")
+    command = ["sh", "-c", f'exec "$@" {to}', "sh", sys.executable, str(PROGRAM), "--idle-timeout", "x"]
+    assert subprocess.run(command, check=False, cwd=HERE).returncode == 2
+
+
+# ---------------------------------------------------------------- other systems, and forks
+
+# As on Windows: what is not there, or means nothing, and how pairs of sockets are made.
+BARE = """
+import os, select, selectors, signal, socket, sys
+def pair(*_):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        return near, listener.accept()[0]
+socket.socketpair, selectors.DefaultSelector, os.chmod = pair, selectors.SelectSelector, lambda *_: None
+absent = {
+    os: "fork set_blocking O_NONBLOCK", select: "epoll poll kqueue", selectors: "EpollSelector PollSelector KqueueSelector",
+    signal: "SIGHUP", socket: "AF_UNIX SO_REUSEPORT TCP_KEEPIDLE TCP_KEEPINTVL TCP_KEEPCNT",
+}
+for module, names in absent.items():
+    for name in names.split():
+        if hasattr(module, name):
+            delattr(module, name)
+sys.modules["resource"] = None
+import streamproxy
+os.name = sys.platform = "nt"
+sys.exit(streamproxy.main())
+"""
+
+
+def test_demo_is_served_without_what_other_systems_lack(tmp_path: Path) -> None:
+    tokens = token_file(tmp_path, f"a {ALICE}\n")
+    with launched("--demo", "--token-file", tokens, code=BARE) as (process, front):
+        with Client(front).ask({"prompt": "Hi"}, Authorization=f"Bearer {ALICE}") as client:
+            assert client.head().status == 200 and client.chunk()
+            process.send_signal(signal.SIGINT)
+            assert client.body()
+        assert process.wait(DEADLINE) == 0
+    refused = "streamproxy: --bind (STREAMPROXY_BIND): this system has no unix sockets; allowed: HOST:PORT\n"
+    assert run("--demo", "--bind", "unix:s", code=BARE) == (2, "", refused)
+
+
+# A program that has forked when a request comes: its child has copies of all descriptors until that ends.
+FORKS = """
+import os, sys, warnings, streamproxy
+warnings.simplefilter("ignore")
+begin_stream, (reader, writer) = streamproxy.Exchange.begin_stream, os.pipe()
+def fork(exchange):
+    if not os.fork():
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    return begin_stream(exchange)
+streamproxy.Exchange.begin_stream = fork
+sys.exit(streamproxy.main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_connections_end_although_a_forked_child_has_copies_of_them(provider: Provider) -> None:
+    with launched(code=FORKS, OPENAI_BASE_URL=provider.url) as (process, front):
+        with Client(front).ask(PROMPT, Connection="close") as client, provider.take() as upstream:
+            upstream.start(A)
+            upstream.finish()
+            assert client.head().status == 200 and client.body() == b"a" and client.rest() == b""
+            with Client(front).ask(PROMPT) as leaving:
+                upstream.read_request()
+                upstream.start(A)
+                assert leaving.head().status == 200
+            assert upstream.gone()
+        process.terminate()
+        wait_for(lambda: refused(front))
 
 
 # ----------------------------------------------------------------------- The documents
@@ -10645,6 +10818,17 @@ def test_nginx_leaves_a_cut_answer_unterminated(provider: Provider, tmp_path: Pa
             upstream.start(A)
             assert client.head().status == 200 and client.chunk() == b"a"
             upstream.sock.close()
+            assert client.rest() == b""
+
+
+@pytest.mark.parametrize("how", ["it is killed", "upstream ends it"])
+def test_nginx_leaves_a_cut_answer_unterminated_over_http_1_0_too(provider: Provider, tmp_path: Path, how: str) -> None:
+    with launched(OPENAI_BASE_URL=provider.url) as (process, server):
+        config = PLAIN_NGINX.replace("http://unix:/run/streamproxy/1.sock", server.url).replace("version 1.1", "version 1.0")
+        with nginx(tmp_path, config % "") as front, Client(front).ask(PROMPT) as client, provider.take() as upstream:
+            upstream.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+            (process.kill if how == "it is killed" else upstream.sock.close)()
             assert client.rest() == b""
 
 
