@@ -10341,6 +10341,7 @@ def test_readme_links_lead_to_its_sections() -> None:
     ("and 256; 256 more", (streamproxy.SPARE_CONNECTIONS, streamproxy.MAX_SURPLUS) == (256, 256)),
     ("up to four, and more", streamproxy.MAX_WORKERS == 4),
     ("complained of once a minute", streamproxy.COMPLAINT_INTERVAL == 60),
+    ("programs are closed after a second", streamproxy.IDLE_GRACE == 1),
     ("(`Keep-Alive: timeout=75`)", streamproxy.Settings(api_key=KEY).keep_alive_timeout == 75),
 ])
 def test_readme_numbers_are_the_code_s(words: str, is_so: bool) -> None:
@@ -10667,17 +10668,38 @@ def test_readme_library_lines_run(capfd: pytest.CaptureFixture[str]) -> None:
     assert re.match(r"http://127\.0\.0\.1:\d+\nYou asked: “Say hello”", out)
 
 
-def test_readme_unit_is_one_that_systemd_knows(tmp_path: Path) -> None:
-    unit = tmp_path / "streamproxy@.service"
+def test_readme_units_are_known_to_systemd_and_closed_enough(tmp_path: Path) -> None:
+    unit, edit = tmp_path / "streamproxy@.service", tmp_path / "streamproxy@.service.d"
     unit.write_text(readme_block("[Unit]"))
-    command = [program("systemd-analyze"), "verify", str(unit)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert (done.returncode, [line for line in done.stderr.splitlines() if unit.name in line]) == (0, [])
-    starts, stop = re.findall(r"^(?:ExecStart=/usr/bin/python3|TimeoutStopSec=) ?(.*)$", unit.read_text(), re.MULTILINE)
-    (tmp_path / "key").write_text(KEY)
-    flags = vars(streamproxy.build_parser().parse_args(shlex.split(starts)[1:]))
-    settings = streamproxy.Settings.load({"OPENAI_API_KEY_FILE": str(tmp_path / "key")}, flags)
-    assert settings.allow_host == ("chat.example.com",) and settings.drain_timeout < int(stop)
+    (tmp_path / "streamproxy.socket").write_text(readme_block("[Socket]"))
+    command, environ = [program("systemd-analyze")], {**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"}
+
+    def verify() -> Any:
+        verified = [*command, "verify", str(unit), str(tmp_path / "streamproxy.socket")]
+        done = subprocess.run(verified, check=False, capture_output=True, text=True, env=environ)
+        return done.returncode, [line for line in done.stderr.splitlines() if str(tmp_path) in line]
+
+    assert verify() == (0, [])
+    exposure = [*command, "security", "--offline=true", "--threshold=16", str(unit)]  # of 100
+    assert subprocess.run(exposure, check=False, capture_output=True).returncode == 0
+    flags, settings = unit_settings(tmp_path, unit.read_text())
+    stop = re.findall("^TimeoutStopSec=(.*)$", unit.read_text(), re.MULTILINE)
+    assert settings.allow_host == ("chat.example.com",) and "\nType=notify\n" in unit.read_text()
+    assert settings.leave_delay + settings.drain_timeout + streamproxy.ABORT_GRACE < int(stop[0])
+    edit.mkdir()
+    (edit / "override.conf").write_text(readme_block("[Service]\nSockets="))
+    assert verify() == (0, [])
+    assert flags["bind"] and not unit_settings(tmp_path, (edit / "override.conf").read_text())[0]["bind"]
+    (edit / "override.conf").write_text("[Service]\nSockts=x\n")
+    assert verify()[1]  # it is read
+
+
+def unit_settings(folder: Path, unit: str) -> tuple[dict[str, Any], streamproxy.Settings]:
+    """The flags of a unit's ExecStart, and the settings that they make."""
+    (folder / "key").write_text(KEY)
+    start = re.findall("^ExecStart=/usr/bin/python3 (.*)$", unit, re.MULTILINE)[0]
+    flags = vars(streamproxy.build_parser().parse_args(shlex.split(start)[1:]))
+    return flags, streamproxy.Settings.load({"OPENAI_API_KEY_FILE": str(folder / "key")}, flags)
 
 
 def test_readme_lines_that_install_put_the_files_where_the_unit_looks(tmp_path: Path) -> None:
@@ -10914,7 +10936,7 @@ FRONTS = {
               "ErrorLog {folder}/log\nServerName localhost\nListen 127.0.0.1:{port}\n"
               + "".join(f"LoadModule {name}_module {{modules}}/mod_{name}.so\n" for name in APACHE_MODULES.split())
               + "AddOutputFilterByType DEFLATE text/plain text/event-stream\n{lines}",
-    "HAProxy": "{lines}\nfrontend all\n bind 127.0.0.1:{port}\n default_backend streamproxy\n",
+    "HAProxy": "{lines}",
     "Caddy": "{{\n admin off\n}}\n{lines}",
 }  # fmt: skip
 
@@ -10929,6 +10951,7 @@ def other_front(name: str, folder: Path, server: streamproxy.Server | Provider, 
         "127.0.0.1:8000", urllib.parse.urlsplit(server.url).netloc
     ).replace("chat.example.com", f"http://:{port}")
     text = re.sub("(ttl=|keepalive )60", rf"\g<1>{idle}", text)
+    text = text.replace("bind :80\n", f"bind 127.0.0.1:{port}\n")
     config.write_text(FRONTS[name].format(folder=folder, port=port, lines=text, modules="/usr/lib/apache2/modules"))
     arguments = {
         "Apache": ["-DFOREGROUND", "-f"], "HAProxy": ["-db", "-f"],
