@@ -8370,14 +8370,14 @@ def test_streams_go_on_and_end_and_warm_connections_are_used_while_no_thread_can
 def test_connection_for_which_no_descriptor_is_left_is_accepted_later(
     server: streamproxy.Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    accept = server.get_request
+    accept = server.listener.accept
 
-    def get_request() -> Any:
+    def accept_later() -> Any:
         if not caplog.records:
             raise OSError(errno.EMFILE, "Too many open files")
         return accept()
 
-    monkeypatch.setattr(server, "get_request", get_request)
+    monkeypatch.setattr(server.listener, "accept", accept_later)
     with Client(server).ask(method="GET", path="/healthz") as client:
         assert client.head().status == 200
     wait_for(lambda: "a connection was not accepted: too many open files" in caplog.text)
@@ -8858,7 +8858,7 @@ def test_drain_says_how_many_streams_it_waits_for_and_what_became_of_them(
             assert client.head().status == 200
         thread = threading.Thread(target=server.stop, args=[told.append])
         thread.start()
-        wait_for(lambda: refused(server))
+        wait_for(lambda: [record for record in caplog.records if record.getMessage().startswith("shutting down")])
         for upstream in upstreams[:2]:
             upstream.finish()
         wait_for(lambda: server.snapshot()["streams"] == 1)
@@ -8869,7 +8869,7 @@ def test_drain_says_how_many_streams_it_waits_for_and_what_became_of_them(
     assert words == [
         f"shutting down: {waits}; a second signal ends them at once", "shut down: 2 streams ended, 1 cut off"
     ]
-    assert told[0] == waits and set(told) <= {waits, "waiting for 0 streams, 0 connections in all"}
+    assert told[0] == waits
 
 
 def test_stop_tells_again_what_it_waits_for(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -10152,8 +10152,9 @@ def pair(*_):
         return near, listener.accept()[0]
 socket.socketpair, selectors.DefaultSelector, os.chmod = pair, selectors.SelectSelector, lambda *_: None
 absent = {
-    os: "fork set_blocking O_NONBLOCK", select: "epoll poll kqueue", selectors: "EpollSelector PollSelector KqueueSelector",
-    signal: "SIGHUP", socket: "AF_UNIX SO_REUSEPORT TCP_KEEPIDLE TCP_KEEPINTVL TCP_KEEPCNT",
+    os: "fork set_blocking O_NONBLOCK", select: "epoll poll kqueue",
+    selectors: "EpollSelector PollSelector KqueueSelector", signal: "SIGHUP",
+    socket: "AF_UNIX SO_REUSEPORT TCP_KEEPIDLE TCP_KEEPINTVL TCP_KEEPCNT",
 }
 for module, names in absent.items():
     for name in names.split():
@@ -10671,7 +10672,7 @@ def test_readme_library_lines_run(capfd: pytest.CaptureFixture[str]) -> None:
 def test_readme_units_are_known_to_systemd_and_closed_enough(tmp_path: Path) -> None:
     unit, edit = tmp_path / "streamproxy@.service", tmp_path / "streamproxy@.service.d"
     unit.write_text(readme_block("[Unit]"))
-    (tmp_path / "streamproxy.socket").write_text(readme_block("[Socket]"))
+    (tmp_path / "streamproxy.socket").write_text(readme_block("# streamproxy.socket"))
     command, environ = [program("systemd-analyze")], {**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"}
 
     def verify() -> Any:
@@ -10687,7 +10688,7 @@ def test_readme_units_are_known_to_systemd_and_closed_enough(tmp_path: Path) -> 
     assert settings.allow_host == ("chat.example.com",) and "\nType=notify\n" in unit.read_text()
     assert settings.leave_delay + settings.drain_timeout + streamproxy.ABORT_GRACE < int(stop[0])
     edit.mkdir()
-    (edit / "override.conf").write_text(readme_block("[Service]\nSockets="))
+    (edit / "override.conf").write_text(readme_block("# streamproxy@.service"))
     assert verify() == (0, [])
     assert flags["bind"] and not unit_settings(tmp_path, (edit / "override.conf").read_text())[0]["bind"]
     (edit / "override.conf").write_text("[Service]\nSockts=x\n")
@@ -10846,7 +10847,8 @@ def test_nginx_leaves_a_cut_answer_unterminated(provider: Provider, tmp_path: Pa
 @pytest.mark.parametrize("how", ["it is killed", "upstream ends it"])
 def test_nginx_leaves_a_cut_answer_unterminated_over_http_1_0_too(provider: Provider, tmp_path: Path, how: str) -> None:
     with launched(OPENAI_BASE_URL=provider.url) as (process, server):
-        config = PLAIN_NGINX.replace("http://unix:/run/streamproxy/1.sock", server.url).replace("version 1.1", "version 1.0")
+        config = PLAIN_NGINX.replace("http://unix:/run/streamproxy/1.sock", server.url)
+        config = config.replace("version 1.1", "version 1.0")
         with nginx(tmp_path, config % "") as front, Client(front).ask(PROMPT) as client, provider.take() as upstream:
             upstream.start(A)
             assert client.head().status == 200 and client.chunk() == b"a"
@@ -11156,15 +11158,11 @@ class Manager:
         """What an instance says next."""
         return dict(line.split("=", 1) for line in self.sock.recv(4096).decode().split("\n"))
 
-    def start(self, *flags: str, given: socket.socket | None = None) -> Any:
+    def start(self, *flags: str) -> Any:
         # Imported, it need not be compiled each time.
-        command, fds = [sys.executable, "-c", "import streamproxy; streamproxy.run_script()", *self.flags, *flags], ()
-        if given:  # as its third descriptor
-            fds = (given.fileno(),)
-            script = f'exec 3<&{fds[0]}; export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"'
-            command = ["bash", "-c", script, "bash", *command]
+        command = [sys.executable, "-c", "import streamproxy; streamproxy.run_script()", *self.flags, *flags]
         process = subprocess.Popen(
-            command, env=self.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, pass_fds=fds, cwd=HERE
+            command, env=self.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=HERE
         )
         self.processes.append(process)
         while "READY" not in self.told():  # of one that ends, and says so until it has
@@ -11256,20 +11254,22 @@ def test_listener_that_leaves_has_no_connection_begin_and_keeps_those_that_have(
         second = streamproxy.Listener(settings)
         first.close()
         try:
-            assert select.select([], [late], [], DEADLINE)[1] and late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+            assert select.select([], [late], [], DEADLINE)[1]
+            assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
             second.sock.accept()[0].close()
         finally:
             second.close()
 
 
 def test_instance_takes_the_socket_of_systemd_and_leaves_it_as_it_is(tmp_path: Path) -> None:
-    path, command = tmp_path / "s", [program("systemd-socket-activate"), "--listen", str(tmp_path / "s"), "-E", "OPENAI_API_KEY"]
-    process = subprocess.Popen([*command, sys.executable, str(PROGRAM), "--demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    path = tmp_path / "s"
+    command = [program("systemd-socket-activate"), "--listen", str(path), sys.executable, str(PROGRAM), "--demo"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         wait_for(path.exists)
         with Client(Front(f"unix:{path}")).ask(method="GET", path="/healthz") as client:
             assert client.head().status == 200
-            assert process.stdout.readline().decode().endswith(f" on unix:{path}\n")
+            assert process.stdout and process.stdout.readline().decode().endswith(f" on unix:{path}\n")
             process.terminate()
         assert process.wait(DEADLINE) == 0 and path.is_socket()
     finally:
@@ -11285,8 +11285,11 @@ def test_instance_takes_the_socket_of_systemd_and_leaves_it_as_it_is(tmp_path: P
         "--bind (STREAMPROXY_BIND) and a socket of systemd's (LISTEN_FDS) are both given; allowed: one of them",
     ),
     (
-        "LISTEN_FDS=1 3<&{fd}", (), "--bind (STREAMPROXY_BIND): '0.0.0.0:{port}' lets others spend your money; allowed: "
-        "a loopback address, a unix socket, or any with --token-file or --allow-anonymous",
+        "LISTEN_FDS=1 3<&{fd}", (),
+        (
+            "--bind (STREAMPROXY_BIND): '0.0.0.0:{port}' lets others spend your money; allowed: a loopback address, a"
+            " unix socket, or any with --token-file or --allow-anonymous"
+        ),
     ),
 ])
 def test_socket_of_systemd_that_cannot_be_used_is_one_line(begin: str, flags: tuple[str, ...], words: str) -> None:
@@ -11322,9 +11325,8 @@ def test_instance_tells_systemd_what_it_waits_for(talker: Provider, tmp_path: Pa
         with Client(Front(f"unix:{tmp_path}/s")).ask(method="GET", path="/readyz", Via="1.1 x") as client:
             assert client.head().status == 200 and client.exactly(3) == b"ok\n"
             process.terminate()
-            assert manager.told() == {
-                "STOPPING": "1", "EXTEND_TIMEOUT_USEC": "15000000", "STATUS": "waiting for 0 streams, 1 connection in all"
-            }
+            status = "waiting for 0 streams, 1 connection in all"
+            assert manager.told() == {"STOPPING": "1", "EXTEND_TIMEOUT_USEC": "15000000", "STATUS": status}
 
 
 @pytest.mark.parametrize("address", ["", "/none/such", "@none-such", "vsock:2:1"])
