@@ -6060,10 +6060,7 @@ class Notifier:
     def __init__(self, address: str) -> None:
         """address: NOTIFY_SOCKET; @ is for the null byte that begins a name which is in no folder."""
         self._address = "\0" + address[1:] if address[:1] == "@" else address
-        self._sock: socket.socket | None = None
-        if address[:1] in ("/", "@") and hasattr(socket, "AF_UNIX"):
-            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._sock.settimeout(NOTIFY_TIMEOUT)
+        self._is_there = address[:1] in ("/", "@") and hasattr(socket, "AF_UNIX")
 
     def ready(self, words: str) -> None:
         self._tell("READY=1", f"STATUS={words}")
@@ -6073,9 +6070,10 @@ class Notifier:
         self._tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={3 * TELL_INTERVAL * 1e6:.0f}", f"STATUS={words}")
 
     def _tell(self, *lines: str) -> None:
-        if self._sock:
-            with contextlib.suppress(OSError):
-                self._sock.sendto("\n".join(lines).encode(), self._address)
+        if self._is_there:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(NOTIFY_TIMEOUT)
+                sock.sendto("\n".join(lines).encode(), self._address)
 
 
 def _complain(words: str) -> None:
