@@ -3726,10 +3726,10 @@ class Client(Peer, Stateful):
             self.close()
 
 
-# What proxies say of themselves.  In a drain, one may send a request on a connection as long as that is open; if we close
-# it just then, the proxy answers 502, since it cannot know whether to repeat what it has sent (RFC 9110 section 9.2.2).
-# So these are closed by the proxy, or when they are older than it keeps them.  Whoever comes by none asks again by
-# itself, as browsers and the SDKs do; and who ends a server at a terminal does not wait for an open page.
+# What proxies say of themselves.  In a drain, one may send a request on a connection as long as that is open; if we
+# close it just then, the proxy answers 502, since it cannot know whether to repeat what it has sent (RFC 9110 section
+# 9.2.2).  So these are closed by the proxy, or when they are older than it keeps them.  Whoever comes by none asks
+# again by itself, as browsers and the SDKs do; and who ends a server at a terminal does not wait for an open page.
 _PROXY_FIELDS = frozenset(("x-forwarded-for", "forwarded", "via"))
 
 _REQUEST_ID = re.compile("[0-9A-Za-z._-]{1,64}")
@@ -5524,7 +5524,7 @@ class Lookout(Stateful):
 
 
 class Listener:
-    """The socket that clients connect to: bound here, or handed over by somebody who goes on to hold it, as systemd does.
+    """The socket that clients connect to: bound here, or handed over by who goes on to hold it, as systemd does.
 
     A connection is made by the system, and waits to be accepted: one that waits when its listening socket is closed is
     reset, which a proxy cannot tell from a request that was read.  So none is made any more before that.
@@ -5751,7 +5751,8 @@ class Server(http.server.ThreadingHTTPServer):
             if left > 0:
                 tell(self._waited_for())
             with self._changed:
-                if self._changed.wait_for(lambda: self._hurried or self._is_empty(), min(left, TELL_INTERVAL)) or left <= 0:
+                pause = min(left, TELL_INTERVAL)
+                if self._changed.wait_for(lambda: self._hurried or self._is_empty(), pause) or left <= 0:
                     return self._is_empty()
 
     def _is_empty(self) -> bool:
@@ -5797,6 +5798,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.hub.loop.unwatch(self.socket)
         pause = self.listener.leave()
         if pause:
+            self._accept_rest()
             self._pause.by(self.hub.loop.now + pause)
         else:
             self._stop_listening()
@@ -5804,12 +5806,15 @@ class Server(http.server.ThreadingHTTPServer):
             client.drain()
 
     def _stop_listening(self) -> None:
+        self._accept_rest()
+        self.listener.close()
+        self._notify()
+
+    def _accept_rest(self) -> None:
         if self.listener.is_ours:  # else others accept who waits
             for _ in range(BACKLOG):
                 if not self._accept():
                     break
-        self.listener.close()
-        self._notify()
 
     def _abort(self) -> None:
         self.state = self.ABORTING
@@ -5864,7 +5869,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._resources.close()
 
 
-class _Listener(Peer):
+class _ForLoop(Peer):
     """The loop of a for statement, as a client like any other, but for HTTP."""
 
     def __init__(self, sock: socket.socket, hub: Hub, call: Call) -> None:
@@ -5903,7 +5908,7 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
         reader, sock = socket.socketpair()
         sock.setblocking(False)
         stack.enter_context(reader)
-        listener = _Listener(sock, hub, call)
+        listener = _ForLoop(sock, hub, call)
         stack.callback(hub.loop.post, listener.on_lost)
         hub.loop.post(listener.stream.ask)
         hub.loop.start()
@@ -5996,7 +6001,8 @@ def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] |
     try:
         given = inherited_socket(os.environ)
         if given and (flags["bind"] or os.environ.get("STREAMPROXY_BIND")):
-            raise SettingsError("--bind (STREAMPROXY_BIND) and a socket of systemd's (LISTEN_FDS) are both given; allowed: one of them")
+            both = "--bind (STREAMPROXY_BIND) and a socket of systemd's (LISTEN_FDS) are both given"
+            raise SettingsError(f"{both}; allowed: one of them")
         if given:
             flags["bind"] = address_text(given)
         settings = Settings.load(os.environ, flags)
