@@ -8915,6 +8915,20 @@ def test_drain_closes_a_connection_once_no_proxy_can_be_using_it(fields: dict[st
         assert clients[1].rest() == b"" and not still.server.clients
 
 
+def test_drain_of_an_address_that_others_reach_waits_for_connections_that_are_being_made() -> None:
+    with StillServer(drain_timeout=100.0, bind="0.0.0.0:0", allow_anonymous=True) as still:
+        with Client(Front(still.server.url.replace("0.0.0.0", "127.0.0.1"))) as client:
+            still.server.state = still.server.DRAINING
+            still.hub.loop.post(still.server._drain)
+            still.turn(2)
+            assert still.server.listener.is_open and len(still.server.clients) == 1
+            still.at(streamproxy.HANDSHAKE_PAUSE)
+            assert not still.server.listener.is_open
+            client.ask(method="GET", path="/healthz")
+            still.turn(2)
+            assert client.head().fields["Connection"] == "close" and client.exactly(3) == b"ok\n"
+
+
 def test_drain_keeps_what_waits_for_its_turn_to_begin() -> None:
     with StillServer(drain_timeout=100.0) as still:
         clients = [still.client() for _ in range(3 * streamproxy.MAX_BEGINNINGS)]
@@ -10176,12 +10190,14 @@ def test_demo_is_served_without_what_other_systems_lack(tmp_path: Path) -> None:
     tokens = token_file(tmp_path, f"a {ALICE}\n")
     with launched("--demo", "--token-file", tokens, code=BARE) as (process, front):
         with Client(front).ask({"prompt": "Hi"}, Authorization=f"Bearer {ALICE}") as client:
-            assert client.head().status == 200 and client.chunk()
+            assert client.head().status == 200 and client.chunk() and client.chunk()
             process.send_signal(signal.SIGINT)
-            assert client.body()
+            wait_for(lambda: refused(front))
+            process.send_signal(signal.SIGINT)
+            assert client.gone()
         assert process.wait(DEADLINE) == 0
-    refused = "streamproxy: --bind (STREAMPROXY_BIND): this system has no unix sockets; allowed: HOST:PORT\n"
-    assert run("--demo", "--bind", "unix:s", code=BARE) == (2, "", refused)
+    words = "streamproxy: --bind (STREAMPROXY_BIND): this system has no unix sockets; allowed: HOST:PORT\n"
+    assert run("--demo", "--bind", "unix:s", code=BARE) == (2, "", words)
 
 
 # A program that has forked when a request comes: its child has copies of all descriptors until that ends.
@@ -11143,6 +11159,8 @@ class Manager:
     """What systemd is to an instance: it starts one, and waits until that says that it is ready."""
 
     def __init__(self, folder: Path, *flags: str, **environ: str) -> None:
+        if sys.platform != "linux":
+            missing("names of sockets in no folder are Linux's")
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.sock.bind(f"\0{folder}/notify")
         self.sock.settimeout(DEADLINE)
@@ -11213,9 +11231,14 @@ def test_socket_of_systemd_that_somebody_has_block_holds_up_nobody(provider: Pro
         with streamproxy.Server(settings, copied(given)) as server, Client(server) as client:
             caught_up(server)
             given.setblocking(True)
-            for _ in range(2):
-                with Client(server):
-                    assert ready(client) == (200, None)
+            client.sock.settimeout(DEADLINE / 4)
+            try:
+                for _ in range(2):
+                    with Client(server):
+                        assert ready(client) == (200, None)
+            finally:
+                given.setblocking(False)
+                Client(server).sock.close()  # which a server that is held up waits for
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a connection that is being made may be reset")
