@@ -21,15 +21,16 @@ It terminates no TLS, stores nothing and knows no users: nginx in front does the
 
 Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
-    13  Loop      tells that a client's socket can be read
-    15  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 8 to 11)
-    16  Upstream  opens a connection, in a thread of 14, unless the Pool has one that is warm
-    17  Source    sends the request, and reads the answer
+    14  Loop      tells that a client's socket can be read
+    16  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 8 to 11)
+    17  Upstream  opens a connection, in a thread of 15, unless the Pool has one that is warm
+    18  Source    sends the request, and reads the answer
                     BodyDecoder  upstream's framing to the bytes of the body                 (pure: 8)
                     EventParser  bytes to events                                             (pure: 4)
                     Answer       events to what the client asked for                         (pure: 3, 5 to 7)
-    18  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
-    19  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
+    19  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
+    20  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
+                    Metrics      what is counted on the way, for /metrics                    (pure: 12)
 
 One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
 only what may block:
@@ -58,6 +59,7 @@ from __future__ import annotations
 import argparse
 import array
 import base64
+import bisect
 import codecs
 import collections
 import contextlib
@@ -145,6 +147,7 @@ KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
 STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
 MAX_CONNECTION_AGE = 300.0  # of a connection to upstream: later ones may lead to servers that are new there
 SWITCH_INTERVAL = 0.001  # for the loop to get the interpreter from another thread (Python's own: 0.005)
+LAG_INTERVAL = 1.0  # between two looks at how late the loop is, while text comes
 LOOK_TIMEOUT = 1.0  # for the token file to be looked at, before its last version counts
 RELIEF_PAUSE = 0.005  # for busy threads to take another job, before more are started
 LOG_PAUSE = 0.05  # for lines of log that come together to be written together
@@ -171,6 +174,8 @@ MAX_BEGINNINGS = 8  # new connections, requests, and clients that leave, of a tu
 MAX_ALARMS = 64  # that go off in a turn
 MAX_READY = 1024  # sockets seen to in a turn
 MAX_LOG_LINES = 4000  # that wait to be written
+MAX_NAMED_CLIENTS = 100  # whose names are labels of metrics; the rest are "other"
+MAX_USAGE = 1 << 40  # tokens of an answer; more is nonsense, and would spoil a sum
 
 # Upstream statuses that are about the request or about load, so that the client may see them with their
 # message.  Any other failure is between upstream and us: 502.
@@ -193,11 +198,15 @@ class ProxyError(Exception):
 
     status = 500
     ending = "error"
+    reason = ""
 
     def __init__(
-        self, message: str, status: int = 0, ending: str = "", fields: Mapping[str, str] | None = None, code: str = ""
-    ) -> None:
-        """fields are header fields that the answer must have; code is the API's word for the error."""
+        self, message: str, status: int = 0, ending: str = "", fields: Mapping[str, str] | None = None,
+        code: str = "", reason: str = "",
+    ) -> None:  # fmt: skip
+        """fields are header fields that the answer must have; code is the API's word for the error, reason that of
+        /metrics: see FAILURES and REFUSING.
+        """
         super().__init__(message)
         self.message = message
         self.logged = message  # differs where message quotes upstream, which may quote the prompt
@@ -205,6 +214,7 @@ class ProxyError(Exception):
         self.ending = ending or self.ending
         self.fields = dict(fields or {})
         self.code = code
+        self.reason = reason or ending or self.reason
         self.document = b""  # what upstream said, whole
 
     def bare(self) -> Self:
@@ -219,10 +229,11 @@ class RequestError(ProxyError):
 
 class UpstreamError(ProxyError):
     status = 502
+    reason = "reported"
 
 
 class Garbled(UpstreamError):
-    pass
+    reason = "garbled"
 
 
 class Aborted(ProxyError):
@@ -794,13 +805,17 @@ def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
     elif 400 <= status < 500 or status in PASSED_STATUSES:
         words = f"Upstream refused the request with status {status}."
     passes = status in PASSED_STATUSES
+    reason = _REFUSED.get(status) or ("redirect", "refused", "failed")[min(max(status // 100, 3), 5) - 3]
     failure = quoting(words, status if passes else 502, said)
+    failure.reason = reason
     if not passes:
         failure.message = failure.logged if status == 403 else words
     if status in (429, 503, 529):
         failure.fields["Retry-After"] = retry_after if _WAIT.fullmatch(retry_after) else "1"
     return failure
 
+
+_REFUSED = {401: "api_key", 403: "api_key", 429: "rate_limit"}  # the reason, where another status has another
 
 _TOLD = re.compile(r'"(?:message|msg|detail|error)"\s*:\s*("(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\["\\/bfnrt]){1,1000})')
 
@@ -2425,7 +2440,7 @@ def _whole(value: object) -> int:
 def unknown_model(name: str, member: str = "") -> RequestError:
     within = f", in {member[:100]!a}," if member else ""
     words = f"The model {name[:100]!a}{within} may not be used here (--allow-model)."
-    return RequestError(words, 403, code="model_not_found")
+    return RequestError(words, 403, code="model_not_found", reason="allow_model")
 
 
 # What a query may hold besides "beta", which is Anthropic's, where something is read: how it is listed, or streamed.
@@ -2497,7 +2512,7 @@ def meant_path(path: str, settings: Settings) -> str | None:
     base = _OTHER_BASE.match(plain)
     rest = plain[base.end() if base else 0 :]
     for meant in (plain, plain.lower(), f"/v1{rest}", f"/v1{rest.lower()}", f"/v1{rest.lower()}s"):
-        if meant != path and (meant in ("/", "/healthz", "/readyz") or api_routes(meant, settings)):
+        if meant != path and (meant in ("/", "/healthz", "/readyz", "/metrics") or api_routes(meant, settings)):
             return meant
     return None
 
@@ -2662,16 +2677,17 @@ class Limits:
         """
         limits, now = self._settings, self._clock()
         if limits.max_streams and self.total >= limits.max_streams:
-            raise RequestError("Too many answers are on their way.", 503, fields={"Retry-After": "1"})
+            raise RequestError("Too many answers are on their way.", 503, fields=_SOON, reason="max_streams")
         state = self._clients.setdefault(client, [0, limits.requests_per_minute, now])
         if limits.max_streams_per_client and state[0] >= limits.max_streams_per_client:
-            raise RequestError("Too many of your answers are on their way.", 429, fields={"Retry-After": "1"})
+            words = "Too many of your answers are on their way."
+            raise RequestError(words, 429, fields=_SOON, reason="max_streams_per_client")
         if limits.requests_per_minute and counts:  # a token bucket that holds those of a minute
             rate = limits.requests_per_minute / 60
             left = min(limits.requests_per_minute, state[1] + (now - state[2]) * rate)
             if left < 1:
                 wait = {"Retry-After": str(math.ceil((1 - left) / rate))}
-                raise RequestError("Too many requests in a minute.", 429, fields=wait)
+                raise RequestError("Too many requests in a minute.", 429, fields=wait, reason="requests_per_minute")
             state[1:] = [left - 1, now]
         state[0] += 1
         self.total += 1
@@ -2685,6 +2701,8 @@ class Limits:
             self._clients = {name: state for name, state in self._clients.items() if state[0] or state[2] > old}
             self._many = max(MAX_QUIET_CLIENTS, 2 * len(self._clients))
 
+
+_SOON = {"Retry-After": "1"}
 
 _PORT = re.compile(":[0-9]*$")
 # An element of X-Forwarded-For: Azure adds ports, and some write IPv6 as RFC 7239 section 6 has it, in quotes.
@@ -2738,7 +2756,8 @@ class Access:
         """
         name = _PORT.sub("", host).strip("[]").lower()
         if not (self._tokens or name in self._names or is_loopback(name) or name == own_address()):
-            raise RequestError(f"This server does not answer to the name {name[:100]!a} (--allow-host).", 403)
+            words = f"This server does not answer to the name {name[:100]!a} (--allow-host)."
+            raise RequestError(words, 403, reason="allow_host")
 
     def cors_fields(self, fields: Mapping[str, str]) -> dict[str, str]:
         """Return what lets a page of an allowed origin read the answer (WHATWG Fetch section 3.2)."""
@@ -2771,7 +2790,8 @@ class Access:
         host = fields.get("host", "").lower()
         own = site == "same-origin" or origin.lower() in (f"http://{host}", f"https://{host}")
         if (origin and not own and origin not in self._settings.allow_origin) or (site in ("cross-site", "same-site") and not origin):
-            raise RequestError(f"Pages of {origin[:100] or 'another site'} may not ask (--allow-origin).", 403)
+            words = f"Pages of {origin[:100] or 'another site'} may not ask (--allow-origin)."
+            raise RequestError(words, 403, reason="allow_origin")
 
     def identify(self, fields: Mapping[str, str]) -> str:
         """Return the name of the client whose token was sent; "" where none is needed.  Raises RequestError."""
@@ -2805,7 +2825,190 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
-# 12 ------------------------------------------------------------------ Chat page
+# 12 ------------------------------------------------------------------ Metrics
+
+# Seconds.  The first are OpenTelemetry's for GenAI servers, and what comes beyond; the second are its for requests.
+_FIRST_TOKEN = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 30, 60, 120)  # fmt: skip
+_DURATION = (.01, .02, .04, .08, .16, .32, .64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163, 327, 655, 1310, 3600)  # fmt: skip
+_BETWEEN = (.001, .0025, .005, .01, .025, .05, .075, .1, .15, .2, .3, .5, .75, 1, 2.5, 5, 10, 30, 60)  # fmt: skip
+_OWN = (.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)  # fmt: skip
+
+ENDINGS = ("complete", "disconnect", "truncated", "aborted", "error")
+
+# Why we refuse a request: see Metrics.refused.
+REFUSALS = {
+    400: "bad_request", 401: "token", 403: "forbidden", 404: "not_found", 405: "method", 408: "client_timeout",
+    411: "no_length", 413: "max_body", 414: "head_size", 415: "media_type", 426: "websocket", 431: "head_size",
+    501: "method", 505: "http_version",
+}  # fmt: skip
+REFUSING = (
+    *dict.fromkeys(REFUSALS.values()), "allow_host", "allow_origin", "allow_model", "connections", "max_streams",
+    "max_streams_per_client", "requests_per_minute", "other",
+)  # fmt: skip
+
+# Why upstream's answer, or one try of it, came to nothing: ProxyError.reason.
+FAILURES = (
+    "dns", "tls", "connect", "connect_timeout", "first_byte_timeout", "idle_timeout", "total_timeout", "stale",
+    "closed", "garbled", "truncated", "api_key", "rate_limit", "refused", "redirect", "failed", "reported",
+)  # fmt: skip
+
+# known: the values of the only label, which count from 0.  Of a histogram, buckets: the upper bounds.
+Family = collections.namedtuple("Family", "type name help labels known buckets", defaults=((), (), ()))
+
+# All there is.  A new one is a line here, one in README's table, and a call of Metrics.count where it happens.  The
+# label client is there only where tokens name clients.
+METRICS = (
+    Family("counter", "streamproxy_requests_total", "Requests that ended, by route and status.", ("route", "status", "client")),
+    Family("counter", "streamproxy_endings_total", "Requests that ended, by how.", ("ending",), ENDINGS),
+    Family("gauge", "streamproxy_streams", "Answers on their way."),
+    Family("gauge", "streamproxy_connections", "Connections of clients."),
+    Family("gauge", "streamproxy_threads", "Threads that may block."),
+    Family("gauge", "streamproxy_warm_connections", "Connections to upstream that wait for a request."),
+    Family("histogram", "streamproxy_time_to_first_token_seconds", "From a request to its first text.", buckets=_FIRST_TOKEN),
+    Family("histogram", "streamproxy_request_duration_seconds", "From a request to the end of its answer.", buckets=_DURATION),
+    Family("histogram", "streamproxy_time_between_pieces_seconds", "Between two reads that brought text.", buckets=_BETWEEN),
+    Family("histogram", "streamproxy_overhead_seconds", "Our own share of the time to the first token.", buckets=_OWN),
+    Family("counter", "streamproxy_text_bytes_total", "Text that was passed on, in /v1 bytes of body.", ("client",)),
+    Family("counter", "streamproxy_tokens_total", "Tokens, where upstream told their number.", ("type", "client")),
+    Family("counter", "streamproxy_upstream_connections_total", "Requests sent to upstream, by whether their connection "
+           "had carried one before.", ("reused",), ("true", "false")),
+    Family("counter", "streamproxy_upstream_failures_total", "Failures of upstream, those tried again too.", ("reason",), FAILURES),
+    Family("counter", "streamproxy_refusals_total", "Requests and connections that were refused here.", ("reason",), REFUSING),
+    Family("counter", "streamproxy_heartbeats_total", "Heartbeats that were sent."),
+    Family("histogram", "streamproxy_loop_lag_seconds", "By how much the loop was late for an alarm.", buckets=_OWN),
+    Family("counter", "streamproxy_log_lines_dropped_total", "Lines of log that were lost."),
+    Family("gauge", "streamproxy_build_info", "1, with the version of the program and of Python.", ("version", "python")),
+    Family("counter", "process_cpu_seconds_total", "CPU time, in seconds."),
+    Family("gauge", "process_resident_memory_bytes", "Resident memory."),
+    Family("gauge", "process_virtual_memory_bytes", "Virtual memory."),
+    Family("gauge", "process_open_fds", "Open file descriptors."),
+    Family("gauge", "process_max_fds", "Most file descriptors that may be open."),
+    Family("gauge", "process_start_time_seconds", "Start of the process, in seconds since 1970."),
+)  # fmt: skip
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Histogram:
+    """How many values were at most as large as each of some bounds."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)  # in each bucket by itself
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def encode(self, name: str) -> Iterator[str]:
+        total = 0
+        for bound, count in zip((*self.bounds, "+Inf"), self.counts):
+            total += count
+            yield f'{name}_bucket{{le="{bound}"}} {total}\n'
+        yield f"{name}_sum {self.sum!r}\n{name}_count {total}\n"
+
+
+class Metrics:
+    """The numbers that /metrics tells, since the start.  The loop's thread owns them."""
+
+    def __init__(self, names_clients: bool = False) -> None:
+        """names_clients: there are tokens, and the label client tells whose was sent."""
+        self._clients: dict[str, str] | None = {} if names_clients else None  # those that have a value of their own
+        self._values: dict[str, dict[tuple[str, ...], float]] = {}
+        self.histograms: dict[str, Histogram] = {}
+        for family in METRICS:
+            if family.type == "histogram":
+                self.histograms[family.name] = Histogram(family.buckets)
+            else:
+                zeros: list[tuple[str, ...]] = [(known,) for known in family.known]
+                if family.type == "counter" and not family.labels:
+                    zeros = [()]
+                self._values[family.name] = dict.fromkeys(zeros, 0)
+        self.between_pieces = self.histograms["streamproxy_time_between_pieces_seconds"]
+        self.set("build_info", 1, __version__, sys.version.split()[0])
+
+    def count(self, name: str, amount: float, *labels: str) -> None:
+        """Add to a counter; name is that in METRICS without streamproxy_."""
+        values = self._values["streamproxy_" + name]
+        values[labels] = values.get(labels, 0) + amount
+
+    def set(self, name: str, value: float, *labels: str) -> None:
+        """Say what a gauge is now, or a counter that somebody else keeps."""
+        values = self._values.get("streamproxy_" + name)
+        (self._values[name] if values is None else values)[labels] = value
+
+    def observe(self, name: str, value: float) -> None:
+        """Take a value of a histogram."""
+        self.histograms["streamproxy_" + name].observe(value)
+
+    def client(self, name: str) -> tuple[str, ...]:
+        """Return the value of the label client; (): there is no such label.
+
+        The first MAX_NAMED_CLIENTS have one of their own, for a token file may be long, and changes for years.
+        """
+        if self._clients is None:
+            return ()
+        if name and len(self._clients) < MAX_NAMED_CLIENTS:
+            self._clients[name] = name
+        return (self._clients.get(name, "other") if name else "",)
+
+    def refused(self, failure: RequestError) -> None:
+        """Count a request that was refused: by the setting that did, where one did."""
+        self.count("refusals_total", 1, failure.reason or REFUSALS.get(failure.status, "other"))
+
+    def take_notes(self, notes: Notes, client: tuple[str, ...]) -> None:
+        """Count what an answer held: see Notes."""
+        self.count("text_bytes_total", notes.size, *client)
+        for type, number in tokens_in(notes.usage or {}).items():
+            self.count("tokens_total", number, type, *client)
+
+    def encode(self) -> bytes:
+        """Return all of it as Prometheus' text format 0.0.4 has it."""
+        lines: list[str] = []
+        for family in METRICS:
+            values = self._values.get(family.name)
+            if values != {}:  # of a system that does not tell
+                lines.append(f"# HELP {family.name} {family.help}\n# TYPE {family.name} {family.type}\n")
+            if values is None:
+                lines += self.histograms[family.name].encode(family.name)
+                continue
+            for labels, value in list(values.items()):
+                pairs = ",".join([f'{name}="{_escape(label)}"' for name, label in zip(family.labels, labels)])
+                lines.append(f"{family.name}{{{pairs}}} {value!r}\n" if pairs else f"{family.name} {value!r}\n")
+        return "".join(lines).encode()
+
+
+def _escape(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def tokens_in(usage: Mapping[str, Any]) -> dict[str, int]:
+    """Return the tokens of each type that usage tells, in the words of any of the APIs.
+
+    cached are among the input for OpenAI, not for Anthropic; reasoning is among the output.
+    """
+    found: dict[str, int] = {}
+    for type, places in _USAGE.items():
+        for place in places:
+            number: Any = usage
+            for name in place.split("."):
+                number = number.get(name) if isinstance(number, dict) else None
+            if isinstance(number, int) and not isinstance(number, bool) and 0 < number < MAX_USAGE:
+                found[type] = number
+                break
+    return found
+
+
+_USAGE = {
+    "input": ("prompt_tokens", "input_tokens"),
+    "output": ("completion_tokens", "output_tokens"),
+    "cached": ("prompt_tokens_details.cached_tokens", "input_tokens_details.cached_tokens", "cache_read_input_tokens"),
+    "reasoning": ("completion_tokens_details.reasoning_tokens", "output_tokens_details.reasoning_tokens"),
+}  # fmt: skip
+
+
+# 13 ------------------------------------------------------------------ Chat page
 
 _PAGE = r"""<!doctype html>
 <html lang="en">
@@ -2960,7 +3163,7 @@ PAGE = _PAGE.encode()
 PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
 
 
-# 13 ------------------------------------------------------------------ Loop
+# 14 ------------------------------------------------------------------ Loop
 
 READ, WRITE = 1, 4  # as in poll(2); a hang-up or an error is told by other bits, and by the next read
 
@@ -3190,7 +3393,7 @@ class Loop:
                 on_fault(error)
 
 
-# 14 ------------------------------------------------------------------ Threads
+# 15 ------------------------------------------------------------------ Threads
 
 
 class Job:
@@ -3316,12 +3519,18 @@ class LogWriter:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._lines: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
-        self._lost = 0  # lines that found no room, or whose handler raised
+        self._lost = 0  # lines that found no room, or whose handler raised, of which the log does not tell yet
+        self._told = 0  # those of which it does
         self._rare: dict[str, list[float]] = {}  # of each of these: when it was last said, how often it was since
         self._clock = clock
         self._closing = threading.Event()
         self._lock = threading.Lock()  # guards _rare, and the start
         self._thread: threading.Thread | None = None
+
+    @property
+    def dropped(self) -> int:
+        """How many lines were lost.  For any thread."""
+        return self._told + self._lost
 
     def start(self) -> None:
         """Have the thread now, while one can be started; else the first line that can will start it."""
@@ -3374,6 +3583,7 @@ class LogWriter:
         told = lost and self._guard(0, self._emit, logging.ERROR, f"{lost} lines of log were lost")
         flushed = [self._guard(count, handler.flush) for handler in log.handlers]
         if told and all(flushed):
+            self._told += lost
             self._lost -= lost
 
     def _emit(self, level: int, line: object) -> None:
@@ -3395,7 +3605,7 @@ def start_thread(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="worker", daemon=True).start()
 
 
-# 15 ------------------------------------------------------------------ Clients
+# 16 ------------------------------------------------------------------ Clients
 
 
 def hang_up(sock: socket.socket) -> None:
@@ -3745,6 +3955,8 @@ class Exchange:
         self.id = given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
         self.began_at = client.loop.now
         self.who = client.address  # as the log names the client
+        self.name = ""  # that of its token
+        self.lead = -self.began_at  # what we take until upstream is asked: when that begins counts down, its end up
         self.place = ""  # under which name it counts in the limits; "": it does not
         self.cors: dict[str, str] = {}
         self.status = 0  # as told to the client
@@ -3783,7 +3995,7 @@ class Exchange:
             raise RequestError("Only POST takes a body.")
         if request.path not in _OPEN_PATHS:
             if self.client.surplus:
-                raise RequestError("Too many connections.", 503)
+                raise RequestError("Too many connections.", 503, reason="connections")
             access.check_host(request.fields.get("host", "localhost"), self._own_address)
         methods[request.method](self)
 
@@ -3807,24 +4019,31 @@ class Exchange:
         self.server.access.check_origin(self.request.fields)
         if self.server.state == self.server.ABORTING:  # it came behind one that was
             raise Aborted("The server is shutting down.")
-        self._then, self._counts = then, counts
-        self.server.lookout.look(self._on_looked)
+        self._then = then
+        self._judge(functools.partial(self._enter, counts))
 
-    def _on_looked(self) -> None:
+    def _judge(self, then: Callable[[], None]) -> None:
+        """Go on once the token file was looked at."""
+        self.server.lookout.look(functools.partial(self._on_looked, then))
+
+    def _on_looked(self, then: Callable[[], None]) -> None:
         if self._waits():
-            self._step(self._enter)
+            self._step(then)
 
     def _waits(self) -> bool:
         """Tell whether there is still somebody who was neither answered nor refused."""
         return self.client.exchange is self and not (self.client.lost or self.status)
 
-    def _enter(self) -> None:
+    def _identify(self) -> None:
+        self.name = self.server.access.identify(self.request.fields)
+        self.who = self.name or self.who
+
+    def _enter(self, counts: bool) -> None:
         fields, settings = self.request.fields, self.server.settings
-        key = network_of(self.who) if self.who != "unix" else "unix"
-        name = self.server.access.identify(fields)
-        self.who = name or self.who
-        self.server.limits.enter(name or key, self._counts)
-        self.place = name or key
+        self._identify()
+        place = self.name or (network_of(self.who) if self.who != "unix" else "unix")
+        self.server.limits.enter(place, counts)
+        self.place = place
         if self.request.method != "POST":
             self.go_on()
             return
@@ -3835,6 +4054,7 @@ class Exchange:
         expected = fields.get("expect", "").lower() == "100-continue" and self.request.http11
         if expected and not (self.client.data or self.request.body.complete):
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.lead += self.client.loop.clock()
         self.client.expect_body()
 
     def on_body(self, part: bytes) -> bool:
@@ -3871,6 +4091,26 @@ class Exchange:
         """Say whether new requests are welcome."""
         status, words = (503, b"draining\n") if self.server.draining else (200, b"ok\n")
         self._answer(status, words, {"Content-Type": "text/plain; charset=utf-8"})
+
+    def get_metrics(self) -> None:
+        """Answer with what Prometheus is to know, to whoever may ask."""
+        self.server.access.check_origin(self.request.fields)
+        self._judge(self._look_at_process)
+
+    def _look_at_process(self) -> None:
+        self._identify()
+        hub = self.server.hub
+        job = Job(hub.loop, process_figures, self.go_on)
+        self._then = functools.partial(self._answer_metrics, job)
+        hub.workers.run(job.run)
+
+    def _answer_metrics(self, job: Job) -> None:
+        if job.failure:
+            raise job.failure
+        hub, counts = self.server.hub, self.server.snapshot()
+        for name, value in {**counts, **job.result, "log_lines_dropped_total": hub.log.dropped}.items():
+            hub.metrics.set(name.replace(" ", "_"), value)
+        self._answer(200, hub.metrics.encode(), {"Content-Type": METRICS_TYPE})
 
     def get_root(self) -> None:
         """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
@@ -3953,6 +4193,8 @@ class Exchange:
     def _ask_by(self, make: Callable[[bytes], tuple[Call, Answer]]) -> None:
         """Ask upstream what make makes of the body: in a thread, where that takes its time."""
         body, self.received = self.received, bytearray()
+        if self.request.method == "POST":  # its body had to come
+            self.lead -= self.client.loop.clock()
         if len(body) <= MAX_PARSED:
             self._ask(*make(bytes(body)))
         else:
@@ -3969,6 +4211,7 @@ class Exchange:
     def _ask(self, call: Call, answer: Answer) -> None:
         self.stream = self.server.hub.stream(call, answer, self)
         self.stream.ask()
+        self.lead += self.client.loop.clock()
 
     # How it is answered.
 
@@ -4076,9 +4319,25 @@ class Exchange:
     def _end(self, cut: bool = False) -> None:
         if self.client.exchange is self:
             self._leave_place()
+            self._count()
             self._log()
             self.stream = self._then = None  # they have this, too
             self.client.on_answered(cut)
+
+    def _count(self) -> None:
+        metrics, failure, stream = self.server.hub.metrics, self.failure, self.stream
+        now, client = self.client.loop.clock(), self.server.hub.metrics.client(self.name)
+        metrics.count("requests_total", 1, route_of(self.request.path, self.server.settings), str(self.status), *client)
+        metrics.count("endings_total", 1, failure.ending if failure else "complete")
+        metrics.observe("request_duration_seconds", now - self.began_at)
+        if isinstance(failure, RequestError):
+            metrics.refused(failure)
+        if stream:
+            metrics.take_notes(stream.answer.notes, client)
+            first = stream.first_text_at
+            if first is not None:
+                metrics.observe("time_to_first_token_seconds", first - self.began_at)
+                metrics.observe("overhead_seconds", max(0.0, self.lead) + (stream.first_sent_at or now) - first)
 
     def _log(self) -> None:
         now, failure, stream = time.time(), self.failure, self.stream
@@ -4112,7 +4371,22 @@ _ROUTES: dict[str, dict[str, Callable[[Exchange], None]]] = {
     "/": {**_get(Exchange.get_root), "POST": Exchange.post_prompt},
     "/healthz": _get(Exchange.get_health),
     "/readyz": _get(Exchange.get_ready),
+    "/metrics": _get(Exchange.get_metrics),
 }
+
+
+def route_of(path: str, settings: Settings) -> str:
+    """Return the pattern of a path, as metrics name it: of all that there are, there is a bounded number."""
+    if path in _ROUTES:
+        return path
+    if not api_routes(path, settings):
+        return "other"
+    for root, pattern in (("/v1/responses/", "/v1/responses/{id}"), ("/v1/models/", "/v1/models/{model}")):
+        if path.startswith(root) and path not in ("/v1/responses/input_tokens", *settings.allow_path):
+            ending = path[len(root) :].partition("/")[2]
+            return f"{pattern}/{ending}" if ending in ("cancel", "input_items") else pattern
+    return path
+
 
 # RFC 9110 section 15.5.22: what is spoken instead.
 _UPGRADE = {"Upgrade": "HTTP/1.1", "Connection": "Upgrade, close"}
@@ -4155,7 +4429,7 @@ _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
-# 16 ------------------------------------------------------------------ Upstream
+# 17 ------------------------------------------------------------------ Upstream
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -4784,7 +5058,9 @@ class Upstream:
         except (OSError, ValueError) as error:  # the last for a name like a..b
             reason = str(error) if isinstance(error, Refused) else reason_of(error)
             status = 504 if isinstance(error, socket.timeout) else 502
-        raise UpstreamError(f"Upstream cannot be reached: {reason}.", status)  # here: it keeps no frames of error's
+            kinds = ((socket.gaierror, "dns"), (ssl.SSLError, "tls"), (socket.timeout, "connect_timeout"))
+            kind = next((kind for type, kind in kinds if isinstance(error, type)), "connect")
+        raise UpstreamError(f"Upstream cannot be reached: {reason}.", status, reason=kind)  # here: it keeps no frames of error's
 
     def _open(self, deadline: Deadline) -> Connection:
         request = urllib.request.Request(self.target.url)
@@ -4887,7 +5163,11 @@ class Pool:
                 self.drop(spare)
 
 
-# 17 ------------------------------------------------------------------ Sources
+# 18 ------------------------------------------------------------------ Sources
+
+
+def _no_answer() -> UpstreamError:
+    return UpstreamError("Upstream closed the connection without an answer.", reason="closed")
 
 
 class Source(Stateful):
@@ -4921,6 +5201,8 @@ class Source(Stateful):
         self._head = b""  # what came of the answer's head, until it is whole
         self._body: BodyDecoder | None = None  # once it is
         self._keeps_alive = False
+        self._pieces = 0  # of text, that came
+        self._text_at = 0.0  # when the last did
 
     def open(self, fresh: bool) -> None:
         """Ask, on a connection that is warm or, where it has to be a fresh one, on that."""
@@ -4958,7 +5240,8 @@ class Source(Stateful):
 
     def late(self) -> UpstreamError:
         """Return the failure for a state that has lasted too long."""
-        return UpstreamError(f"Upstream took too long {self._CLOCKS[self.state][1]}.", 504, "aborted")
+        setting, words = self._CLOCKS[self.state]
+        return UpstreamError(f"Upstream took too long {words}.", 504, "aborted", reason=setting)
 
     def watch(self) -> None:
         """Listen to upstream unless the client has to read first (back-pressure), and send while there is more to."""
@@ -5006,6 +5289,7 @@ class Source(Stateful):
 
     def _ask(self, connection: Connection) -> None:
         self.connection, self.stream.asked = connection, True
+        self.hub.metrics.count("upstream_connections_total", 1, "true" if connection.reused else "false")
         self.state, self.since = self.SENDING, self.hub.loop.now
         self._sent_at = self.since
         self._send(self.hub.upstream.target.encode_head(self.stream.call), self.stream.call.body)
@@ -5026,7 +5310,7 @@ class Source(Stateful):
         """Read on in the head of the answer; b"" is the end of the connection."""
         if not data:
             stale = self.connection.reused and not self._head and self.hub.loop.now < self._sent_at + STALE_WINDOW
-            self.stream.fail(UpstreamError("Upstream closed the connection without an answer."), stale)
+            self.stream.fail(_no_answer(), stale)
             return
         self._head += data
         try:
@@ -5039,7 +5323,7 @@ class Source(Stateful):
             self.stream.fail(Garbled(f"Upstream's answer cannot be read: {error}."))
             return
         if status == 408 and self.connection.reused:  # it was about to be closed, and crossed the request
-            self.stream.fail(UpstreamError("Upstream closed the connection without an answer."), stale=True)
+            self.stream.fail(_no_answer(), stale=True)
             return
         self._head, self._body = b"", body
         # What comes before all was sent, or refuses a large request, may be all that comes: nobody reads on, and
@@ -5063,18 +5347,29 @@ class Source(Stateful):
         stream = self.stream
         if out:
             stream.record.append(out)
-        if stream.first_text_at is None and answer.notes.pieces:
-            stream.first_text_at = self.hub.loop.now
+        first = answer.notes.pieces != self._pieces and self._on_text(answer.notes.pieces)
         if answer.state == Answer.DONE or answer.failure:
             self._conclude(answer)
         elif out:
             stream.viewer.more()
+            if first:
+                stream.first_sent_at = self.hub.loop.clock()
         if out and stream.viewer.client.pending:
             self.watch()
         if answer.life != life and self.state != self.OVER:
             self.since = self.hub.loop.now
             if self.state < self.FLOWING or (self.state == self.ENDING) != (answer.state == Answer.ENDING):
                 self._flow(answer)
+
+    def _on_text(self, pieces: int) -> bool:
+        """Note when text came; tell if it is the first."""
+        now, stream, since = self.hub.loop.now, self.stream, self._text_at
+        self._pieces, self._text_at = pieces, now
+        if stream.first_text_at is not None:
+            self.hub.metrics.between_pieces.observe(now - since)
+            return False
+        stream.first_text_at = now
+        return True
 
     @staticmethod
     def _cut(body: BodyDecoder) -> UpstreamError | None:
@@ -5103,7 +5398,7 @@ class Source(Stateful):
         self.stream.set_alarm()
 
 
-# 18 ------------------------------------------------------------------ Viewers
+# 19 ------------------------------------------------------------------ Viewers
 
 
 class Record:
@@ -5190,7 +5485,7 @@ class Viewer(Stateful):
         self.state = self.OPEN
 
 
-# 19 ------------------------------------------------------------------ Streams
+# 20 ------------------------------------------------------------------ Streams
 
 
 class Stream:
@@ -5204,6 +5499,7 @@ class Stream:
         self.failure: ProxyError | None = None  # why the answer is not complete
         self.asked = False  # upstream has begun to get the request, and may have been paid
         self.first_text_at: float | None = None
+        self.first_sent_at: float | None = None  # None: with its end
         self._source: Source | None = None
         self._began_at = hub.loop.now
         self._exchange = exchange
@@ -5234,10 +5530,14 @@ class Stream:
             self.complete()  # the answer was, and only usage and [DONE] were waited for
             return
         self._close_source()
-        if self.viewer.state == Viewer.SILENT and (stale or self._adapt()):
+        retries = self.viewer.state == Viewer.SILENT and (stale or self._adapt())
+        failure = self.answer.failure or failure
+        if isinstance(failure, UpstreamError):
+            self.hub.metrics.count("upstream_failures_total", 1, "stale" if stale else failure.reason)
+        if retries:
             self.ask(fresh=stale)
             return
-        self.failure = self.answer.failure or failure
+        self.failure = failure
         if self.viewer.state == Viewer.SILENT:
             self._cut()  # the exchange says why
             return
@@ -5313,14 +5613,17 @@ class Stream:
         """Do what is due, then wait for what comes next."""
         now, source = self.hub.loop.now, self._source
         if source and self._total_due() <= now:
-            self.fail(UpstreamError("Upstream took too long to end its answer.", 504, "aborted"))
+            words = "Upstream took too long to end its answer."
+            self.fail(UpstreamError(words, 504, "aborted", reason="total_timeout"))
         elif source and not self.viewer.blocked:
             if source.due() <= now and source.state == Source.ENDING:
                 source.conclude()
             elif source.due() <= now:
                 self.fail(source.late())
             elif self._ping_due() <= now:
-                self.viewer.ping(self.answer.ping())
+                heartbeat = self.answer.ping()
+                self.hub.metrics.count("heartbeats_total", bool(heartbeat))
+                self.viewer.ping(heartbeat)
         self.set_alarm()
 
     def _finish(self, intact: bool) -> None:
@@ -5355,16 +5658,33 @@ class Hub:
         self.loop = Loop(report=self.log.error)
         self.workers = Workers(self.loop, self.log.error, start)
         self.pool = Pool(self.loop)
+        self.metrics = Metrics(names_clients=bool(settings.token_file))
+        self._probe = Alarm(self.loop, self._on_probe)  # goes off late, where the loop is
+        self._probe_at, self._probed = 0.0, 0.0
 
     def dial(self, lifeline: Lifeline) -> Connection:
         """Return a new connection to upstream.  Blocks.  Raises UpstreamError."""
         return self.upstream.dial(lifeline)
 
     def stream(self, call: Call, answer: Answer, exchange: Asker) -> Stream:
+        if self._probe.at == math.inf:
+            self._set_probe()
         return Stream(self, call, answer, exchange)
+
+    def _set_probe(self) -> None:
+        self._probe_at = self.loop.clock() + LAG_INTERVAL
+        self._probe.by(self._probe_at)
+
+    def _on_probe(self) -> None:
+        """See how late the loop is, and look again while text comes: a process with nothing to do sleeps."""
+        self.metrics.observe("loop_lag_seconds", max(0.0, self.loop.clock() - self._probe_at))
+        came, self._probed = self._probed, self.metrics.between_pieces.sum
+        if came != self._probed:
+            self._set_probe()
 
     def close(self) -> None:
         """End the loop's thread, after all that was posted, and all others."""
+        self.loop.post(self._probe.close)
         self.loop.post(self.pool.close)
         self.loop.stop()
         self.workers.close(CLOSE_TIMEOUT)
@@ -5372,7 +5692,7 @@ class Hub:
         self.log.close(CLOSE_TIMEOUT)
 
 
-# 20 ------------------------------------------------------------------ Demo upstream
+# 21 ------------------------------------------------------------------ Demo upstream
 
 DEMO_PAUSE = 0.05  # seconds between two words: a human pace
 DEMO_ANSWER = (
@@ -5452,7 +5772,7 @@ def demo_upstream(settings: Settings) -> Iterator[Settings]:
             server.shutdown()
 
 
-# 21 ------------------------------------------------------------------ Server
+# 22 ------------------------------------------------------------------ Server
 
 
 class Lookout(Stateful):
@@ -5638,6 +5958,28 @@ def _remove_stale_socket(path: str) -> None:
                 os.unlink(path)
             elif code == errno.EAGAIN:
                 raise BlockingIOError(code, os.strerror(code))
+
+
+def process_figures() -> dict[str, float]:
+    """Return what the system tells of this process, by the names that Prometheus' own clients have.
+
+    Less where it tells less.  Lists all descriptors, which takes a while where there are many.
+    """
+    figures: dict[str, float] = {"process_cpu_seconds_total": time.process_time()}
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # which Windows has not
+
+        figures["process_max_fds"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()  # proc(5), from the third on
+        with open("/proc/stat", "rb") as file:
+            booted = next(int(line.split()[1]) for line in file if line.startswith(b"btime "))
+        figures["process_start_time_seconds"] = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        figures["process_virtual_memory_bytes"] = int(fields[20])
+        figures["process_resident_memory_bytes"] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+        figures["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # that of the list itself
+    return figures
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -5853,6 +6195,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.finish_request(sock, address)  # makes a Client
         else:
             self.hub.log.error("a connection was closed: there are too many")
+            self.hub.metrics.count("refusals_total", 1, "connections")
             sock.close()
         return True
 
@@ -5918,7 +6261,7 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
             raise listener.stream.failure
 
 
-# 22 ------------------------------------------------------------------ Command line
+# 23 ------------------------------------------------------------------ Command line
 
 
 class _ArgumentParser(argparse.ArgumentParser):

@@ -392,6 +392,7 @@ class Lines:
         self.requests: list[streamproxy.LogEntry] = []
         self.errors: list[str] = []
         self.error = self.errors.append
+        self.dropped = 0
 
     def start(self) -> None:
         pass
