@@ -2837,7 +2837,7 @@ ENDINGS = ("complete", "disconnect", "truncated", "aborted", "error")
 
 # Why we refuse a request: see Metrics.refused.
 REFUSALS = {
-    400: "bad_request", 401: "token", 403: "forbidden", 404: "not_found", 405: "method", 408: "client_timeout",
+    400: "bad_request", 401: "token", 404: "not_found", 405: "method", 408: "client_timeout",
     411: "no_length", 413: "max_body", 414: "head_size", 415: "media_type", 426: "websocket", 431: "head_size",
     501: "method", 505: "http_version",
 }  # fmt: skip
@@ -3963,7 +3963,7 @@ class Exchange:
         self.failure: ProxyError | None = None
         self.stream: Stream | None = None
         self.received = bytearray()  # of the body
-        self._then: Callable[[], None] | None = None  # what is done once what it waits for is there: the body, ...
+        self._then: Callable[[], None] | None = None  # once what it waits for is there: the body, a look, ...
 
     # What is asked.
 
@@ -4019,16 +4019,12 @@ class Exchange:
         self.server.access.check_origin(self.request.fields)
         if self.server.state == self.server.ABORTING:  # it came behind one that was
             raise Aborted("The server is shutting down.")
-        self._then = then
-        self._judge(functools.partial(self._enter, counts))
+        self._judge(functools.partial(self._enter, then, counts))
 
     def _judge(self, then: Callable[[], None]) -> None:
         """Go on once the token file was looked at."""
-        self.server.lookout.look(functools.partial(self._on_looked, then))
-
-    def _on_looked(self, then: Callable[[], None]) -> None:
-        if self._waits():
-            self._step(then)
+        self._then = then
+        self.server.lookout.look(self.go_on)
 
     def _waits(self) -> bool:
         """Tell whether there is still somebody who was neither answered nor refused."""
@@ -4038,12 +4034,12 @@ class Exchange:
         self.name = self.server.access.identify(self.request.fields)
         self.who = self.name or self.who
 
-    def _enter(self, counts: bool) -> None:
+    def _enter(self, then: Callable[[], None], counts: bool) -> None:
         fields, settings = self.request.fields, self.server.settings
         self._identify()
         place = self.name or (network_of(self.who) if self.who != "unix" else "unix")
         self.server.limits.enter(place, counts)
-        self.place = place
+        self.place, self._then = place, then
         if self.request.method != "POST":
             self.go_on()
             return
@@ -4070,7 +4066,7 @@ class Exchange:
         return False
 
     def go_on(self) -> None:
-        """Do what waited for the body, or for a thread that looked at it."""
+        """Do what waited for the body, or for a thread."""
         then, self._then = self._then, None
         if then and self._waits():
             self._step(then)
@@ -5203,6 +5199,7 @@ class Source(Stateful):
         self._keeps_alive = False
         self._pieces = 0  # of text, that came
         self._text_at = 0.0  # when the last did
+        self._between = self.hub.metrics.between_pieces
 
     def open(self, fresh: bool) -> None:
         """Ask, on a connection that is warm or, where it has to be a fresh one, on that."""
@@ -5363,12 +5360,12 @@ class Source(Stateful):
 
     def _on_text(self, pieces: int) -> bool:
         """Note when text came; tell if it is the first."""
-        now, stream, since = self.hub.loop.now, self.stream, self._text_at
+        now, since = self.hub.loop.now, self._text_at
         self._pieces, self._text_at = pieces, now
-        if stream.first_text_at is not None:
-            self.hub.metrics.between_pieces.observe(now - since)
+        if since:
+            self._between.observe(now - since)
             return False
-        stream.first_text_at = now
+        self.stream.first_text_at = now
         return True
 
     @staticmethod
@@ -5969,7 +5966,9 @@ def process_figures() -> dict[str, float]:
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # which Windows has not
 
-        figures["process_max_fds"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if limit != resource.RLIM_INFINITY:
+            figures["process_max_fds"] = limit
     with contextlib.suppress(OSError, ValueError, StopIteration):
         with open("/proc/self/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()  # proc(5), from the third on
