@@ -8642,6 +8642,292 @@ class Full:
         raise BlockingIOError
 
 
+# ---------------------------------------------------------------- metrics
+
+
+def metrics_of(server: streamproxy.Server, **fields: str) -> dict[str, float]:
+    """The value of each series of /metrics, by its name and labels as they stand there."""
+    with Client(server).ask(method="GET", path="/metrics", Connection="close", **fields) as client:
+        head, text = client.head(), client.rest().decode()
+    assert (head.status, head.fields["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    lines = [line.rpartition(" ") for line in text.splitlines() if line[0] != "#"]
+    assert len({name for name, _, _ in lines}) == len(lines)
+    return {name.replace("streamproxy_", ""): float(value) for name, _, value in lines}
+
+
+def grown(before: dict[str, float], after: dict[str, float], *families: str) -> dict[str, float]:
+    """What was counted between two looks, but for zeros."""
+    found = {name: value - before.get(name, 0) for name, value in after.items() if name.partition("{")[0] in families}
+    return {name: value for name, value in found.items() if value}
+
+
+def test_metrics_histogram_counts_a_value_in_each_bucket_that_it_fits() -> None:
+    histogram = streamproxy.Histogram((0.5, 1))
+    for value in (0.25, 0.5, 0.75, 1, 8):  # a bound is in its bucket
+        histogram.observe(value)
+    assert "".join(histogram.encode("x")) == (
+        'x_bucket{le="0.5"} 2\n'
+        'x_bucket{le="1"} 4\n'
+        'x_bucket{le="+Inf"} 5\n'
+        "x_sum 10.5\n"
+        "x_count 5\n"
+    )  # fmt: skip
+
+
+def test_metrics_labels_are_escaped_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamproxy, "MAX_NAMED_CLIENTS", 2)
+    metrics = streamproxy.Metrics(names_clients=True)
+    for name in ('a"\\\n', "b", "c", "d", "b", ""):
+        metrics.count("text_bytes_total", 1, *metrics.client(name))
+    lines = metrics.encode().decode().split("\n")
+    assert [line for line in lines if line.startswith("streamproxy_text_bytes_total{")] == [
+        r'streamproxy_text_bytes_total{client="a\"\\\n"} 1',
+        'streamproxy_text_bytes_total{client="b"} 2',
+        'streamproxy_text_bytes_total{client="other"} 2',
+        'streamproxy_text_bytes_total{client=""} 1',
+    ]
+    assert streamproxy.Metrics().client("a") == ()
+
+
+@pytest.mark.parametrize(("usage", "tokens"), [
+    ({"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}, {"input": 5, "output": 7}),
+    ({"prompt_tokens": 5, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4},
+      "completion_tokens_details": {"reasoning_tokens": 3}}, {"input": 5, "output": 7, "cached": 4, "reasoning": 3}),
+    ({"input_tokens": 5, "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 3}},
+     {"input": 5, "output": 7, "reasoning": 3}),
+    ({"input_tokens": 5, "cache_read_input_tokens": 4}, {"input": 5, "cached": 4}),
+    ({"prompt_tokens": "5", "completion_tokens": True, "input_tokens": -1, "output_tokens": 1e300,
+      "prompt_tokens_details": [1]}, {}),
+    ({"prompt_tokens": 10**300}, {}),
+])  # fmt: skip
+def test_metrics_tokens_of_each_api(usage: dict[str, Any], tokens: dict[str, int]) -> None:
+    assert streamproxy.tokens_in(usage) == tokens
+
+
+@pytest.mark.parametrize(("path", "route"), [
+    ("/", "/"), ("/metrics", "/metrics"), ("/x", "other"), ("/v1/x", "other"), ("-", "other"),
+    ("/v1/chat/completions", "/v1/chat/completions"), ("/v1/models", "/v1/models"),
+    ("/v1/models/org/name", "/v1/models/{model}"), ("/v1/responses", "/v1/responses"),
+    ("/v1/responses/resp_1", "/v1/responses/{id}"), ("/v1/responses/resp_1/cancel", "/v1/responses/{id}/cancel"),
+    ("/v1/responses/resp_1/input_items", "/v1/responses/{id}/input_items"),
+    ("/v1/responses/input_tokens", "/v1/responses/input_tokens"), ("/v1/responses/compact", "/v1/responses/compact"),
+    ("/v1/messages/count_tokens", "/v1/messages/count_tokens"),
+])  # fmt: skip
+def test_metrics_name_the_route_not_the_path(path: str, route: str) -> None:
+    assert streamproxy.route_of(path, streamproxy.Settings(api_key=KEY, allow_path=["/v1/responses/compact"])) == route
+
+
+def test_metrics_of_a_stream(server: streamproxy.Server, provider: Provider) -> None:
+    before = metrics_of(server)
+    with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+        wait_for(lambda: metrics_of(server)["streams"], lambda count: count == 1)
+        upstream.start(ROLE)
+        for text in ("a", "b", "cd"):
+            upstream.event(delta(text))
+            assert client.until(text.encode())
+        usage = {"prompt_tokens": 5, "completion_tokens": 3}
+        upstream.send(chunk(STOP), chunk(event({"choices": [], "usage": usage})), chunk(DONE), b"0\r\n\r\n")
+        client.until(b"0\r\n\r\n")
+        client.ask(PROMPT)
+        upstream.read_request()
+        upstream.sock.close()
+        with provider.take() as upstream:  # for the connection had been closed
+            upstream.send(error_answer(429))
+            assert client.until(b'"}\n')
+    after = wait_for(lambda: metrics_of(server), lambda seen: seen["connections"] == 1)
+    assert after["streams"] == 0
+    assert grown(before, after, "requests_total", "endings_total", "text_bytes_total", "tokens_total",
+                 "upstream_connections_total", "upstream_failures_total", "refusals_total") == {
+        'requests_total{route="/",status="200"}': 1, 'requests_total{route="/",status="429"}': 1,
+        'requests_total{route="/metrics",status="200"}': after['requests_total{route="/metrics",status="200"}'],
+        'endings_total{ending="complete"}': after['requests_total{route="/metrics",status="200"}'] + 1,
+        'endings_total{ending="error"}': 1, "text_bytes_total": 4,
+        'tokens_total{type="input"}': 5, 'tokens_total{type="output"}': 3,
+        'upstream_connections_total{reused="false"}': 2, 'upstream_connections_total{reused="true"}': 1,
+        'upstream_failures_total{reason="stale"}': 1, 'upstream_failures_total{reason="rate_limit"}': 1,
+    }  # fmt: skip
+    counts = {name: after[f"{name}_seconds_count"] for name in (
+        "time_to_first_token", "overhead", "time_between_pieces")}  # fmt: skip
+    assert counts == {"time_to_first_token": 1, "overhead": 1, "time_between_pieces": 2}
+    assert 0 < after["overhead_seconds_sum"] <= after["time_to_first_token_seconds_sum"]
+    assert after["process_open_fds"] > 5 and abs(after["process_start_time_seconds"] - time.time()) < 3600
+
+
+def test_metrics_times_by_the_clock() -> None:
+    with Stage(streamproxy.EventAnswer("id"), heartbeat=15.0) as stage:
+        metrics = stage.hub.metrics
+        stage.begin()
+        for second in (0, 0.02, 0.25):
+            stage.upstream.send(chunk(delta("x")))
+            assert b"x" in stage.seen(second)
+        stage.upstream.send(chunk(delta("y")), chunk(delta("z")))  # one read
+        stage.at(0.5)
+        assert metrics.between_pieces.sum == pytest.approx(0.5) and sum(metrics.between_pieces.counts) == 3
+        stage.at(1.75)  # of a loop that was held up for 0.75 s
+        lag = metrics.histograms["streamproxy_loop_lag_seconds"]
+        assert lag.sum == pytest.approx(0.75) and sum(lag.counts) == 1
+        for second in (15.75, 16, 31):
+            stage.at(second)
+        assert b"\nstreamproxy_heartbeats_total 2\n" in metrics.encode()
+        assert sum(lag.counts) == 2  # nothing comes: it sleeps
+        stage.upstream.send(chunk(STOP), chunk(DONE))
+        stage.turn(2)
+
+
+# What is sent, to a server with which settings, and the reason.
+@pytest.mark.parametrize(("settings", "line", "fields", "reason"), [
+    ({}, "POST /", "", "no_length"),
+    ({}, "POST /nothing", "Content-Length: 0", "not_found"),
+    ({}, "PUT /", "Content-Length: 0", "method"),
+    ({"max_body": 1}, "POST /", "Content-Length: 2", "max_body"),
+    ({}, "POST /", "Content-Encoding: zstd\r\nContent-Length: 0", "media_type"),
+    ({}, "POST /", "Content-Length: 0", "bad_request"),
+    ({}, "POST /", "Content-Length: 0\r\nOrigin: https://evil.example", "allow_origin"),
+    ({"requests_per_minute": 1}, "GET /v1/models", "", "requests_per_minute"),
+    ({"max_streams": 1}, "GET /v1/models", "", "max_streams"),
+    ({"max_streams_per_client": 1}, "GET /v1/models", "", "max_streams_per_client"),
+    ({}, "GET /v1/models/secret", "", "allow_model"),
+    ({}, "GET /v1/responses", "Upgrade: websocket", "websocket"),
+    ({}, "GET /" + "x" * 70000, "", "head_size"),
+    ({}, "BREW /", "", "method"),
+])  # fmt: skip
+def test_metrics_reason_of_a_refusal(
+    provider: Provider, settings: dict[str, Any], line: str, fields: str, reason: str
+) -> None:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(running(provider, **settings))
+        if settings and set(settings) < {"requests_per_minute", "max_streams", "max_streams_per_client"}:
+            stack.enter_context(Client(server).ask(PROMPT))
+            wait_for(lambda: server.snapshot()["streams"])
+        with Client(server) as client:
+            lines = [f"{line} HTTP/1.1", "Host: localhost", *filter(None, [fields]), "", ""]
+            client.send("\r\n".join(lines).encode())
+            assert client.head().status >= 400
+        assert grown({}, metrics_of(server), "refusals_total") == {f'refusals_total{{reason="{reason}"}}': 1}
+        assert reason in streamproxy.REFUSING
+
+
+# What upstream does, by the second, and the reason; None: it closes.
+@pytest.mark.parametrize(("said", "reason"), [
+    ({10: None}, "first_byte_timeout"),
+    ({0: b"nonsense\r\n\r\n"}, "garbled"),
+    ({0: STREAM_HEAD + chunk(event(b"nonsense"))}, "garbled"),
+    ({0: None}, "closed"),
+    ({0: STREAM_HEAD + chunk(A), 1: None}, "truncated"),
+    ({0: STREAM_HEAD + chunk(A), 5: b""}, "idle_timeout"),
+    ({0: STREAM_HEAD + chunk(A), 4: chunk(A), 8: chunk(A), 12: b""}, "total_timeout"),
+    ({0: STREAM_HEAD + chunk(A) + chunk(event({"error": {"message": "no"}}))}, "reported"),
+    *(({0: error_answer(status)}, reason) for status, reason in {
+        401: "api_key", 403: "api_key", 404: "refused", 429: "rate_limit", 500: "failed", 503: "failed", 302: "redirect"
+    }.items()),
+])  # fmt: skip
+def test_metrics_reason_of_a_failure_of_upstream(said: dict[int, bytes | None], reason: str) -> None:
+    with Stage(first_byte_timeout=10.0, idle_timeout=5.0, total_timeout=12.0) as stage:
+        upstream = stage.connect()
+        upstream.until(b"}")
+        for second, data in said.items():
+            if data is not None:
+                upstream.send(data)
+            elif second < 10:
+                upstream.sock.shutdown(socket.SHUT_WR)
+            stage.at(second)
+            stage.turn(2)
+        wanted = f'streamproxy_upstream_failures_total{{reason="{reason}"}} 1\n'.encode()
+        assert stage.ended and wanted in stage.hub.metrics.encode() and reason in streamproxy.FAILURES
+
+
+@pytest.mark.parametrize(("error", "reason"), [
+    (socket.gaierror(), "dns"), (ssl.SSLError(), "tls"), (socket.timeout(), "connect_timeout"),
+    (ConnectionRefusedError(), "connect"),
+])  # fmt: skip
+def test_metrics_reason_of_a_dial_that_fails(error: Exception, reason: str) -> None:
+    upstream = streamproxy.Upstream(streamproxy.Settings(api_key=KEY))
+    patched = unittest.mock.patch.object(upstream, "_open", side_effect=error)
+    with patched, pytest.raises(streamproxy.ProxyError) as seen:
+        upstream.dial(streamproxy.Lifeline())
+    assert seen.value.reason == reason and reason in streamproxy.FAILURES
+
+
+def test_metrics_need_a_token_where_there_are_tokens_and_name_its_client(provider: Provider, tmp_path: Path) -> None:
+    tokens = token_file(tmp_path, f"alice {ALICE}\nbob {BOB}\n")
+    with running(provider, token_file=tokens) as server:
+        with Client(server).ask(method="GET", path="/metrics") as client:
+            assert client.error()[0] == 401
+            client.ask(method="GET", path="/metrics", Authorization=f"Bearer {BOB}", Sec_Fetch_Site="cross-site")
+            assert client.error()[0] == 403
+            client.ask(method="HEAD", path="/metrics", Authorization=f"Bearer {BOB}")
+            assert int(client.head().fields["Content-Length"]) > 1000
+            client.ask(PROMPT, Authorization=f"Bearer {ALICE}")
+            with provider.take() as upstream:
+                upstream.start(A)
+                upstream.finish()
+                client.until(b"0\r\n\r\n")
+        seen = metrics_of(server, Authorization=f"Bearer {BOB}")
+        assert grown({}, seen, "requests_total", "text_bytes_total", "refusals_total") == {
+            'requests_total{route="/metrics",status="401",client=""}': 1,
+            'requests_total{route="/metrics",status="403",client=""}': 1,
+            'requests_total{route="/metrics",status="200",client="bob"}': 1,
+            'requests_total{route="/",status="200",client="alice"}': 1,
+            'text_bytes_total{client="alice"}': 1,
+            'refusals_total{reason="token"}': 1, 'refusals_total{reason="allow_origin"}': 1,
+        }  # fmt: skip
+    with running(provider) as server, Client(server) as client:  # without tokens: as the other routes
+        client.send(b"GET /metrics HTTP/1.1\r\nHost: evil.example\r\n\r\n")
+        assert client.error()[0] == 403
+        assert metrics_of(server)['refusals_total{reason="allow_host"}'] == 1
+
+
+PARSE_METRICS = """
+import sys
+from prometheus_client.parser import text_string_to_metric_families
+for text in sys.stdin.read().split("\\0"):
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    for family in families.values():
+        if family.type == "histogram":
+            buckets = [sample.value for sample in family.samples if sample.name.endswith("_bucket")]
+            count = [sample.value for sample in family.samples if sample.name.endswith("_count")]
+            assert buckets == sorted(buckets) and buckets[-1:] == count, family
+print(*families)
+"""
+
+
+def test_metrics_under_load_are_accepted_by_prometheus(tmp_path: Path) -> None:
+    promtool, python = program("promtool"), os.environ.get("STREAMPROXY_TEST_SDKS") or missing(
+        "STREAMPROXY_TEST_SDKS names no Python that has prometheus_client"
+    )
+    tokens = token_file(tmp_path, "".join(f"client{n} {ALICE}{n}\n" for n in range(8)))
+    stopped, asked = threading.Event(), threading.Semaphore(0)
+
+    def ask(number: int) -> None:
+        while not stopped.is_set():
+            with Client(server).ask(PROMPT, Authorization=f"Bearer {ALICE}{number}", Connection="close") as client:
+                client.until(b"e")  # and leave
+            asked.release()
+
+    with running(None, demo=True, token_file=tokens) as server:
+        threads = [threading.Thread(target=ask, args=[number]) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        texts = []
+        with Client(server) as client:
+            for _ in range(40):
+                assert asked.acquire(timeout=DEADLINE)
+                client.ask(method="GET", path="/metrics", x_api_key=f"{ALICE}1")
+                texts.append(client.exactly(int(client.head().fields["Content-Length"])).decode())
+        stopped.set()
+        for thread in threads:
+            thread.join()
+    for text in (texts[0], texts[-1]):
+        told = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+        assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+    told = subprocess.run(
+        [python, "-c", PARSE_METRICS], input="\0".join(texts), capture_output=True, text=True, check=False
+    )
+    names = [re.sub("_total$", "", family.name) for family in streamproxy.METRICS]
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.split() == [name for name in names if name != "streamproxy_tokens"]  # nobody waited for those
+
+
 # ---------------------------------------------------------------- the end
 
 
@@ -10338,6 +10624,43 @@ def test_readme_another_streamproxy_as_upstream(provider: Provider, tmp_path: Pa
                     assert client.head().status == 200 and b"a" in client.chunk()
                     upstream.finish()
                     client.body()
+
+
+def test_readme_table_of_metrics_is_the_code_s() -> None:
+    rows = readme_table("| metric | type | labels | what |")
+    shown = [(family.name, family.type, ", ".join(family.labels) or "–", family.help) for family in streamproxy.METRICS]
+    assert rows == [[f"`{name}`", *cells] for name, *cells in shown]
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    for names in (streamproxy.REFUSING, streamproxy.FAILURES, streamproxy._USAGE):
+        assert ", ".join(f"`{name}`" for name in names) in text
+
+
+def test_readme_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> None:
+    dashboard = json.loads(readme_block('{"title": "streamproxy"'))
+    ids, places = zip(*((panel["id"], tuple(panel["gridPos"].values())) for panel in dashboard["panels"]))
+    assert len(set(ids)) == len(set(places)) == len(ids)
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    there = {}  # names of series, and their labels
+    for family in streamproxy.METRICS:
+        labels = {*family.labels, "instance", "job"}
+        there[family.name] = labels
+        if family.type == "histogram":
+            there[f"{family.name}_bucket"] = {*labels, "le"}
+    used = set()
+    for expr in asked:
+        names = set(re.findall(r"\b(?:streamproxy|process)_\w+", expr))
+        used |= {name.replace("_bucket", "") for name in names}
+        assert names and names <= set(there)
+        by = {label for labels in re.findall(r"(?:by|on) \(([^)]*)\)", expr) for label in labels.split(", ")}
+        by |= set(re.findall(r"[{,](\w+)[!=]", expr))
+        assert all(by <= there[name] for name in names), expr
+    shown = {family.name for family in streamproxy.METRICS if family.name.startswith("streamproxy_")}
+    assert shown <= used
+    rules = [{"record": f"panel:{n}", "expr": e.replace("$__rate_interval", "1m")} for n, e in enumerate(asked)]
+    (tmp_path / "rules").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    check = [program("promtool"), "check", "rules", str(tmp_path / "rules")]
+    told = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert told.returncode == 0 and f"SUCCESS: {len(rules)} rules found" in told.stdout, told.stdout + told.stderr
 
 
 def test_readme_links_lead_to_its_sections() -> None:
