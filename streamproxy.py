@@ -2919,28 +2919,27 @@ class Metrics:
         self.histograms: dict[str, Histogram] = {}
         for family in METRICS:
             if family.type == "histogram":
-                self.histograms[family.name] = Histogram(family.buckets)
+                self.histograms[_short(family.name)] = Histogram(family.buckets)
             else:
                 zeros: list[tuple[str, ...]] = [(known,) for known in family.known]
                 if family.type == "counter" and not family.labels:
                     zeros = [()]
-                self._values[family.name] = dict.fromkeys(zeros, 0)
-        self.between_pieces = self.histograms["streamproxy_time_between_pieces_seconds"]
+                self._values[_short(family.name)] = dict.fromkeys(zeros, 0)
+        self.between_pieces = self.histograms["time_between_pieces_seconds"]
         self.set("build_info", 1, __version__, sys.version.split()[0])
 
     def count(self, name: str, amount: float, *labels: str) -> None:
         """Add to a counter; name is that in METRICS without streamproxy_."""
-        values = self._values["streamproxy_" + name]
+        values = self._values[name]
         values[labels] = values.get(labels, 0) + amount
 
     def set(self, name: str, value: float, *labels: str) -> None:
         """Say what a gauge is now, or a counter that somebody else keeps."""
-        values = self._values.get("streamproxy_" + name)
-        (self._values[name] if values is None else values)[labels] = value
+        self._values[name][labels] = value
 
     def observe(self, name: str, value: float) -> None:
         """Take a value of a histogram."""
-        self.histograms["streamproxy_" + name].observe(value)
+        self.histograms[name].observe(value)
 
     def client(self, name: str) -> tuple[str, ...]:
         """Return the value of the label client; (): there is no such label.
@@ -2960,23 +2959,28 @@ class Metrics:
     def take_notes(self, notes: Notes, client: tuple[str, ...]) -> None:
         """Count what an answer held: see Notes."""
         self.count("text_bytes_total", notes.size, *client)
-        for type, number in tokens_in(notes.usage or {}).items():
-            self.count("tokens_total", number, type, *client)
+        if notes.usage:
+            for type, number in tokens_in(notes.usage).items():
+                self.count("tokens_total", number, type, *client)
 
     def encode(self) -> bytes:
         """Return all of it as Prometheus' text format 0.0.4 has it."""
         lines: list[str] = []
         for family in METRICS:
-            values = self._values.get(family.name)
+            values = self._values.get(_short(family.name))
             if values != {}:  # of a system that does not tell
                 lines.append(f"# HELP {family.name} {family.help}\n# TYPE {family.name} {family.type}\n")
             if values is None:
-                lines += self.histograms[family.name].encode(family.name)
+                lines += self.histograms[_short(family.name)].encode(family.name)
                 continue
             for labels, value in list(values.items()):
                 pairs = ",".join([f'{name}="{_escape(label)}"' for name, label in zip(family.labels, labels)])
                 lines.append(f"{family.name}{{{pairs}}} {value!r}\n" if pairs else f"{family.name} {value!r}\n")
         return "".join(lines).encode()
+
+
+def _short(name: str) -> str:
+    return name.replace("streamproxy_", "")
 
 
 def _escape(label: str) -> str:
@@ -2990,21 +2994,26 @@ def tokens_in(usage: Mapping[str, Any]) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for type, places in _USAGE.items():
-        for place in places:
-            number: Any = usage
-            for name in place.split("."):
-                number = number.get(name) if isinstance(number, dict) else None
+        for holder, name in places:
+            told = usage.get(holder) if holder else usage
+            number = told.get(name) if isinstance(told, dict) else None
             if isinstance(number, int) and not isinstance(number, bool) and 0 < number < MAX_USAGE:
                 found[type] = number
                 break
     return found
 
 
+# By type of tokens: the members that may tell their number, and which of usage's holds them.
 _USAGE = {
-    "input": ("prompt_tokens", "input_tokens"),
-    "output": ("completion_tokens", "output_tokens"),
-    "cached": ("prompt_tokens_details.cached_tokens", "input_tokens_details.cached_tokens", "cache_read_input_tokens"),
-    "reasoning": ("completion_tokens_details.reasoning_tokens", "output_tokens_details.reasoning_tokens"),
+    "input": (("", "prompt_tokens"), ("", "input_tokens")),
+    "output": (("", "completion_tokens"), ("", "output_tokens")),
+    "cached": (
+        ("prompt_tokens_details", "cached_tokens"), ("input_tokens_details", "cached_tokens"),
+        ("", "cache_read_input_tokens"),
+    ),
+    "reasoning": (
+        ("completion_tokens_details", "reasoning_tokens"), ("output_tokens_details", "reasoning_tokens"),
+    ),
 }  # fmt: skip
 
 

@@ -8764,7 +8764,7 @@ def test_metrics_times_by_the_clock() -> None:
         stage.at(0.5)
         assert metrics.between_pieces.sum == pytest.approx(0.5) and sum(metrics.between_pieces.counts) == 3
         stage.at(1.75)  # of a loop that was held up for 0.75 s
-        lag = metrics.histograms["streamproxy_loop_lag_seconds"]
+        lag = metrics.histograms["loop_lag_seconds"]
         assert lag.sum == pytest.approx(0.75) and sum(lag.counts) == 1
         for second in (15.75, 16, 31):
             stage.at(second)
