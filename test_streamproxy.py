@@ -11619,7 +11619,7 @@ def test_instance_takes_the_socket_of_systemd_and_leaves_it_as_it_is(tmp_path: P
     command = [program("systemd-socket-activate"), "--listen", str(path), sys.executable, str(PROGRAM), "--demo"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        wait_for(path.exists)
+        wait_for(lambda: not refused(Front(f"unix:{path}")))  # it is there a moment before it listens
         with Client(Front(f"unix:{path}")).ask(method="GET", path="/healthz") as client:
             assert client.head().status == 200
             assert process.stdout and process.stdout.readline().decode().endswith(f" on unix:{path}\n")
