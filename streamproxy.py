@@ -1941,7 +1941,13 @@ _read_networks = _listing(r"[0-9A-Fa-f.:]+(/[0-9]{1,3})?", "an address or a netw
 
 
 def _read_bind(text: str) -> str:
-    parse_address(text)
+    """An address; :PORT is at every IPv4 address, as in nginx, and PORT at this machine's own."""
+    if re.fullmatch(":?[0-9]+", text):
+        text = ("0.0.0.0" if text[0] == ":" else "127.0.0.1:") + text
+    try:
+        parse_address(text)
+    except ValueError as error:
+        raise ValueError(f"PORT, :PORT, {error}") from None
     return text
 
 
@@ -2031,7 +2037,7 @@ class Settings:
 
     bind: str = _row(
         "127.0.0.1:8000", _read_bind, "ADDRESS",
-        "listen at HOST:PORT, [IPv6]:PORT or unix:PATH; port 0 takes a free one")
+        "listen at HOST:PORT, [IPv6]:PORT, unix:PATH, PORT (of 127.0.0.1) or :PORT (of 0.0.0.0); port 0 takes a free one")
     reuse_port: bool = _row(
         False, _read_switch, "", "listen beside others that do so at the same port (SO_REUSEPORT), which share it")
     upstream: str = _row(

@@ -2319,8 +2319,6 @@ GOOD_SETTINGS = [
     ("log_format", "json", "json"),
 ]  # fmt: skip
 BAD_SETTINGS = [
-    ("bind", "8000"),
-    ("bind", ":8000"),
     ("bind", "h:65536"),
     ("bind", "h:+1"),
     ("bind", "::1:8000"),
@@ -2437,6 +2435,16 @@ def test_settings_no_key_is_fine_for_a_loopback_upstream_or_the_demo() -> None:
         assert streamproxy.Settings(**values).api_key == ""  # type: ignore[arg-type]
     with pytest.raises(streamproxy.SettingsError, match="no API key"):
         streamproxy.Settings(upstream="http://localhost.example/")
+
+
+def test_a_port_alone_is_of_this_machine_and_one_after_a_colon_is_every_address() -> None:
+    assert streamproxy.Settings(api_key=KEY, bind="8000").bind == "127.0.0.1:8000"
+    assert streamproxy.Settings(api_key=KEY, bind=":8000", allow_anonymous=True).bind == "0.0.0.0:8000"
+    with pytest.raises(streamproxy.SettingsError, match="'0.0.0.0:8000' lets others spend your money"):
+        streamproxy.Settings(api_key=KEY, bind=":8000")
+    for text in ("65536", ":65536", ":", "123456"):
+        with pytest.raises(streamproxy.SettingsError, match="allowed: PORT, :PORT, HOST:PORT"):
+            streamproxy.Settings(api_key=KEY, bind=text)
 
 
 @pytest.mark.parametrize("bind", ["0.0.0.0:0", "[::]:0", "192.0.2.1:80", "example.com:80"])
