@@ -70,6 +70,7 @@ import gc
 import hashlib
 import heapq
 import hmac
+import html
 import http.client
 import http.server
 import ipaddress
@@ -130,6 +131,7 @@ MAX_ERROR_SIZE = 64 * 1024  # of a document that says why upstream refuses; long
 MAX_CHUNK_LINE = 4 * 1024  # of a chunk's size line; RFC 9112 section 7.1.1 asks for a limit
 MAX_TRAILER_SIZE = 16 * 1024
 MAX_TOKEN_FILE_SIZE = 4 * 1024 * 1024
+MAX_PAGE_SIZE = 1024 * 1024
 MAX_RECORD_SIZE = 5 + 16 * 1024 + 2048  # of TLS, as sent; RFC 5246 section 6.2.3, RFC 8446 section 5.2
 MAX_DISCARDED = 64 * 1024  # of a refused request's body, read for the sake of the connection
 # Of the next request while an answer is on its way: unless they are read, the end behind them is not seen.
@@ -2052,6 +2054,8 @@ class Settings:
         DEFAULT_PARAMS, _read_params, "NAME=JSON",
         "member of the upstream request, repeatable; NAME= removes one; the variable is a JSON object",
         shown=" ".join(f"{name}={json.dumps(value)}" for name, value in DEFAULT_PARAMS.items()))
+    title: str = _row("streamproxy", _read_text, "TEXT", "name of the chat page")
+    page: str = _row("", _read_text, "FILE", "HTML of a page of your own at /, in place of the chat page")
     system: str = _row("", _matching(r"[^\0]*", "text"), "TEXT", "system message put before every conversation")
     client_param: tuple[str, ...] = _row((), _read_members, "NAME", "member a client may set itself, repeatable")
     connect_timeout: float = _row(
@@ -2566,26 +2570,83 @@ def _is_message(message: Any) -> bool:
 # 11 ------------------------------------------------------------------ Access
 
 
-class Tokens:
-    """The client tokens in a file.
+class WatchedFile:
+    """A file that counts as it was when it was last good.
 
     One thread looks at it, as long as its file system takes; all others go by what was seen last.
     """
 
+    def __init__(self, setting: str, max_size: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """setting: that names the file."""
+        self.name = setting.replace("_", " ")
+        self._setting, self._max_size, self._clock = setting, max_size, clock
+        self._lock = threading.Lock()
+        self._fault, self._complained_at = "", -math.inf
+
+    def begin(self, path: str) -> None:
+        """Take the file for the first time.  Raises SettingsError where it cannot be used."""
+        self._path = path
+        try:
+            self._begin(self._read()[1])
+        except ValueError as fault:
+            flag = f"--{self._setting.replace('_', '-')} (STREAMPROXY_{self._setting.upper()})"
+            raise SettingsError(f"{flag}: cannot use {path!r}: {fault}") from None
+
+    def look(self) -> list[str]:
+        """Take the file where it has changed; return what the log must say of it.  Blocks as long as the file does."""
+        with self._lock:  # else an older look could end after a newer one
+            said, fault = [], ""
+            try:
+                mode, data = self._read()
+                said += self._take(data)
+                fault = self._fault_of(mode)
+            except ValueError as error:
+                fault = f"the {self.name} was not taken, its last version counts: {error}"
+            if fault and (fault != self._fault or self._clock() >= self._complained_at + COMPLAINT_INTERVAL):
+                said.append(fault)
+                self._complained_at = self._clock()
+            self._fault = fault
+            return said
+
+    def _begin(self, data: bytes) -> None:
+        """Let data count, at first.  Raises ValueError."""
+        raise NotImplementedError
+
+    def _take(self, data: bytes) -> list[str]:
+        """Let data count; return what the log must say.  Raises ValueError."""
+        raise NotImplementedError
+
+    def _fault_of(self, mode: int) -> str:
+        """What is wrong with a file of this mode, though it counts."""
+        return ""
+
+    def _read(self) -> tuple[int, bytes]:
+        """Return the file's mode and what is in it.  Raises ValueError that says why they cannot be had."""
+        def open_at_once(path: str, flags: int) -> int:  # a FIFO would keep us until somebody writes to it
+            return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+        try:
+            with open(self._path, "rb", opener=open_at_once) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise ValueError("it is not a regular file")
+                data = file.read(self._max_size + 1)
+        except OSError as error:
+            raise ValueError(reason_of(error)) from None
+        if len(data) > self._max_size:
+            raise ValueError(f"it is larger than {self._max_size} bytes")
+        return status.st_mode, data
+
+
+class Tokens(WatchedFile):
+    """The client tokens in a file."""
+
     def __init__(self, path: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises SettingsError where the file cannot be used, or names no client."""
-        self._path, self._clock = path, clock
-        self._lock = threading.Lock()
+        super().__init__("token_file", MAX_TOKEN_FILE_SIZE, clock)
         self._tokens: list[tuple[bytes, str]] = []  # digest and name
         self._text, self._since, self._settled = "", clock(), True  # as seen last, since when, and if all of it counts
-        self._fault, self._complained_at = "", -math.inf
-        try:
-            self._text = self._read()[1]
-            self._tokens = _parse_tokens(self._text)
-            if not self._tokens:
-                raise ValueError("it names no client")
-        except ValueError as fault:
-            raise SettingsError(f"--token-file (STREAMPROXY_TOKEN_FILE): cannot use {path!r}: {fault}") from None
+        self.begin(path)
 
     def name_of(self, token: str) -> str | None:
         """Return the name of the client whose token this is, in a time that says nothing of the others."""
@@ -2599,49 +2660,25 @@ class Tokens:
         names = len({name for _, name in self._tokens})
         return self._fault or f"the token file names {names} client{'s' * (names != 1)}"
 
-    def look(self) -> list[str]:
-        """Take the file where it has changed; return what the log must say of it.  Blocks as long as the file does.
+    def _begin(self, data: bytes) -> None:
+        self._text = _text_of(data)
+        self._tokens = _parse_tokens(self._text)
+        if not self._tokens:
+            raise ValueError("it names no client")
+
+    def _take(self, data: bytes) -> list[str]:
+        emptied = self._take_text(_text_of(data))
+        return ["the token file names no client any more: nobody is let in"] if emptied else []
+
+    def _fault_of(self, mode: int) -> str:
+        exposed = mode & 0o007 and os.name == "posix"
+        return "the token file can be read by others; allowed: chmod o-rwx" if exposed else ""
+
+    def _take_text(self, text: str) -> bool:
+        """Let text count; tell whether, only now, it names no client.  Raises ValueError.
 
         A last line without its end may be half of one: it counts for a look a second later that sees the same.
         """
-        with self._lock:  # else an older look could end after a newer one
-            said, fault = [], ""
-            try:
-                mode, text = self._read()
-                if self._take(text):
-                    said.append("the token file names no client any more: nobody is let in")
-                if mode & 0o007 and os.name == "posix":
-                    fault = "the token file can be read by others; allowed: chmod o-rwx"
-            except ValueError as error:
-                fault = f"the token file was not taken, its last version counts: {error}"
-            if fault and (fault != self._fault or self._clock() >= self._complained_at + COMPLAINT_INTERVAL):
-                said.append(fault)
-                self._complained_at = self._clock()
-            self._fault = fault
-            return said
-
-    def _read(self) -> tuple[int, str]:
-        """Return the file's mode and text.  Raises ValueError that says why they cannot be had."""
-        def open_at_once(path: str, flags: int) -> int:  # a FIFO would keep us until somebody writes to it
-            return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-        try:
-            with open(self._path, "rb", opener=open_at_once) as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise ValueError("it is not a regular file")
-                data = file.read(MAX_TOKEN_FILE_SIZE + 1)
-        except OSError as error:
-            raise ValueError(reason_of(error)) from None
-        if len(data) > MAX_TOKEN_FILE_SIZE:
-            raise ValueError(f"it is larger than {MAX_TOKEN_FILE_SIZE} bytes")
-        try:
-            return status.st_mode, data.decode()
-        except UnicodeError:
-            raise ValueError("it is not UTF-8") from None
-
-    def _take(self, text: str) -> bool:
-        """Let text count; tell whether, only now, it names no client.  Raises ValueError."""
         if text != self._text:
             self._text, self._since, self._settled = text, self._clock(), False
         if self._settled:
@@ -2656,6 +2693,13 @@ class Tokens:
         return whole and not tokens
 
 
+def _text_of(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeError:
+        raise ValueError("it is not UTF-8") from None
+
+
 def _parse_tokens(text: str) -> list[tuple[bytes, str]]:
     """Return (digest, name) of each token.  Raises ValueError."""
     lines = [line.split() for line in text.split("\n")]
@@ -2664,6 +2708,25 @@ def _parse_tokens(text: str) -> list[tuple[bytes, str]]:
         if len(words) != 2 or not re.fullmatch(r"[\w.@-]{1,64}", words[0]) or not re.fullmatch("[!-~]+", words[1]):
             raise ValueError(f"entry {number} is not NAME TOKEN")
     return [(hashlib.sha256(token.encode()).digest(), name) for name, token in entries]
+
+
+class OwnPage(WatchedFile):
+    """A page of the operator's own, in a file.  What it may load it says itself: it gets no policy."""
+
+    def __init__(self, path: str) -> None:
+        """Raises SettingsError where the file cannot be used."""
+        super().__init__("page", MAX_PAGE_SIZE)
+        self.html = b""
+        self.begin(path)
+
+    def _begin(self, data: bytes) -> None:
+        if not data.strip():
+            raise ValueError("it is empty")  # as while an editor writes it anew
+        self.html = data
+
+    def _take(self, data: bytes) -> list[str]:
+        self._begin(data)
+        return []
 
 
 class Limits:
@@ -2734,9 +2797,9 @@ class Access:
         self._names = {host.lower(), *(name.lower().strip("[]") for name in settings.allow_host)}
 
     @property
-    def look(self) -> Callable[[], list[str]] | None:
-        """What looks whether the token file has changed, if there is one: see Tokens.look."""
-        return self._tokens.look if self._tokens else None
+    def file(self) -> WatchedFile | None:
+        """The token file, if there is one."""
+        return self._tokens
 
     @property
     def verdict(self) -> str:
@@ -3023,162 +3086,7 @@ _USAGE = {
 }  # fmt: skip
 
 
-# 13 ------------------------------------------------------------------ Chat page
-
-_PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, interactive-widget=resizes-content">
-<title>streamproxy</title>
-<link rel="icon" href="data:,">
-<style>
-:root { color-scheme: light dark; scrollbar-gutter: stable; }
-* { box-sizing: border-box; margin: 0; font: inherit; unicode-bidi: plaintext; }
-body { display: flex; flex-direction: column; min-height: 100dvh; max-width: 46rem;
-  margin: auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
-main { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; }
-.message { margin: 1.5rem 0; }
-.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem 1rem;
-  border-radius: .75rem; background: light-dark(#eef0f3, #2b2f36); }
-.error { padding-left: 1rem; border-left: 3px solid; color: light-dark(#a3201a, #ffa198); }
-.note, details { margin: .5rem 0; font-size: .875rem; color: light-dark(#5c636d, #9ba2ac); }
-.streaming::after { content: "\25cf"; animation: fade 1s infinite alternate; }
-@keyframes fade { to { opacity: .2; } }
-form { position: sticky; bottom: 0; display: flex; align-items: end; gap: .5rem;
-  padding: .5rem 0 1rem; background: Canvas; }
-textarea, button, input { padding: .5rem 1rem; border-radius: .75rem; }
-textarea, input { flex: 1; min-width: 0; resize: none; background: Canvas; }
-button { border: 0; background: light-dark(#1d57b0, #8fb6f5); color: Canvas; }
-</style>
-<main id="log" role="log" aria-label="Conversation"></main>
-<form>
-  <input id="token" type="password" aria-label="Client token" placeholder="Token" autocomplete="off" hidden>
-  <textarea id="prompt" rows="3" aria-label="Message" placeholder="Message" autofocus></textarea>
-  <button id="send">Send</button>
-  <button id="stop" type="button" hidden>Stop</button>
-</form>
-<script>
-const [page, log, form, token, input, sendButton, stopButton] =
-  ["html", "#log", "form", "#token", "#prompt", "#send", "#stop"].map(name => document.querySelector(name));
-const messages = [];     // the conversation so far
-let controller = null;   // stops the answer that is arriving; null when none is
-token.value = sessionStorage.getItem("token") || "";   // kept for this tab
-
-// All text enters the page here, as text: nothing that arrives is ever read as markup.
-function grow(element, text) {
-  const atEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
-  element.append(text);
-  if (atEnd) page.scrollTop = page.scrollHeight;
-}
-
-function add(parent, tag, className, text) {
-  const element = parent.appendChild(document.createElement(tag));
-  element.className = className;
-  grow(element, text);
-  return element;
-}
-
-function addReasoning(message) {
-  const details = add(message, "details", "reasoning", "");
-  add(details, "summary", "label", "Reasoning");
-  return add(details, "p", "text", "");
-}
-
-// What is said of answers that did not end by themselves.
-const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer."};
-
-// The events of an event stream, wherever its bytes were cut on the way.
-async function* readEvents(body) {
-  const reader = body.getReader(), decoder = new TextDecoder();
-  let rest = "";
-  for (;;) {
-    const {value, done} = await reader.read();
-    if (done) return;
-    const events = (rest + decoder.decode(value, {stream: true})).split("\n\n");
-    rest = events.pop();
-    for (const event of events) {
-      const [, type = "message", data] = /(?:event: (\w+)\n)?data: (.*)/s.exec(event) || [];
-      if (data) yield [type, JSON.parse(data)];
-    }
-  }
-}
-
-async function ask(question) {
-  const turn = {role: "user", content: question};
-  add(log, "h2", "message user", question);
-  const message = add(log, "div", "message assistant streaming", "");
-  page.scrollTop = page.scrollHeight;
-  let reasoning = null, answer = null, note = "", error = "The server could not be reached.";
-  try {
-    const response = await fetch(location.origin + location.pathname, {
-      method: "POST", body: JSON.stringify({messages: [...messages, turn]}), signal: controller.signal,
-      headers: {"Content-Type": "application/json", "Accept": "text/event-stream",
-        ...token.value && {"Authorization": `Bearer ${token.value}`}}});
-    token.hidden = response.status !== 401;
-    if (token.hidden) sessionStorage.setItem("token", token.value);
-    error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
-    if (!response.ok) error = (await response.json()).error || error;
-    else for await (const [type, data] of readEvents(response.body)) {
-      if (type === "message") grow(answer ||= add(message, "p", "text", ""), data.text);
-      if (type === "reasoning") grow(reasoning ||= addReasoning(message), data.text);
-      if (type === "error") error = data.error;
-      if (type === "done") error = "";
-      note = ENDINGS[data.finish_reason] || note;
-    }
-  } catch {}   // a lost connection or a body that is not JSON: error already says it
-  if (controller.signal.aborted) [error, note] = ["", "Stopped."];
-  message.classList.remove("streaming");
-  if (answer) messages.push(turn, {role: "assistant", content: answer.textContent});
-  else input.value ||= question;   // nothing was said: offer the question again
-  if (!token.hidden) token.focus();
-  if (note) add(message, "p", "note", note);
-  if (error) add(log, "p", "message error", error);
-}
-
-function setRunning(running) {
-  controller = running ? new AbortController() : null;
-  if (document.activeElement.matches("button")) input.focus();   // the button is about to go
-  sendButton.hidden = running;
-  stopButton.hidden = !running;
-  log.ariaBusy = running;   // an answer is read out when it is whole
-}
-
-form.addEventListener("submit", async event => {
-  event.preventDefault();
-  const question = input.value;
-  if (controller || !question.trim()) return;
-  input.value = "";
-  setRunning(true);
-  await ask(question);
-  setRunning(false);
-});
-input.addEventListener("keydown", event => {
-  if (event.key !== "Enter" || event.shiftKey || event.keyCode === 229) return;   // 229: input method
-  event.preventDefault();
-  form.requestSubmit();
-});
-stopButton.addEventListener("click", () => controller.abort());
-</script>
-"""
-
-
-def _page_policy(page: str) -> str:
-    """The page's Content-Security-Policy: its own style and script, by hash, and its own server."""
-    hashes = {}
-    for tag in ("script", "style"):
-        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}';"
-        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-PAGE = _PAGE.encode()
-PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _page_policy(_PAGE)}
-
-
-# 14 ------------------------------------------------------------------ Loop
+# 13 ------------------------------------------------------------------ Loop
 
 READ, WRITE = 1, 4  # as in poll(2); a hang-up or an error is told by other bits, and by the next read
 
@@ -3408,7 +3316,7 @@ class Loop:
                 on_fault(error)
 
 
-# 15 ------------------------------------------------------------------ Threads
+# 14 ------------------------------------------------------------------ Threads
 
 
 class Job:
@@ -3620,7 +3528,7 @@ def start_thread(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="worker", daemon=True).start()
 
 
-# 16 ------------------------------------------------------------------ Clients
+# 15 ------------------------------------------------------------------ Clients
 
 
 def hang_up(sock: socket.socket) -> None:
@@ -4126,11 +4034,15 @@ class Exchange:
     def get_root(self) -> None:
         """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
         if not self._wants_events():
-            self._answer(200, PAGE, PAGE_FIELDS)
+            self.server.front.ask(self._answer_page)
         elif "last-event-id" in self.request.fields:  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
             self._answer(204, b"", {})
         else:
             self._admit(self._ask_query)
+
+    def _answer_page(self) -> None:
+        if self._waits():
+            self._answer(200, *self.server.front.shown)
 
     def _ask_query(self) -> None:
         try:
@@ -4440,7 +4352,7 @@ _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
-# 17 ------------------------------------------------------------------ Upstream
+# 16 ------------------------------------------------------------------ Upstream
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -5174,7 +5086,7 @@ class Pool:
                 self.drop(spare)
 
 
-# 18 ------------------------------------------------------------------ Sources
+# 17 ------------------------------------------------------------------ Sources
 
 
 def _no_answer() -> UpstreamError:
@@ -5410,7 +5322,7 @@ class Source(Stateful):
         self.stream.set_alarm()
 
 
-# 19 ------------------------------------------------------------------ Viewers
+# 18 ------------------------------------------------------------------ Viewers
 
 
 class Record:
@@ -5497,7 +5409,7 @@ class Viewer(Stateful):
         self.state = self.OPEN
 
 
-# 20 ------------------------------------------------------------------ Streams
+# 19 ------------------------------------------------------------------ Streams
 
 
 class Stream:
@@ -5704,7 +5616,7 @@ class Hub:
         self.log.close(CLOSE_TIMEOUT)
 
 
-# 21 ------------------------------------------------------------------ Demo upstream
+# 20 ------------------------------------------------------------------ Demo upstream
 
 DEMO_PAUSE = 0.05  # seconds between two words: a human pace
 DEMO_ANSWER = (
@@ -5784,21 +5696,20 @@ def demo_upstream(settings: Settings) -> Iterator[Settings]:
             server.shutdown()
 
 
-# 22 ------------------------------------------------------------------ Server
+# 21 ------------------------------------------------------------------ Server
 
 
 class Lookout(Stateful):
-    """Has a thread look at the token file, if there is one, before a token is judged, so that a change counts at once.
+    """Has a thread look at a file, if there is one, before what it says counts, so that a change counts at once.
 
     Where the look hangs, as on a network's file system, the last version counts, and nobody waits.
     """
 
     IDLE, LOOKING, HANGING = range(3)
 
-    def __init__(self, look: Callable[[], list[str]] | None, hub: Hub) -> None:
-        """look returns what the log must say, and may block."""
+    def __init__(self, file: WatchedFile | None, hub: Hub) -> None:
         self.state = self.IDLE
-        self._look_at_file, self._hub = look, hub
+        self._file, self._hub = file, hub
         self._waiting: list[Callable[[], object]] = []  # for a look that begins after they asked
         self._looking: list[Callable[[], object]] = []  # for the one that is under way
         self._since = 0.0  # when the look under way began
@@ -5806,7 +5717,7 @@ class Lookout(Stateful):
 
     def look(self, then: Callable[[], object]) -> None:
         """Call then once the file was looked at."""
-        if self.state == self.HANGING or not self._look_at_file:
+        if self.state == self.HANGING or not self._file:
             then()
             return
         self._waiting.append(then)
@@ -5825,9 +5736,9 @@ class Lookout(Stateful):
 
     def _look(self) -> None:
         """In a thread that may wait."""
-        assert self._look_at_file
+        assert self._file
         try:
-            for complaint in self._look_at_file():
+            for complaint in self._file.look():
                 self._hub.log.error(complaint)
         finally:
             self._hub.loop.post(self._on_looked)
@@ -5850,9 +5761,28 @@ class Lookout(Stateful):
             self._alarm.by(self._since + LOOK_TIMEOUT)
             return
         self.state = self.HANGING
-        self._hub.log.error("the token file cannot be looked at, its last version counts: it took too long")
+        assert self._file
+        self._hub.log.error(f"the {self._file.name} cannot be looked at, its last version counts: it took too long")
         self._release(self._looking)
         self._release(self._waiting)
+
+
+class FrontPage:
+    """What a browser gets at /: the chat page, or one of the operator's own."""
+
+    def __init__(self, settings: Settings, hub: Hub) -> None:
+        """Raises SettingsError for a page of one's own that cannot be used."""
+        self._own = OwnPage(settings.page) if settings.page else None
+        self._chat = b"" if self._own else chat_page(settings)
+        self._lookout = Lookout(self._own, hub)
+        self.ask, self.close = self._lookout.look, self._lookout.close
+
+    @property
+    def shown(self) -> tuple[bytes, Mapping[str, str]]:
+        """The page and its fields, as of the last look.  ask(then) looks first."""
+        if self._own:
+            return self._own.html, {"Content-Type": "text/html; charset=utf-8"}
+        return self._chat, PAGE_FIELDS
 
 
 class Listener:
@@ -6026,7 +5956,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.access = Access(settings)
             self.hub = Hub(self.settings, self._start_thread)
             stack.callback(self.hub.close)
-            self.lookout = Lookout(self.access.look, self.hub)
+            self.lookout = Lookout(self.access.file, self.hub)
+            self.front = FrontPage(self.settings, self.hub)
             self._pause = Alarm(self.hub.loop, self._on_pause)
             self.listener = Listener(settings, given)
             self.socket, self.server_address = self.listener.sock, self.listener.sock.getsockname()
@@ -6085,7 +6016,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self._hurried = False
                 loop.post(self._abort)
                 self._wait_until_empty(ABORT_GRACE, tell)
-            for last in (self._close_clients, self.lookout.close, self._say_what_ended):
+            for last in (self._close_clients, self.lookout.close, self.front.close, self._say_what_ended):
                 loop.post(last)
         self.server_close()
 
@@ -6275,7 +6206,7 @@ def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
             raise listener.stream.failure
 
 
-# 23 ------------------------------------------------------------------ Command line
+# 22 ------------------------------------------------------------------ Command line
 
 
 class _ArgumentParser(argparse.ArgumentParser):
@@ -6562,6 +6493,892 @@ def _tune_process() -> None:
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# 23 ------------------------------------------------------------------ Chat page
+
+_PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, viewport-fit=cover, interactive-widget=resizes-content">
+<meta name="color-scheme" content="light dark">
+<title>{{title}}</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --text: light-dark(#1b1c1f, #e9e9e6); --quiet: light-dark(#5f636b, #a2a6ad);
+  --paper: light-dark(#fdfdfb, #191a1c); --soft: light-dark(#f1f1ec, #26282b); --line: light-dark(#dddcd5, #3a3d42);
+  --accent: light-dark(#1f5a4b, #8fd0bd); --wrong: light-dark(#9d2c1f, #ff9d8f); scrollbar-gutter: stable; }
+* { box-sizing: border-box; margin: 0; font: inherit; color: inherit; }
+[hidden] { display: none !important; }
+body { display: flex; flex-direction: column; min-height: 100dvh; background: var(--paper); color: var(--text);
+  font: 1rem/1.65 system-ui, sans-serif; overflow-wrap: anywhere; }
+header, main, footer { width: 100%; max-width: 46rem; margin: 0 auto; padding-inline:
+  max(1.25rem, env(safe-area-inset-left)) max(1.25rem, env(safe-area-inset-right)); }
+header { display: flex; align-items: center; gap: .25rem .75rem; min-height: 4rem; font-size: .9rem; }
+h1 { font-weight: 600; }
+#model { flex: 1; color: var(--quiet); }
+main { flex: 1; padding-bottom: 1rem; }
+footer { position: sticky; bottom: 0; background: var(--paper);
+  padding-bottom: max(1rem, env(safe-area-inset-bottom)); }
+.label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+button { padding: .35rem .75rem; border: 1px solid var(--line); border-radius: .6rem; background: none; cursor: pointer;
+  font-size: .875rem; white-space: nowrap; }
+button:hover { background: var(--soft); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+#greeting { padding-top: 22vh; text-align: center; }
+#greeting h2 { margin-bottom: 1.5rem; font-size: 1.6rem; line-height: 1.3; font-weight: 500; }
+#greeting button { margin: .25rem; padding: .5rem 1rem; border-radius: 2rem; color: var(--quiet); white-space: normal; }
+.message { margin-top: 1.75rem; }
+.user:has(.last) + .assistant { margin-top: .5rem; }
+.user .text { width: fit-content; max-width: 85%; margin-inline-start: auto; padding: .6rem 1rem; border-radius: 1.1rem;
+  background: var(--soft); white-space: pre-wrap; unicode-bidi: plaintext; }
+.user .tools { justify-content: end; }
+.editing { opacity: .5; }
+.turn:not(:last-child) .last, .turn:has(.streaming) .last { display: none; }
+.text > * + *, li > * + *, blockquote > * + * { margin-top: .85rem; }
+.text > .more { margin-top: 0; }
+.text :is(p, h3, h4, h5, h6, li, td, th, blockquote) { unicode-bidi: plaintext; text-align: start; }
+.text p { white-space: pre-line; }
+.text :is(h3, h4, h5, h6) { font-weight: 650; line-height: 1.35; }
+.text > :is(h3, h4) { margin-top: 1.6rem; font-size: 1.2rem; }
+ul, ol { padding-inline-start: 1.6rem; }
+li + li { margin-top: .3rem; }
+li > :is(ul, ol) { margin-top: .3rem; }
+strong { font-weight: 650; }
+em { font-style: italic; }
+a { color: var(--accent); text-underline-offset: .15em; }
+a[data-host]::after { content: " (" attr(data-host) ")"; font-size: .8em; color: var(--quiet); }
+blockquote { padding-inline-start: 1rem; border-inline-start: 3px solid var(--line); color: var(--quiet); }
+hr { border: 0; border-top: 1px solid var(--line); margin-block: 1.5rem; }
+code, pre { font: .875em/1.6 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; }
+:not(pre) > code { padding: .1em .35em; border-radius: .35em; background: var(--soft); white-space: break-spaces; }
+.code, .wide { border: 1px solid var(--line); border-radius: .75rem; overflow: hidden; }
+.code > div { display: flex; justify-content: space-between; align-items: center; padding: .15rem .4rem .15rem 1rem;
+  background: var(--soft); font-size: .8rem; color: var(--quiet); }
+.code button, .tools button { border: 0; padding: .2rem .5rem; font-size: .8rem; color: var(--quiet); }
+pre { direction: ltr; text-align: left; padding: .75rem 1rem; overflow-x: auto; overflow-wrap: normal; }
+pre code { font: inherit; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; min-width: 100%; overflow-wrap: normal; font-size: .925rem; }
+th, td { padding: .45rem .9rem; max-width: 24rem; }
+th { font-weight: 600; background: var(--soft); }
+tr + tr td, tbody td { border-top: 1px solid var(--line); }
+details { margin-bottom: .75rem; font-size: .9rem; color: var(--quiet); }
+summary { cursor: pointer; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+details p { padding: .5rem 0 0 1rem; border-inline-start: 2px solid var(--line); white-space: pre-wrap; }
+.dot { width: .6rem; height: .6rem; margin: .65rem 0; border-radius: 50%; background: var(--accent); }
+@media (prefers-reduced-motion: no-preference) { .dot { animation: fade 1s ease-in-out infinite alternate; } }
+@keyframes fade { to { opacity: .2; } }
+.ending { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .75rem; margin-top: .75rem;
+  color: var(--quiet); font-size: .9rem; }
+.error { color: var(--wrong); }
+.tools { display: flex; flex-wrap: wrap; align-items: center; min-height: 1.9rem; margin: .35rem -.5rem 0; }
+.tools .stats { padding-inline: .5rem; font-size: .8rem; color: var(--quiet); }
+#end { position: absolute; inset: -3rem 0 auto 0; width: fit-content; margin: auto; background: var(--paper); }
+form { display: flex; align-items: end; gap: .5rem; padding: .5rem; border: 1px solid var(--line);
+  border-radius: 1.4rem; background: var(--paper); }
+form:focus-within { border-color: var(--accent); }
+textarea, input { flex: 1; min-width: 0; padding: .4rem .6rem; border: 0; resize: none; background: none; }
+textarea { max-height: 33dvh; unicode-bidi: plaintext; }
+:is(textarea, input):focus-visible { outline: none; }
+::placeholder { color: var(--quiet); opacity: 1; }
+form button { padding: .4rem .9rem; border-radius: 1rem; border-color: transparent; line-height: 1.65; }
+#send, #access button { background: var(--accent); color: var(--paper); }
+#access { flex-wrap: wrap; margin-bottom: .75rem; }
+#access label { flex-basis: 100%; padding: 0 .6rem; font-size: .9rem; }
+#access .error:empty { display: none; }
+#access .error { flex-basis: 100%; padding: 0 .6rem; font-size: .9rem; }
+@media (forced-colors: active) { form:focus-within { outline: 2px solid; } .dot { background: CanvasText; }
+  .user .text { border: 1px solid; } }
+</style>
+<header>
+  <h1>{{title}}</h1>
+  <span id="model">{{model}}</span>
+  <button id="new" hidden>New chat</button>
+</header>
+<main>
+  <section id="greeting">
+    <h2>What would you like to know?</h2>
+    <button>Explain in five sentences how a fridge cools</button>
+    <button>Write a short, polite letter that says no</button>
+    <button>Compare tea and coffee in a table</button>
+  </section>
+  <div id="log" role="log" aria-label="Conversation"></div>
+</main>
+<footer>
+  <p id="status" class="label" role="status"></p>
+  <button id="end" hidden>↓ To the end</button>
+  <form id="access" hidden>
+    <label for="token">This server asks for an access token</label>
+    <input id="token" type="password" autocomplete="off">
+    <button>Continue</button>
+    <p class="error" role="alert"></p>
+  </form>
+  <form id="ask">
+    <textarea id="prompt" rows="1" aria-label="Message" placeholder="Write a message" autofocus></textarea>
+    <button id="send">Send</button>
+    <button id="stop" type="button" hidden>Stop</button>
+  </form>
+</footer>
+<script>
+"use strict";
+
+// Markdown: from text to blocks, as of CommonMark and GFM's tables.  Nothing here knows the page.  HTML, math,
+// entities, indented code and reference links stay text.  A long block is cut, so that each is drawn at once.
+
+const CUT = 8000, DEEPEST = 8;   // characters of a block; levels of lists and quotes
+const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)(.{0,500})$/, UNDERLINE = /^ {0,3}(=+|-+)[ \t]*$/;
+const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/, QUOTE = /^ {0,3}> ?/;
+const FENCE = /^( {0,3})(`{3,}(?=[^`]*$)|~{3,})[ \t]*([^\s`]*)/, ITEM = /^ {0,3}([-+*]|\d{1,9}[.)])(?:([ \t]+)|$)/;
+const COLUMNS = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+
+function lineAt(text, at) {
+  const end = text.indexOf("\n", at);
+  return {line: text.slice(at, end < 0 ? undefined : end), end: end < 0 ? text.length : end + 1, whole: end >= 0};
+}
+
+const isBlank = line => !line.trim();
+// Whether it is sure what a line is: a part of one may become something else.
+const isSure = ({line, whole}) => whole || line.length > 20 && !/^[\s=*_-]+$/.test(line);
+
+const cells = line => line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "").split(/(?<!\\)\|/)
+  .map(cell => cell.trim().replace(/\\\|/g, "|"));
+
+const interrupts = line => HEADING.test(line) || FENCE.test(line) || QUOTE.test(line) || RULE.test(line)
+  || /^ {0,3}(?:[-+*]|1[.)])[ \t]+\S/.test(line);
+
+// The block that begins at a place, where it ends, and whether it is whole.  before: the one above, which may be cut.
+function blockAt(text, at, before, depth) {
+  if (before?.cut) return before.type === "code" ? readCode(text, at, before)
+    : before.type === "table" ? readTable(text, at, before) : readParagraph(text, at, true);
+  const {line, end, whole} = lineAt(text, at);
+  let found;
+  if (isBlank(line)) return {type: "blank", end, whole};
+  if (found = FENCE.exec(line)) {
+    const head = {indent: found[1].length, fence: found[2], language: found[3]};
+    return whole ? readCode(text, end, head) : {...head, type: "code", text: "", end, whole};
+  }
+  if (found = HEADING.exec(line))
+    return {type: "heading", level: found[1].length, text: found[2].replace(/[ \t]#+[ \t]*$/, "").trim(), end, whole};
+  if (RULE.test(line)) return {type: "rule", end, whole};
+  if (depth < DEEPEST && QUOTE.test(line)) return readQuote(text, at, depth);
+  if (depth < DEEPEST && (found = ITEM.exec(line))) return readItem(text, at, depth, found);
+  const next = whole && line.includes("|") && lineAt(text, end);
+  if (next?.whole && COLUMNS.test(next.line) && cells(next.line).length === cells(line).length) {
+    const align = cells(next.line).map(cell => ["", "left", "right", "center"][/^:/.test(cell) + 2 * /:$/.test(cell)]);
+    return readTable(text, next.end, {head: cells(line), align});
+  }
+  return readParagraph(text, at, false);
+}
+
+function readCode(text, start, {indent, fence, language, cut}) {
+  const closing = new RegExp(`^ {0,3}${fence[0]}{${fence.length},}[ \\t]*$`), dedent = new RegExp(`^ {0,${indent}}`);
+  const block = {type: "code", indent, fence, language, more: cut, text: "", whole: false};
+  for (let at = start; at < text.length;) {
+    const {line, end, whole} = lineAt(text, at);
+    if (closing.test(line)) return {...block, end, whole};
+    if (!whole && line.trim() && !line.trim().replaceAll(fence[0], "")) break;   // as it seems, the end begins
+    block.text += line.slice(0, CUT).replace(dedent, "") + (whole && line.length <= CUT ? "\n" : "");
+    at = Math.min(end, at + CUT + 1);
+    if (line.length > CUT) at--;
+    if (block.text.length >= CUT) return {...block, end: at, whole: true, cut: true};
+  }
+  return {...block, end: text.length};
+}
+
+function readTable(text, start, {head, align, cut}) {
+  const block = {type: "table", head, align, more: cut, rows: []};
+  for (let at = start; at < text.length;) {
+    const read = lineAt(text, at), {line, end, whole} = read;
+    if (isBlank(line) || interrupts(line)) return {...block, end: at, whole: isSure(read)};
+    if (at - start > CUT) return {...block, end: at, whole: true, cut: true};
+    block.rows.push(cells(line).slice(0, head.length));
+    at = end;
+    if (!whole) break;
+  }
+  return {...block, end: text.length, whole: false};
+}
+
+function readParagraph(text, start, more) {
+  let at = start, level = 0;
+  while (at < text.length) {
+    const read = lineAt(text, at), {line, end, whole} = read, underline = at > start && UNDERLINE.exec(line);
+    if (underline && whole && !more) {
+      level = underline[1][0] === "=" ? 1 : 2;
+      return {type: "heading", level, text: trimLines(text.slice(start, at)), end, whole};
+    }
+    if (isBlank(line) || (at > start && interrupts(line))) return paragraph(text, start, at, more, isSure(read));
+    if (end - start > CUT) {
+      const room = start + CUT, space = text.lastIndexOf(" ", room);
+      return {...paragraph(text, start, space > start ? space + 1 : room, more, true), cut: true};
+    }
+    at = end;
+  }
+  return paragraph(text, start, text.length, more, false);
+}
+
+const trimLines = text => text.replace(/^[ \t]+/gm, "").trimEnd();
+const paragraph = (text, start, end, more, whole) =>
+  ({type: "paragraph", text: trimLines(text.slice(start, end)), more, end, whole});
+
+function readQuote(text, start, depth) {
+  const lines = [];
+  let at = start, last = "";
+  while (at < text.length) {
+    const read = lineAt(text, at), {line, end} = read, quoted = QUOTE.exec(line);
+    const lazy = !quoted && !isBlank(last) && !isBlank(line) && !interrupts(line) && !FENCE.test(last);
+    if (!quoted && !lazy || at - start > 4 * CUT) return nested("quote", lines, at, isSure(read), depth);
+    lines.push(last = line.slice(quoted ? quoted[0].length : 0));
+    at = end;
+  }
+  return nested("quote", lines, at, false, depth);
+}
+
+function readItem(text, start, depth, [mark, marker, space = ""]) {
+  const offset = space.length > 4 ? mark.length - space.length + 1 : mark.length + (space ? 0 : 1), lines = [];
+  let at = start, blank = false, whole = false;
+  while (at < text.length) {
+    const read = lineAt(text, at), {end} = read;
+    const line = read.line.replace(/^\t+/, tabs => "    ".repeat(tabs.length)), indent = line.search(/\S/);
+    const belongs = at === start || indent < 0 || indent >= offset || (!blank && !interrupts(line) && !ITEM.test(line));
+    whole = isSure(read) && (!belongs || at - start > 4 * CUT);
+    if (!belongs || whole) break;
+    lines.push(at === start ? line.slice(offset) : line.slice(Math.min(offset, Math.max(indent, 0))));
+    blank = indent < 0;
+    at = end;
+  }
+  return {...nested("item", lines, at, whole, depth), list: marker.at(-1), number: parseInt(marker)};
+}
+
+const nested = (type, lines, end, whole, depth) =>
+  ({type, children: parseBlocks(lines.join("\n"), depth + 1), end, whole});
+
+function parseBlocks(text, depth = 0) {
+  const blocks = [];
+  for (let at = 0; at < text.length; at = blocks.at(-1).end) blocks.push(blockAt(text, at, blocks.at(-1), depth));
+  return blocks;
+}
+
+// Inline: strings and {type, children}.  The delimiter stack is CommonMark's, so that it is linear.  open: more may
+// come, so what has begun counts as if it were closed.
+
+const SPECIAL = /[\\`*_~[\]<\n]|!\[|https?:\/\//g, ADDRESS = /https?:\/\/[^\s<>`"\])]+/y;
+const TARGET = /\(\s*(<[^<>\n]*>|[^\s()<>]*(?:\([^\s()]*\)[^\s()]*)*)(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/y;
+const POINTED = /<((?:https?:|mailto:)[^\s<>]*)>/y, ESCAPED = /\\([!-/:-@[-`{-~])/g;
+
+function parseInline(text, open) {
+  if (open) text = text.replace(/(?:\*\*|~~|`+)$/, "").replace(/\[([^[\]]{1,200})\]\([^\s()]{0,500}$/, "$1");
+  const tokens = [], brackets = [], ticks = new Map();
+  const take = (pattern, at) => { pattern.lastIndex = at; return pattern.exec(text); };
+  for (const run of text.matchAll(/`+/g)) ticks.set(run[0].length, run.index);   // where the last of each length is
+  for (let at = 0; at < text.length;) {
+    const found = take(SPECIAL, at);
+    if (found?.index !== at) tokens.push(text.slice(at, at = found ? found.index : text.length));
+    if (found) at = special(found[0], at);
+  }
+  return build(pair(tokens, open));
+
+  function special(sign, at) {
+    let found;
+    if (sign === "\\") {
+      const next = text[at + 1] || "";
+      if (next === "\n") tokens.push({type: "break"});
+      else tokens.push(/[!-/:-@[-`{-~]/.test(next) ? next : "\\" + next);
+      return at + 2;
+    }
+    if (sign === "\n") return newline(at);
+    if (sign === "`") return codeSpan(at, take(/`+/y, at)[0]);
+    if ("*_~".includes(sign)) return delimiters(sign, at);
+    if (sign === "[" || sign === "![") { brackets.push(tokens.push(sign) - 1); return at + sign.length; }
+    if (sign === "]") return closeBracket(at);
+    if (sign === "<" && (found = take(POINTED, at))) {
+      tokens.push(link(found[1], [found[1]]));
+      return at + found[0].length;
+    }
+    if (sign[0] === "h" && !/\w/.test(text[at - 1] || "") && (found = take(ADDRESS, at))) {
+      const address = found[0].replace(/[.,:;!?'*_~]{1,20}$/, "");
+      tokens.push(link(address, [address]));
+      return at + address.length;
+    }
+    tokens.push(sign);
+    return at + sign.length;
+  }
+
+  function newline(at) {
+    const last = tokens.at(-1), hard = typeof last === "string" && last.endsWith("  ");
+    if (typeof last === "string") tokens[tokens.length - 1] = last.trimEnd();
+    tokens.push(hard ? {type: "break"} : "\n");
+    return at + 1;
+  }
+
+  function codeSpan(at, run) {
+    const start = at + run.length;
+    let end = start;
+    if (ticks.get(run.length) > at) for (const next of text.slice(start).matchAll(/`+/g))
+      if (next[0].length === run.length) { end = start + next.index; break; }
+    if (end === start && !open) { tokens.push(run); return start; }
+    const inside = text.slice(start, end > start ? end : undefined).replace(/\n/g, " ");
+    const padded = /^ .* $/.test(inside) && inside.trim();
+    tokens.push({type: "code", children: [padded ? inside.slice(1, -1) : inside]});
+    return end > start ? end + run.length : text.length;
+  }
+
+  function delimiters(sign, at) {
+    let end = at;
+    while (text[end] === sign) end++;
+    const before = text[at - 1] || " ", after = text[end] || " ", mark = /[\p{P}\p{S}]/u;
+    const left = /\S/.test(after) && (!mark.test(after) || /\s/.test(before) || mark.test(before));
+    const right = /\S/.test(before) && (!mark.test(before) || /\s/.test(after) || mark.test(after));
+    const word = sign === "_";
+    tokens.push({sign, count: end - at, size: end - at, opens: [], closes: 0,
+      canOpen: left && (!word || !right || mark.test(before)),
+      canClose: right && (!word || !left || mark.test(after))});
+    return end;
+  }
+
+  function closeBracket(at) {
+    const start = brackets.pop(), target = start === undefined ? null : take(TARGET, at + 1);
+    if (!target) { tokens.push("]"); return at + 1; }
+    const children = build(pair(tokens.splice(start).slice(1), false));
+    tokens.push(link(target[1].replace(/^<|>$/g, "").replace(ESCAPED, "$1"), children));
+    brackets.length = 0;   // no link within a link
+    return at + 1 + target[0].length;
+  }
+}
+
+// Only what a reader expects behind a link; else its text is all there is.
+const link = (address, children) =>
+  ({type: /^(?:https?|mailto):[^\s\0-\x1f]*$/i.test(address) ? "link" : "text", address, children});
+
+// Pair the delimiters among tokens (CommonMark's "process emphasis").
+function pair(tokens, open) {
+  const openers = [], bottom = {};
+  tokens.forEach((closer, index) => {
+    if (!closer.sign) return;
+    closer.index = index;
+    while (closer.canClose && closer.count) {
+      const key = closer.sign + closer.canOpen + closer.size % 3;
+      let top = openers.length - 1;
+      while (top >= 0 && openers[top].index >= (bottom[key] ?? -1) && !fits(openers[top], closer)) top--;
+      if (top < 0 || openers[top].index < (bottom[key] ?? -1)) { bottom[key] = index; break; }
+      openers.length = top + 1;
+      match(openers[top], closer);
+      if (!openers[top].count) openers.pop();
+    }
+    if (closer.canOpen && closer.count) openers.push(closer);
+  });
+  const end = {sign: "", count: 0, closes: 0, opens: []};
+  for (const opener of open ? openers.reverse() : []) if (opener.count === 2) {
+    end.count = 2;
+    match(opener, end);
+  }
+  return [...tokens, end];
+}
+
+const fits = (opener, closer) => opener.sign === closer.sign && (opener.sign === "~" ? opener.count === closer.count
+  && opener.count <= 2 : !((opener.canClose || closer.canOpen) && (opener.size + closer.size) % 3 === 0
+  && (opener.size % 3 || closer.size % 3)));
+
+function match(opener, closer) {
+  const count = opener.sign === "~" ? opener.count : Math.min(2, opener.count, closer.count);
+  opener.opens.unshift(opener.sign === "~" ? "strike" : count === 2 ? "strong" : "emphasis");
+  closer.closes++;
+  opener.count -= count;
+  closer.count -= count;
+}
+
+function build(tokens) {
+  const stack = [{children: []}];
+  const put = node => {
+    const into = stack.at(-1).children;
+    if (typeof node === "string" && typeof into.at(-1) === "string") into[into.length - 1] += node;
+    else if (node !== "") into.push(node);
+  };
+  for (const token of tokens) {
+    if (typeof token === "string" || token.type) { put(token); continue; }
+    for (let left = token.closes; left && stack.length > 1; left--) { const node = stack.pop(); put(node); }
+    put(token.sign.repeat(token.count));
+    for (const type of token.opens) stack.push({type, children: []});
+  }
+  return stack[0].children;
+}
+
+// Drawing: each element is made here, and text enters as text: nothing that arrives is ever read as HTML.
+
+const $ = selector => document.querySelector(selector);
+const [page, log, form, input, access, token] = ["html", "#log", "#ask", "#prompt", "#access", "#token"].map($);
+
+function make(parent, tag, className = "", text = "") {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text) element.append(text);
+  parent?.append(element);
+  return element;
+}
+
+function button(parent, text, act) {
+  const element = make(parent, "button", "", text);
+  element.type = "button";
+  element.addEventListener("click", () => act(element));
+  return element;
+}
+
+const TAGS = {emphasis: "em", strong: "strong", strike: "del", code: "code", break: "br", link: "a", text: "span"};
+
+function drawInline(parent, nodes, depth = 0) {
+  for (const node of nodes) {
+    if (typeof node === "string") parent.append(node);
+    else if (depth > 100) drawInline(parent, node.children || [], depth);   // else the browser's stack overflows
+    else {
+      const element = make(parent, TAGS[node.type]);
+      if (node.type === "link") aim(element, node);
+      drawInline(element, node.children || [], depth + 1);
+    }
+  }
+}
+
+function aim(element, {address, children}) {
+  Object.assign(element, {href: address, rel: "noopener noreferrer", target: "_blank", title: address});
+  if (children.join("") !== address) element.dataset.host = element.host || element.pathname;
+}
+
+// Where a block goes on in what is above it: an item in its list, the rest of a code block or a table that was cut.
+function placeAbove(block, above) {
+  if (block.type === "item") return above?.dataset.list === block.list ? above : null;
+  return block.more && above?.querySelector({code: "code", table: "tbody"}[block.type] || "none") || null;
+}
+
+// Draw a block below the one above, or in it; return the element of the two.  open: more of it may come.
+function drawBlock(parent, block, above, open) {
+  const {type} = block, place = placeAbove(block, above);
+  if (type === "blank") return above;
+  if (type === "item") return drawItem(place || makeList(parent, block), block, open);
+  if (type === "code") return place ? (place.append(block.text), above) : drawCode(parent, block);
+  if (type === "table") return drawTable(parent, block, place, above, open);
+  const tag = {heading: `h${Math.min(6, block.level + 2)}`, rule: "hr", quote: "blockquote", paragraph: "p"}[type];
+  const element = make(parent, tag, block.more ? "more" : "");
+  if (type === "quote") drawBlocks(element, block.children, open);
+  else if (type !== "rule") drawInline(element, parseInline(block.text, open));
+  return element;
+}
+
+function drawBlocks(parent, blocks, open) {
+  let above = null;
+  for (const block of blocks) above = drawBlock(parent, block, above, open && block === blocks.at(-1));
+}
+
+function makeList(parent, {list, number}) {
+  const element = make(parent, isNaN(number) ? "ul" : "ol");
+  element.dataset.list = list;
+  if (number >= 0) element.start = number;
+  return element;
+}
+
+function drawItem(list, {children}, open) {
+  drawBlocks(make(list, "li"), children, open);
+  return list;
+}
+
+function scrollable(parent, className, label) {   // sideways, and so reached by keyboard
+  const element = make(parent, className === "wide" ? "div" : "pre", className);
+  Object.assign(element, {tabIndex: 0, role: "region", ariaLabel: label});
+  return element;
+}
+
+function drawCode(parent, {text, language}) {
+  const element = make(parent, "div", "code"), bar = make(element, "div");
+  make(bar, "span", "", language || "text");
+  const code = make(scrollable(element, "", "Code"), "code", "", text);
+  button(bar, "Copy", self => copy(self, code.textContent)).ariaLabel = "Copy code";
+  return element;
+}
+
+function drawTable(parent, {head, align, rows}, place, above, open) {
+  const element = place ? above : scrollable(parent, "wide", "Table");
+  if (!place) {
+    const table = make(element, "table");
+    drawRow(make(table, "thead"), "th", head, align, false);
+    place = make(table, "tbody");
+  }
+  for (const row of rows) drawRow(place, "td", row, align, open && row === rows.at(-1));
+  return element;
+}
+
+function drawRow(parent, tag, row, align, open) {
+  const element = make(parent, "tr");
+  align.forEach((side, index) => {
+    const cell = make(element, tag);
+    cell.style.textAlign = side;
+    drawInline(cell, parseInline(row[index] || "", open));
+  });
+}
+
+const SLICE = 8;   // milliseconds of work before the browser may draw
+const pause = () => new Promise(resolve => setTimeout(resolve));
+
+// A text that grows in an element: what is whole is drawn once, the rest anew at each draw.
+function growingText(element) {
+  let text = "", at = 0, before = null, above = null, kept = [];
+  const keep = place => kept.push([place, place.childNodes.length]);
+  function takeBack() {
+    for (const [place, count] of kept.splice(0)) while (place.childNodes.length > count) place.lastChild.remove();
+  }
+  function growCode(block) {   // in place, so that what was selected or scrolled stays so
+    const code = kept.length === 1 && element.children.length === kept[0][1] + 1 && element.lastElementChild;
+    const label = code && code.className === "code" && code.firstChild.firstChild.textContent;
+    if (label !== (block.language || "text")) return null;
+    const inside = code.querySelector("code");
+    inside.append(block.text.slice(inside.textContent.length));
+    return code;
+  }
+  // Draw for at most some milliseconds; tell if there is more.  ended: nothing will be added.
+  function draw(ended) {
+    const begun = performance.now();
+    let block = at < text.length && blockAt(text, at, before, 0);
+    const code = block?.type === "code" && !block.more && growCode(block);
+    if (code && !(block.whole || ended)) return false;
+    if (code) [kept, at, before, above] = [[], block.end, block, code];
+    takeBack();
+    while (at < text.length) {
+      block = blockAt(text, at, before, 0);
+      if (!block.whole && !ended) break;
+      [at, before, above] = [block.end, block, drawBlock(element, block, above, false)];
+      if (at < text.length && performance.now() - begun > SLICE) return true;
+    }
+    keep(element);
+    let [next, last, shown] = [at, before, above];
+    while (next < text.length) {
+      block = blockAt(text, next, last, 0);
+      const place = placeAbove(block, shown);
+      if (place) keep(place);
+      [next, last, shown] = [block.end, block, drawBlock(element, block, shown, block.end === text.length)];
+    }
+    return false;
+  }
+  return {add(piece) { text += piece; }, draw};
+}
+
+// The conversation: turns of a question and its answer, kept for this tab.
+
+const store = `streamproxy ${location.pathname}`, model = $("#model").textContent;
+let turns = [], stop = null, editing = false;   // stop: ends the answer that is arriving; null when none is
+
+// What is said of answers that did not end by themselves.
+const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer.",
+  refusal: "The model refused to answer."};
+
+function restore(name) {
+  try { return sessionStorage.getItem(name); } catch { return null; }   // a browser may forbid it
+}
+
+// Keep as many of the last turns as there is room for.
+function save() {
+  for (let first = 0; first < turns.length; first = 2 * first + 1)
+    try { return sessionStorage.setItem(store, JSON.stringify(turns.slice(first))); } catch {}
+  try { sessionStorage.removeItem(store); } catch {}
+}
+
+function drawTurn(turn) {
+  const element = make(log, "div", "turn");
+  const user = make(element, "section", "message user"), assistant = make(element, "section", "message assistant");
+  make(user, "h2", "label", "You");
+  make(user, "div", "text", turn.question);
+  button(make(user, "div", "tools last"), "Edit", edit);
+  make(assistant, "h2", "label", "Assistant");
+  const view = {element, assistant, details: null, answer: growingText(make(assistant, "div", "text"))};
+  view.tools = make(assistant, "div", "tools");
+  return view;
+}
+
+function drawReasoning(turn, view) {
+  if (!view.details) {
+    view.details = make(null, "details");
+    view.summary = make(view.details, "summary");
+    view.reasoning = make(view.details, "p");
+    view.assistant.querySelector("h2").after(view.details);
+  }
+  const shown = turn.thought === undefined ? "Thinking" : `Thought for ${Math.max(1, Math.round(turn.thought))} s`;
+  view.summary.textContent = `${shown}: ${turn.reasoning.trimStart().slice(0, 200).split("\n")[0]}`;
+  view.reasoning.append(turn.reasoning.slice(view.reasoned || 0));
+  view.reasoned = turn.reasoning.length;
+}
+
+function drawEnd(turn, view) {
+  if (turn.reasoning) drawReasoning(turn, view);
+  const note = turn.error || turn.note || (turn.ended ? "" : "The answer was left.");
+  view.tools.replaceChildren();
+  if (note) {
+    const ending = make(null, "p", turn.error ? "ending error" : "ending", note);
+    view.tools.before(ending);
+    if (turn.error) Object.assign(button(ending, "Try again", again), {className: "last"});
+  }
+  if (turn.answer) button(view.tools, "Copy", self => copy(self, turn.answer)).ariaLabel = "Copy answer";
+  if (!turn.error) Object.assign(button(view.tools, "Regenerate", again), {className: "last"});
+  if (turn.stats) make(view.tools, "span", "stats", turn.stats);
+  view.element.normalize();
+}
+
+function statsOf(turn, {began, first, pieces, usage}) {
+  if (!first) return "";
+  const count = usage?.completion_tokens || pieces, seconds = (performance.now() - first) / 1000;
+  const unit = usage?.completion_tokens ? "tokens" : "pieces";
+  const rate = seconds > .05 && count > 1 ? `${Math.round(count / seconds)} ${unit} a second` : "";
+  return [`${((first - began) / 1000).toFixed(1)} s to the first token`, rate, model].filter(Boolean).join(" · ");
+}
+
+// The events of an event stream, wherever its bytes were cut on the way.
+async function* readEvents(body) {
+  const reader = body.getReader(), decoder = new TextDecoder();
+  let rest = "", begun = performance.now();
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    const events = (rest + decoder.decode(value, {stream: true})).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const [, type = "message", data] = /(?:event: (\w+)\n)?data: (.*)/s.exec(event) || [];
+      if (data) yield [type, JSON.parse(data)];
+      if (performance.now() - begun > SLICE) {
+        await pause();
+        begun = performance.now();
+      }
+    }
+  }
+}
+
+function request(turn) {
+  const answered = turns.slice(0, turns.indexOf(turn)).filter(each => each.answer);
+  const messages = answered.flatMap(({question, answer}) =>
+    [{role: "user", content: question}, {role: "assistant", content: answer}]);
+  messages.push({role: "user", content: turn.question});
+  return fetch(location.origin + location.pathname, {
+    method: "POST", signal: stop.signal, body: JSON.stringify({messages}),
+    headers: {"Content-Type": "application/json", "Accept": "text/event-stream",
+      ...token.value && {"Authorization": `Bearer ${token.value}`}}});
+}
+
+// Take what arrives into the turn; take: called after each piece.  Returns the status of the answer.
+async function receive(turn, measured, take) {
+  turn.error = "The server could not be reached.";
+  const response = await request(turn);
+  turn.error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
+  if (!response.ok) turn.error = (await response.json()).error || turn.error;
+  else for await (const [type, data] of readEvents(response.body)) {
+    if (type === "message" || type === "reasoning") {
+      measured.first ||= performance.now();
+      measured.pieces++;
+      take(type, data.text);
+    }
+    if (type === "error") turn.error = data.error;
+    if (type === "done") turn.error = "";
+    measured.usage = data.usage || measured.usage;
+    turn.note = ENDINGS[data.finish_reason] || turn.note;
+  }
+  return response.status;
+}
+
+async function ask(question) {
+  const turn = {question, answer: "", reasoning: "", note: ""}, view = drawTurn(turn);
+  const measured = {began: performance.now(), first: 0, pieces: 0, usage: null};
+  let frame = 0, status = 0;
+  turns.push(turn);
+  make(view.tools, "span", "dot");
+  setRunning(true);
+  view.assistant.classList.add("streaming");
+  const draw = () => {
+    frame = 0;
+    if (turn.reasoning.length > (view.reasoned || 0)) drawReasoning(turn, view);
+    if (view.answer.draw(false)) frame = requestAnimationFrame(draw);
+    follow();
+  };
+  try {
+    status = await receive(turn, measured, (type, text) => {
+      if (type === "message") {
+        if (turn.reasoning) turn.thought ??= (performance.now() - measured.first) / 1000;
+        view.answer.add(text);
+      }
+      turn[type === "message" ? "answer" : "reasoning"] += text;
+      frame ||= requestAnimationFrame(draw);   // pieces are drawn together
+    });
+  } catch {}   // a lost connection or a body that is not JSON: error already says it
+  cancelAnimationFrame(frame);
+  while (view.answer.draw(true)) await pause();
+  if (stop.signal.aborted) [turn.error, turn.note] = ["", "Stopped."];
+  if (status === 401) { takeBack(turn, view); return; }
+  if (turn.reasoning) turn.thought ??= (performance.now() - measured.first) / 1000;
+  Object.assign(turn, {ended: true, stats: statsOf(turn, measured)});
+  view.assistant.classList.remove("streaming");
+  if (turns.includes(turn)) drawEnd(turn, view);
+  save();
+  setRunning(false);
+  $("#status").textContent = turn.error || turn.note || "The answer is whole.";
+}
+
+// No token, or not one that is known: nothing was asked, so the question goes back to its box.
+function takeBack(turn, view) {
+  view.element.remove();
+  turns.splice(turns.indexOf(turn), 1);
+  input.value ||= turn.question;
+  setRunning(false);
+  access.querySelector("p").textContent = token.value ? "This token is not known here." : "";
+  access.hidden = false;
+  token.focus();
+}
+
+function dropLast() {
+  turns.pop();
+  log.lastElementChild.remove();
+}
+
+function again() {
+  if (stop) return;
+  const {question} = turns.at(-1);
+  dropLast();
+  ask(question);
+}
+
+function edit() {
+  if (stop) return;
+  setEditing(true);
+  input.value = turns.at(-1).question;
+  fit();
+  input.focus();
+}
+
+function setEditing(on) {
+  editing = on;
+  log.lastElementChild?.classList.toggle("editing", on);
+  $("#status").textContent = on ? "Editing the last question. Escape leaves it as it was." : "";
+}
+
+function clear() {
+  stop?.abort();
+  turns = [];
+  save();
+  log.replaceChildren();
+  setEditing(false);
+  setRunning(Boolean(stop));
+  input.focus();
+}
+
+async function copy(self, text) {
+  try { await navigator.clipboard.writeText(text); } catch {   // which is for https and this machine alone
+    const area = make(document.body, "textarea", "label");
+    area.value = text;
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  self.textContent = "Copied";
+  setTimeout(() => { self.textContent = "Copy"; }, 1500);
+}
+
+// The window: scrolling, the box, keys.
+
+let following = true, topWas = 0;   // the end is followed until the reader moves up
+
+function follow() {
+  if (following) page.scrollTop = page.scrollHeight;
+  $("#end").hidden = following;
+}
+
+addEventListener("scroll", () => {
+  const rest = page.scrollHeight - page.clientHeight - page.scrollTop;
+  if (rest < 1) following = true;
+  else if (page.scrollTop < topWas) following = false;
+  topWas = page.scrollTop;
+  $("#end").hidden = following;
+}, {passive: true});
+
+function fit() {   // the box to its text, at most a third of the window
+  input.style.height = "auto";
+  input.style.height = `${input.scrollHeight}px`;
+}
+
+function setRunning(running) {
+  stop = running ? new AbortController() : null;
+  if (document.activeElement.matches("button")) input.focus();   // the button is about to go
+  $("#send").hidden = running;
+  $("#stop").hidden = !running;
+  $("#greeting").hidden = turns.length > 0;
+  $("#new").hidden = !turns.length;
+  log.ariaBusy = running;   // an answer is read out when it is whole
+  if (running) $("#status").textContent = "Answering";
+  following ||= running;
+  fit();
+  follow();
+}
+
+form.addEventListener("submit", event => {
+  event.preventDefault();
+  const question = input.value;
+  if (stop || !question.trim()) return;
+  input.value = "";
+  if (editing) { setEditing(false); dropLast(); }
+  ask(question);
+});
+input.addEventListener("input", fit);
+input.addEventListener("keydown", event => {
+  const line = event.shiftKey || matchMedia("(pointer: coarse)").matches;   // a touch screen has a button that sends
+  if (event.key !== "Enter" || line || event.keyCode === 229) return;   // 229: input method
+  event.preventDefault();
+  form.requestSubmit();
+});
+addEventListener("keydown", event => {
+  if (event.key !== "Escape") return;
+  if (editing) { setEditing(false); input.value = ""; fit(); } else stop?.abort();
+});
+access.addEventListener("submit", event => {
+  event.preventDefault();
+  token.value = token.value.trim();
+  const wrong = /[^!-~]/.test(token.value) && "A token has no spaces and only letters, digits and signs of ASCII.";
+  access.querySelector("p").textContent = wrong || "";
+  if (wrong || !token.value) return;
+  try { sessionStorage.setItem("token", token.value); } catch {}
+  access.hidden = true;
+  input.focus();
+  form.requestSubmit();
+});
+$("#stop").addEventListener("click", () => stop?.abort());
+$("#new").addEventListener("click", clear);
+$("#end").addEventListener("click", () => { following = true; follow(); input.focus(); });
+for (const example of document.querySelectorAll("#greeting button"))
+  example.addEventListener("click", () => { input.value = example.textContent; fit(); input.focus(); });
+addEventListener("pagehide", save);
+addEventListener("resize", follow);
+
+token.value = restore("token") || "";   // kept for this tab
+turns = JSON.parse(restore(store) || "[]");
+for (const turn of turns) {
+  const view = drawTurn(turn);
+  view.answer.add(turn.answer);
+  while (view.answer.draw(true));
+  drawEnd(turn, view);
+}
+setRunning(false);
+</script>
+"""
+
+
+def _policy_of(page: str) -> str:
+    """The page's Content-Security-Policy: its own style and script, by hash, and its own server."""
+    hashes = {}
+    for tag in ("script", "style"):
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}';"
+        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": _policy_of(_PAGE)}
+
+
+def chat_page(settings: Settings) -> bytes:
+    """Return the chat page with its title and the model's name, neither of which stands in its script or style."""
+    page = re.sub("{{(title|model)}}", lambda found: html.escape(getattr(settings, found[1])), _PAGE)
+    return page.encode("utf-8", "replace")
 
 
 if __name__ == "__main__":
