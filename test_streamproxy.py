@@ -10189,8 +10189,8 @@ def test_page_of_ones_own_is_looked_at_again(
         for bad, words in ((b"", "it is empty"), (b"x" * (streamproxy.MAX_PAGE_SIZE + 1), "it is larger")):
             file.write_bytes(bad)
             assert got_page(server)[0] == "<p>two"
-            if not bad:
-                assert f"the page was not taken, its last version counts: {words}" in caplog.text
+            if not bad:  # the second complaint of a minute is not told
+                wait_for(lambda: f"the page was not taken, its last version counts: {words}" in caplog.text)
         file.write_text("<p>three")
         assert got_page(server)[0] == "<p>three"
     with pytest.raises(streamproxy.SettingsError, match="--page .STREAMPROXY_PAGE.: cannot use .*regular file"):
@@ -11852,7 +11852,8 @@ def growing(page: WebDriver, text: str) -> None:
 def conversation(page: WebDriver, *expected: tuple[str, str]) -> None:
     page.wait("return document.querySelector('#stop').hidden")
     script = """return [...document.querySelectorAll('.text, .ending')].map(each =>
-        [each.matches('.ending') ? each.className : each.parentNode.className.slice(8), each.firstChild?.textContent || ''])"""
+        [each.matches('.ending') ? each.className : each.parentNode.className.slice(8),
+         each.firstChild?.textContent || ''])"""
     assert page.run(script) == [[role, text] for role, text in expected]
 
 
@@ -11892,7 +11893,8 @@ def test_page_shows_errors_and_cut_answers(page: WebDriver, provider: Provider) 
         upstream.send(error_answer(429, b'{"error": "Slow down"}'))
         conversation(page, *said)
     page.element(".error button", "click")  # Try again
-    said = [("user", "Hello"), ("assistant", "a"), ("ending error", "Upstream closed the connection within its answer.")]
+    cut = "Upstream closed the connection within its answer."
+    said = [("user", "Hello"), ("assistant", "a"), ("ending error", cut)]
     with provider.take() as upstream:
         upstream.start(A)
         growing(page, "a")
@@ -12153,7 +12155,8 @@ const outline = node => {
   const name = /^h[1-6]$/.test(tag) ? `h${level}` : tag;
   return `<${name} ${tag === "a" ? node.getAttribute("href") : tag === "ol" ? node.start : ""}>${inside}</${name}>`;
 };
-const flat = node => outline(node).replace(/\s+/g, " ").replace(/ ?(<\/?(?:p|h\d|[uo]l|li|blockquote|pre|hr|br|code)[ \d]*>) ?/g, "$1").trim();
+const flat = node => outline(node).replace(/\s+/g, " ")
+  .replace(/ ?(<\/?(?:p|h\d|[uo]l|li|blockquote|pre|hr|br|code)[ \d]*>) ?/g, "$1").trim();
 const drawn = (text, step) => {
   const element = document.createElement("div"), growing = growingText(element);
   for (let at = 0; at < text.length; at += step) {
@@ -12184,9 +12187,9 @@ HOSTILE = {
 
 def test_page_markdown_of_a_hostile_upstream(page: WebDriver) -> None:
     for name, text in HOSTILE.items():
-        seconds = page.run(OUTLINE + f"const begun = performance.now(); drawn({text}, 1e5); return performance.now() - begun")
-        assert seconds < 10_000, name
-    links = "[a](javascript:alert(1)) [b](data:text/html,x) [c](JaVaScript&colon;x) <javascript:x> [d]( vbscript:x) [e](//e.org)"
+        script = f"const begun = performance.now(); drawn({text}, 1e5); return performance.now() - begun"
+        assert page.run(OUTLINE + script) < 10_000, name  # milliseconds
+    links = "[a](javascript:alert(1)) [b](data:text/html,x) [c](JaVaScript&colon;x) <javascript:x> [d]( vbscript:x)"
     assert page.run(OUTLINE + "return drawn(arguments[0], 1).querySelectorAll('a').length", links) == 0
 
 
