@@ -168,7 +168,7 @@ class Head:
 class Client(Peer):
     """Whoever asks the proxy."""
 
-    def __init__(self, server: Any) -> None:
+    def __init__(self, server: Any, timeout: float = DEADLINE) -> None:
         sock: socket.socket
         if isinstance(server, socket.socket):
             sock = server
@@ -181,7 +181,7 @@ class Client(Peer):
                 raise
         else:
             url = urllib.parse.urlsplit(server.url)
-            sock = socket.create_connection((url.hostname, url.port), DEADLINE)
+            sock = socket.create_connection((url.hostname, url.port), timeout)
         super().__init__(sock)
 
     def more(self) -> bool:
@@ -299,6 +299,17 @@ def running(provider: Provider | None, **settings: Any) -> Iterator[streamproxy.
     finally:
         if not server.draining:
             server.stop()
+
+
+def elapse(server: streamproxy.Server, seconds: float) -> None:
+    """Have the server's clock be so much later, at once."""
+    loop = server.hub.loop
+
+    def advance() -> None:
+        before = loop.clock
+        loop.clock = lambda: before() + seconds
+
+    loop.post(advance)
 
 
 @pytest.fixture
@@ -746,8 +757,11 @@ def run(*flags: str, code: str = "", **environ: str) -> tuple[int, str, str]:
 
 
 def refused(front: Any) -> bool:
+    """Whether nobody listens there; not where nobody answers, as in the moment before that."""
     try:
-        Client(front).sock.close()
+        Client(front, 0.05).sock.close()
+    except socket.timeout:
+        return False
     except OSError:
         return True
     return False
@@ -3524,8 +3538,7 @@ def test_limits_of_streams_for_each_client_and_ipv6_network(provider: Provider) 
             with ask("2001:db8:0:1::1") as third, provider.take() as other:
                 other.start(A)
                 assert third.head().status == 200
-            upstream.start(STOP)
-            upstream.gone()
+            upstream.start(STOP, DONE)
         wait_for(lambda: not server.snapshot()["streams"])
         with ask("2001:db8::2") as second, provider.take() as upstream:
             upstream.start(A)
@@ -3919,8 +3932,9 @@ def logging_through(emit: Callable[[logging.LogRecord], object], as_filter: bool
 @pytest.mark.parametrize("as_filter", [False, True], ids=["a handler", "a filter"])
 @pytest.mark.parametrize("trouble", ["raises", "raises once", "exits", "blocks"])
 def test_logging_of_somebody_s_touches_no_request_and_not_the_end(
-    server: streamproxy.Server, provider: Provider, trouble: str, as_filter: bool
+    server: streamproxy.Server, provider: Provider, trouble: str, as_filter: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(streamproxy, "CLOSE_TIMEOUT", 0.2)
     calls, go = [], threading.Event()
 
     def emit(record: logging.LogRecord) -> bool:
@@ -4874,11 +4888,15 @@ def test_api_a_slow_last_event_is_waited_for_and_what_follows_done_is_not(
         upstream.start(ROLE, b"event: response.completed\n")
         client.head()
         client.until(b"event: response.completed\n\r\n")
-        time.sleep(1.2)  # longer than END_GRACE
+        caught_up(server)
+        elapse(server, 2 * streamproxy.END_GRACE)
+        caught_up(server)
         upstream.event(b'data: {"type": "response.completed"}\n\n')
         assert client.chunk() == b'data: {"type": "response.completed"}\n\n'
         upstream.event(DONE)
-        assert client.chunk() == DONE and client.chunk() == b""  # while upstream's body has not ended
+        assert client.chunk() == DONE
+        elapse(server, streamproxy.END_GRACE)
+        assert client.chunk() == b""  # while upstream's body has not ended
 
 
 @pytest.mark.parametrize("tls", [False, True])
@@ -4933,13 +4951,14 @@ def test_api_form_cannot_carry_another_model(server: streamproxy.Server, provide
 
 
 def test_api_idle_clock_counts_events_behind_comments(provider: Provider) -> None:
-    with running(provider, idle_timeout=0.5, first_byte_timeout=0.5) as server:
+    with running(provider, idle_timeout=50, first_byte_timeout=50) as server:
         with Client(server).ask(ASKED, path="/v1/chat/completions") as client:
             with provider.take() as upstream:
                 upstream.send(STREAM_HEAD)
                 for _ in range(8):
-                    time.sleep(0.15)
+                    elapse(server, 15)
                     upstream.event(b": keep\n\n" + ROLE)
+                    caught_up(server)
                 upstream.finish()
                 assert client.head().status == 200 and client.body().endswith(DONE)
 
@@ -4956,14 +4975,15 @@ def test_api_document_is_whole_by_its_framing(server: streamproxy.Server, provid
 
 
 def test_api_idle_clock_starts_anew_with_comments(provider: Provider) -> None:
-    with running(provider, idle_timeout=0.4) as server, Client(server).ask(
+    with running(provider, idle_timeout=40, heartbeat=0) as server, Client(server).ask(
         ASKED, path="/v1/chat/completions"
     ) as client:
         with provider.take() as upstream:
             upstream.start(A)
             for _ in range(8):
-                time.sleep(0.1)
+                elapse(server, 10)
                 upstream.event(b": keep-alive\n\n")
+                caught_up(server)
             upstream.finish()
             assert client.head().status == 200 and client.body().endswith(b": keep-alive\n\n" + STOP + DONE)
 
@@ -5289,26 +5309,33 @@ def test_request_behind_an_aborted_answer_is_refused_at_once_and_upstream_not_as
             client.ask({"prompt": "second"})
             caught_up(server)
             began = time.monotonic()
-            server.stop()
-            assert b"event: error" in client.body()
-            assert client.error() == (503, "The server is shutting down.") and client.rest() == b""
+            with stopping(server):
+                assert b"event: error" in client.body()
+                assert client.error() == (503, "The server is shutting down.") and client.rest() == b""
+                client.sock.close()
             assert time.monotonic() < began + streamproxy.ABORT_GRACE / 2
     assert provider.nobody_came() and [entry["ending"] for entry in log_entries(caplog, 3)].count("aborted") == 2
 
 
 @pytest.mark.parametrize("status", NEVER_COMING)
-def test_refused_request_whose_body_never_comes_holds_no_thread_and_ends(provider: Provider, status: str) -> None:
-    with running(provider, client_timeout=3.0) as server:
-        caught_up(server)
-        before = threading.active_count()
-        clients = [Client(server) for _ in range(200)]
-        for client in clients:
-            client.send(NEVER_COMING[status])
-        for client in clients:
-            assert client.error()[0] == int(status)
-        assert threading.active_count() <= before + 1 and server.snapshot()["threads"] == 0  # that of the log
-        caught_up(server)
-        wait_for(lambda: not server.snapshot()["connections"])
+def test_refused_request_whose_body_never_comes_holds_no_thread_and_ends(
+    server: streamproxy.Server, provider: Provider, status: str
+) -> None:
+    caught_up(server)
+    before, limit = threading.active_count(), server.settings.client_timeout
+    clients = [Client(server) for _ in range(200)]
+    for client in clients:
+        client.send(NEVER_COMING[status])
+    caught_up(server)
+    if status == "408":
+        elapse(server, limit)
+    for client in clients:
+        assert client.error()[0] == int(status)
+    assert threading.active_count() <= before + 1 and server.snapshot()["threads"] == 0  # that of the log
+    caught_up(server)
+    assert server.snapshot()["connections"] >= 200  # it waits for what they still send
+    elapse(server, limit)
+    wait_for(lambda: not server.snapshot()["connections"])
     assert provider.nobody_came()
 
 
@@ -7626,6 +7653,7 @@ def test_complete_answer_ends_while_upstream_is_still_open(
         upstream.start(A)
         upstream.send(COMPLETE[name])
         assert client.head().status == 200 and client.body() == b"a"
+        elapse(server, streamproxy.END_GRACE)
         assert "alone" not in name or upstream.gone()
     assert log_entries(caplog, 1)[0]["ending"] == "complete"
 
@@ -8227,8 +8255,7 @@ def test_max_streams_more_get_503_at_once(provider: Provider) -> None:
             with Client(server).ask(PROMPT) as second:
                 head = second.head()
                 assert (head.status, head.fields["Retry-After"]) == (503, "1")
-            upstream.start(STOP)
-            upstream.gone()
+            upstream.start(STOP, DONE)
         wait_for(lambda: not server.snapshot()["streams"])
         with Client(server).ask(PROMPT) as third, provider.take() as upstream:
             upstream.start(delta("x"))
@@ -8283,11 +8310,14 @@ def test_connection_without_a_whole_request_holds_no_thread(server: streamproxy.
     caught_up(server)
     before = threading.active_count()
     starts = [b"", b"POST / HTTP/1.1\r\nHost: a\r\n", b"POST / HTTP/1.1\r\n" + H + b"Content-Length: 9\r\n\r\n{"]
-    for start in starts * 40:
-        Client(server).send(start)
+    clients = [Client(server) for _ in range(120)]
+    for client, start in zip(clients, starts * 40):
+        client.send(start)
     wait_for(lambda: server.snapshot()["connections"] >= 120)
     caught_up(server)
     assert threading.active_count() == before and server.snapshot()["threads"] == 0
+    for client in clients:
+        client.sock.close()
 
 
 def test_streams_and_kept_connections_hold_no_thread(server: streamproxy.Server, provider: Provider) -> None:
@@ -8416,28 +8446,26 @@ def test_2000_connections_opened_and_dropped_leave_nothing_behind(
     assert wait_for(lambda: (threading.active_count(), descriptors()), lambda now: now == before) == before
 
 
-@pytest.mark.parametrize("kind", [("-H",), ("-B", "-s", "8192"), ("-X", "-k", "1")], ids=[
-    "slow heads", "slow bodies", "slow readers",
-])
-def test_500_slow_connections_leave_a_good_client_undisturbed(
-    provider: Provider, tmp_path: Path, kind: tuple[str, ...]
-) -> None:
-    with running(provider, client_timeout=2.0) as server:
-        command = [
-            program("slowhttptest"), "-c", "500", "-r", "250", "-i", "1", "-l", "3", "-p", "1", "-u", server.url + "/",
-            *kind,
-        ]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as attack:
-            wait_for(lambda: server.snapshot()["connections"] > 300)
-            while attack.poll() is None:
-                with Client(server).ask(PROMPT) as client, provider.take() as upstream:
-                    upstream.start(A)
-                    assert client.head().status == 200 and client.chunk() == b"a"
-                    upstream.event(delta("b"))
-                    assert client.chunk() == b"b"
-                    upstream.finish()
-                    assert client.chunk() == b""
-                Peer.opened.clear()
+def test_1500_slow_connections_leave_a_good_client_undisturbed(provider: Provider) -> None:
+    kinds = {"slow heads": ["-H"], "slow bodies": ["-B", "-s", "8192"], "slow readers": ["-X", "-k", "1"]}
+    with running(provider, client_timeout=2.0) as server, contextlib.ExitStack() as stack:
+        attacks = [
+            stack.enter_context(subprocess.Popen(
+                [program("slowhttptest"), "-c", "500", "-r", "250", "-i", "1", "-l", "3", "-p", "1", "-u", server.url + "/", *kind],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            ))
+            for kind in kinds.values()
+        ]  # fmt: skip
+        wait_for(lambda: server.snapshot()["connections"] > 900)
+        while any(attack.poll() is None for attack in attacks):
+            with Client(server).ask(PROMPT) as client, provider.take() as upstream:
+                upstream.start(A)
+                assert client.head().status == 200 and client.chunk() == b"a"
+                upstream.event(delta("b"))
+                assert client.chunk() == b"b"
+                upstream.finish()
+                assert client.chunk() == b""
+            Peer.opened.clear()
         wait_for(lambda: not server.snapshot()["connections"])
 
 
@@ -8949,9 +8977,10 @@ def test_stop_answers_who_connected_while_the_loop_was_busy(provider: Provider) 
             stopping.start()
             wait_for(lambda: server.draining)
             go.set()
+            assert client.rest().startswith(b"HTTP/1.1 503 ")
+            client.sock.close()
             stopping.join(DEADLINE)
-            assert client.rest().startswith(b"HTTP/1.1 503 ") and not stopping.is_alive()
-            assert not server.snapshot()["connections"]
+            assert not stopping.is_alive() and not server.snapshot()["connections"]
 
 
 def test_drain_lets_streams_end_and_takes_nobody_new(provider: Provider) -> None:
@@ -8962,11 +8991,14 @@ def test_drain_lets_streams_end_and_takes_nobody_new(provider: Provider) -> None
             client.head()
             stopping = threading.Thread(target=server.stop)
             stopping.start()
-            assert idle.rest() == b""  # a connection between two requests is closed at once
             wait_for(lambda: refused(server))
+            elapse(server, streamproxy.IDLE_GRACE)
+            assert idle.rest() == b""  # a connection between two requests is closed in a moment
             upstream.event(delta("b"))
             upstream.finish()
-            assert client.body() == b"ab" and client.rest() == b""
+            assert client.body() == b"ab"
+            elapse(server, streamproxy.IDLE_GRACE)
+            assert client.rest() == b""
             stopping.join(DEADLINE)
             assert not stopping.is_alive()
 
@@ -9010,6 +9042,7 @@ def test_drain_says_that_a_connection_ends_with_its_answer(provider: Provider) -
         wait_for(lambda: refused(server))
         client.send(b"\r\n")
         assert client.head().fields["Connection"] == "close"
+        client.sock.close()
         stopping.join(DEADLINE)
 
 
@@ -9045,6 +9078,7 @@ def test_drain_aborts_truthfully_at_its_end_or_when_hurried(
             else:
                 assert client.rest() == b""
             assert upstream.gone()
+            client.sock.close()
             stopping.join(DEADLINE)
             assert not stopping.is_alive()
     assert log_entries(caplog, 1)[0]["ending"] == "aborted"
@@ -9079,9 +9113,10 @@ def test_drain_that_is_hurried_answers_half_sent_bodies_at_once(
         client.send(b"POST / HTTP/1.1\r\n" + H + b"Content-Length: 9\r\n\r\n{")
         caught_up(server)
         began = time.monotonic()
-        server.stop()
+        with stopping(server):
+            assert client.error() == (503, "The server is shutting down.") and client.rest() == b""
+            client.sock.close()
         assert time.monotonic() < began + streamproxy.ABORT_GRACE / 2  # nobody waited for the rest
-        assert client.error() == (503, "The server is shutting down.") and client.rest() == b""
     assert log_entries(caplog, 2)[1]["ending"] == "aborted"
 
 
@@ -9091,9 +9126,9 @@ def test_drain_waits_for_nobody_who_has_asked_nothing(provider: Provider, sent: 
         client.ask(method="GET", path="/healthz").send(sent)
         assert client.head().status == 200 and client.exactly(3) == b"ok\n"
         caught_up(server)
-        began = time.monotonic()
-        server.stop()
-        assert time.monotonic() < began + DEADLINE / 2 and client.rest() == b""
+        with stopping(server):
+            elapse(server, streamproxy.IDLE_GRACE)
+            assert client.rest() == b""
 
 
 def test_drain_waits_but_a_moment_for_who_sends_on_what_was_refused(provider: Provider) -> None:
@@ -9101,9 +9136,8 @@ def test_drain_waits_but_a_moment_for_who_sends_on_what_was_refused(provider: Pr
         client.send(NEVER_COMING["413"])
         assert client.error()[0] == 413
         caught_up(server)
-        began = time.monotonic()
-        server.stop()
-        assert time.monotonic() < began + DEADLINE / 2
+        with stopping(server):
+            elapse(server, streamproxy.END_GRACE)
 
 
 @contextlib.contextmanager
@@ -9182,6 +9216,7 @@ def test_stop_tells_again_what_it_waits_for(provider: Provider, monkeypatch: pyt
         for _ in range(3):
             assert box.get(timeout=DEADLINE).startswith("waiting for 0 streams, ")
         server.abort()
+        client.sock.close()
         thread.join()
 
 
@@ -9241,7 +9276,7 @@ def test_drain_keeps_what_waits_for_its_turn_to_begin() -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no SIGSTOP")
 def test_process_that_was_stopped_goes_on_with_what_came_meanwhile(provider: Provider) -> None:
-    with launched("--idle-timeout", "2.5", "--client-timeout", "2.5", OPENAI_BASE_URL=provider.url) as (process, front):
+    with launched("--idle-timeout", "1.5", "--client-timeout", "1.5", OPENAI_BASE_URL=provider.url) as (process, front):
         with Client(front).ask(PROMPT) as client, provider.take() as upstream, Client(front) as slow:
             upstream.start(A)
             assert client.head().status == 200 and client.chunk() == b"a"
@@ -9251,7 +9286,7 @@ def test_process_that_was_stopped_goes_on_with_what_came_meanwhile(provider: Pro
             assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])  # each of its threads
             upstream.event(delta("b"))
             slow.send(b"Host: localhost\r\n\r\n")
-            time.sleep(3)  # longer than either clock
+            time.sleep(1.6)  # longer than either clock
             process.send_signal(signal.SIGCONT)
             assert client.chunk() == b"b" and slow.head().status == 200
             upstream.finish()
@@ -9963,6 +9998,16 @@ class Play:
 
     # What must hold.
 
+    def is_alive(self, owner: Any, fd: int) -> bool:
+        """Whether fd is a socket of its owner's, which is not over."""
+        if isinstance(owner, streamproxy.Client):
+            return owner in self.server.clients and owner.sock.fileno() == fd
+        if isinstance(owner, streamproxy.Source):
+            return owner.state != owner.OVER and owner.connection.sock.fileno() == fd
+        if isinstance(owner, streamproxy.Spare):
+            return owner.connection.sock.fileno() == fd
+        return isinstance(owner, PlayedLoop) or owner.socket.fileno() == fd
+
     def turn(self) -> None:
         self.still.turn()
         for words in self.still.lines.errors:
@@ -9971,15 +10016,7 @@ class Play:
             ), words
         server, loop = self.server, self.server.hub.loop
         for fd, owner in loop.owners.items():
-            os.fstat(fd)
-            alive = {
-                "Client": lambda owner, fd=fd: owner in server.clients and owner.sock.fileno() == fd,
-                "Source": lambda owner, fd=fd: owner.state != owner.OVER and owner.connection.sock.fileno() == fd,
-                "Spare": lambda owner, fd=fd: owner.connection.sock.fileno() == fd,
-                "PlayedServer": lambda owner, fd=fd: owner.socket.fileno() == fd,
-                "PlayedLoop": lambda owner: True,
-            }[type(owner).__name__](owner)
-            assert alive, f"{owner!r} watches what it should not"
+            assert self.is_alive(owner, fd), f"{owner!r} watches what it should not"
         exchanges = [client.exchange for client in server.clients if client.exchange]
         for client in server.clients:
             busy = client.state in (client.BODY, client.ANSWERING)
@@ -9987,16 +10024,10 @@ class Play:
             assert not busy or client.exchange.client is client
             listens = client.sock.fileno() in loop.owners
             assert listens or client.lost or len(client.data) > streamproxy.MAX_PIPELINED, f"{client!r} does not listen"
-        for source in list(self.alive["Source"]):
-            if source.state != source.OVER:
-                assert (
-                    not source.stream.over
-                    and sum(
-                        other.stream is source.stream for other in self.alive["Source"] if other.state != other.OVER
-                    )
-                    == 1
-                )
-                assert any(exchange.stream is source.stream for exchange in exchanges), f"{source!r} is nobody's"
+        streams = [source.stream for source in list(self.alive["Source"]) if source.state != source.OVER]
+        for stream in streams:
+            assert not stream.over and sum(stream is other for other in streams) == 1
+            assert any(exchange.stream is stream for exchange in exchanges), f"{stream._source!r} is nobody's"
         for viewer in list(self.alive["Viewer"]):
             if viewer.state != viewer.OVER and viewer.state != viewer.SILENT:
                 assert (
@@ -10145,7 +10176,8 @@ def test_orders_of_all_that_may_happen(tmp_path: Path) -> None:
 # 17 -------------------------------------------------------------------- Demo upstream
 
 
-def test_library_demo_needs_nothing() -> None:
+def test_library_demo_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamproxy, "DEMO_PAUSE", 0.005)
     assert "You asked: “Hi”" in "".join(streamproxy.stream_text("Hi", streamproxy.Settings(demo=True)))
 
 
@@ -10200,7 +10232,8 @@ def test_page_of_ones_own_is_looked_at_again(
 
 
 def test_command_line_demo_end_to_end_and_drain_on_sigterm() -> None:
-    with launched("--demo") as (process, front), Client(front).ask({"prompt": "Grüße 👋"}) as client:
+    with launched("--demo") as (process, front):
+        client = Client(front).ask({"prompt": "Grüße 👋"}, Connection="close")
         assert client.head().status == 200
         first = client.chunk()
         process.send_signal(signal.SIGTERM)
@@ -10318,21 +10351,24 @@ def test_command_line_without_a_thread_is_one_line_and_status_1(entry: str) -> N
 
 
 @pytest.mark.skipif(not shutil.which("sh"), reason="needs a shell")
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_command_line_serves_with_standard_streams_that_are_closed(closed: str, tmp_path: Path) -> None:
-    bind = f"unix:{tmp_path}/s"
-    command = f"exec {shlex.join([sys.executable, str(PROGRAM), '--demo', '--bind', bind])} {closed}"
-    process = subprocess.Popen(["sh", "-c", command])
-    try:
-        wait_for(lambda: (tmp_path / "s").exists() and not refused(Front(bind)))
-        for _ in range(3):
-            with Client(Front(bind)).ask(PROMPT) as client:
-                assert client.head().status == 200 and client.body()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(DEADLINE) == 0
-    finally:
-        process.kill()
-        process.wait()
+def test_command_line_serves_with_standard_streams_that_are_closed(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        served = []
+        for number, closed in enumerate(["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"]):
+            front = Front(f"unix:{tmp_path}/{number}")
+            command = shlex.join([sys.executable, str(PROGRAM), "--demo", "--bind", front.url])
+            process = stack.enter_context(subprocess.Popen(["sh", "-c", f"exec {command} {closed}"]))
+            stack.callback(process.kill)
+            served.append((closed, process, front))
+        for closed, process, front in served:
+            wait_for(lambda: process.poll() is not None or not refused(front))  # noqa: B023
+            assert process.poll() is None, closed
+        clients = [Client(front).ask(PROMPT, Connection="close") for *_, front in served * 3]
+        for client in clients:
+            assert client.head().status == 200 and client.body()
+        for closed, process, _ in served:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(DEADLINE) == 0, closed
 
 
 def test_command_line_json_log(provider: Provider) -> None:
@@ -10452,9 +10488,10 @@ def test_output_that_cannot_be_written_touches_no_request_and_not_the_end(
             upstream.start(A)
             assert client.head().status == 200 and client.chunk() == b"a"
             with Client(front) as other:
-                for _ in range(streamproxy.MAX_LOG_LINES + 100):
-                    other.ask(method="GET", path="/healthz")
-                    assert other.head().status == 200 and other.exactly(3) == b"ok\n"
+                for _ in range(streamproxy.MAX_LOG_LINES // 50 + 2):
+                    other.send(b"GET /healthz HTTP/1.1\r\n%b\r\n" % H * 50)
+                    for _ in range(50):
+                        assert other.head().status == 200 and other.exactly(3) == b"ok\n"
             upstream.event(delta("b"))
             assert client.chunk() == b"b"
             process.send_signal(signal.SIGTERM)
@@ -11047,7 +11084,8 @@ def test_readme_lines_for_tokens_let_their_client_in(provider: Provider, tmp_pat
                 assert client.head().status == 200
 
 
-def test_readme_library_lines_run(capfd: pytest.CaptureFixture[str]) -> None:
+def test_readme_library_lines_run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamproxy, "DEMO_PAUSE", 0.005)
     lines = readme_block("import streamproxy").replace('api_key="sk-..."', "demo=True")
     assert "demo=True" in lines
     exec(lines, {})  # noqa: S102
