@@ -6397,6 +6397,10 @@ def _serve(server: Server, signals: socket.socket, teller: socket.socket) -> int
 
     with signals, teller:
         try:
+            # As the first thread ends, older C libraries open a file, or abort the process where no descriptor is left.
+            first = threading.Thread(target=int)
+            first.start()
+            first.join()
             server.start()
             # Now, and not with the first signal: by then, the system may have no thread left.
             for work in (heed, _trim_memory, functools.partial(_announce, server)):
