@@ -5326,8 +5326,8 @@ def test_refused_request_whose_body_never_comes_holds_no_thread_and_ends(
     clients = [Client(server) for _ in range(200)]
     for client in clients:
         client.send(NEVER_COMING[status])
-    caught_up(server)
     if status == "408":
+        wait_for(lambda: server.snapshot()["streams"] == len(clients))  # each waits for its body
         elapse(server, limit)
     for client in clients:
         assert client.error()[0] == int(status)
