@@ -7283,6 +7283,7 @@ let following = true, topWas = 0;   // the end is followed until the reader move
 
 function follow() {
   if (following) page.scrollTop = page.scrollHeight;
+  topWas = page.scrollTop;   // or a move up before the scroll event of this would not be seen
   $("#end").hidden = following;
 }
 

@@ -10299,6 +10299,8 @@ def test_command_line_sigterm_ends_what_is_stuck(provider: Provider, what: str) 
         stack.callback(process.wait)
         stack.callback(process.kill)
         wait_for(lambda: process.poll() is not None or not refused(front))
+        with Client(front).ask(method="GET", path="/healthz") as first:
+            assert first.head().status == 200  # it heeds signals by now
         client = stack.enter_context(Client(front).ask(PROMPT))
         if what != "resolver":
             peer = stack.enter_context(provider.take())
