@@ -95,12 +95,13 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import weakref
 import zlib
 
 TYPE_CHECKING = False  # typing costs time and memory, and is not needed at run time
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
-    from typing import Any, ClassVar, NoReturn, Protocol, Self, TextIO
+    from typing import Any, ClassVar, NoReturn, Protocol, Self, TextIO, dataclass_transform
 
     class Asker(Protocol):
         """Whoever asks for a stream."""
@@ -111,9 +112,20 @@ if TYPE_CHECKING:
         def on_stream_over(self) -> None: ...
         def on_fault(self, error: Exception) -> None: ...
 
+    class ParamRow:
+        """A setting that takes any mapping, and is Params."""
+
+        def __get__(self, settings: Settings, owner: type[Settings]) -> Params: ...
+        def __set__(self, settings: Settings, value: Mapping[str, object] | str) -> None: ...
+
+else:
+
+    def dataclass_transform(**_: object) -> Callable[[type], type]:
+        return lambda cls: cls
+
 
 __version__ = "0.1.0"
-__all__ = ["Event", "EventParser", "ProxyError", "Server", "Settings", "SettingsError", "stream_text"]
+__all__ = ["Event", "EventParser", "ProxyError", "Server", "Settings", "SettingsError", "TextStream", "stream_text"]
 
 log = logging.getLogger("streamproxy")
 
@@ -218,6 +230,9 @@ class ProxyError(Exception):
         self.code = code
         self.reason = reason or ending or self.reason
         self.document = b""  # what upstream said, whole
+
+    def __str__(self) -> str:
+        return self.message
 
     def bare(self) -> Self:
         """Return this, to be kept: without its origin, whose frames hold who keeps it, and the body of the request."""
@@ -2029,8 +2044,19 @@ class Setting:
 _row: Any = Setting
 
 
-class Settings:
-    """Every setting, declared here once: --help, the variables and README's table follow.
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class _Rows:
+    """Lets type checkers know the arguments of Settings(...) by its rows (PEP 681): its own __init__ would hide them."""
+
+    def __init__(self, **values: Any) -> None:
+        self._take(values)
+
+    def _take(self, values: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class Settings(_Rows):
+    """Every setting, declared here once: --help, the variables, README's table and type checkers follow.
 
     A value given as text is read as on the command line.  Raises SettingsError.
     """
@@ -2050,14 +2076,14 @@ class Settings:
     auth_header: str = _row(
         "Authorization: Bearer {key}", _read_auth_header, "TEMPLATE", "header field that carries the key")
     model: str = _row(DEFAULT_MODEL, _read_text, "NAME", "model to ask")
-    param: Params = _row(
+    param: ParamRow = _row(
         DEFAULT_PARAMS, _read_params, "NAME=JSON",
         "member of the upstream request, repeatable; NAME= removes one; the variable is a JSON object",
         shown=" ".join(f"{name}={json.dumps(value)}" for name, value in DEFAULT_PARAMS.items()))
     title: str = _row("streamproxy", _read_text, "TEXT", "name of the chat page")
     page: str = _row("", _read_text, "FILE", "HTML of a page of your own at /, in place of the chat page")
     system: str = _row("", _matching(r"[^\0]*", "text"), "TEXT", "system message put before every conversation")
-    client_param: tuple[str, ...] = _row((), _read_members, "NAME", "member a client may set itself, repeatable")
+    client_param: Sequence[str] = _row((), _read_members, "NAME", "member a client may set itself, repeatable")
     connect_timeout: float = _row(
         10.0, _read_seconds, "SECONDS", "to connect to upstream, look-up and TLS included; 0: no limit")
     first_byte_timeout: float = _row(
@@ -2074,15 +2100,15 @@ class Settings:
     max_streams_per_client: int = _row(0, _read_count, "COUNT", "streams at a time of one client; 0: no limit")
     requests_per_minute: int = _row(0, _read_count, "COUNT", "requests a minute of one client; 0: no limit")
     token_file: str = _row("", _read_text, "FILE", "lines NAME TOKEN: only clients with such a token may ask")
-    allow_model: tuple[str, ...] = _row(
+    allow_model: Sequence[str] = _row(
         (), _read_models, "NAME", "model a client of /v1 may ask besides --model, repeatable; * for any")
-    allow_path: tuple[str, ...] = _row(
+    allow_path: Sequence[str] = _row(
         (), _read_paths, "PATH", "further path below /v1 to pass on, repeatable; for POST alone")
-    allow_origin: tuple[str, ...] = _row(
+    allow_origin: Sequence[str] = _row(
         (), _read_origins, "ORIGIN", "origin whose pages may ask, besides our own, repeatable")
-    allow_host: tuple[str, ...] = _row(
+    allow_host: Sequence[str] = _row(
         (), _read_hosts, "NAME", "name that a server without tokens answers to, besides its own, repeatable")
-    trusted_proxy: tuple[Any, ...] = _row(
+    trusted_proxy: Sequence[Any] = _row(
         (), _read_networks, "NETWORK", "proxy whose X-Forwarded-For counts, besides this machine's, repeatable")
     allow_anonymous: bool = _row(False, _read_switch, "", "serve anybody, on an address that other machines reach")
     ca_file: str = _row("", _read_text, "FILE", "certificates (PEM) to trust upstream by", shown="the system's")
@@ -2092,7 +2118,7 @@ class Settings:
     log_format: str = _row("text", _matching("text|json", "text or json"), "FORMAT", "log lines as text or json")
     demo: bool = _row(False, _read_switch, "", "answer from a built-in API: no key, no network")
 
-    def __init__(self, **values: Any) -> None:
+    def _take(self, values: Mapping[str, Any]) -> None:
         unknown = values.keys() - {setting.name for setting in self.TABLE}
         if unknown:
             raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
@@ -6175,35 +6201,75 @@ class _ForLoop(Peer):
         self.stream.on_drained()
 
     def on_lost(self) -> None:
-        self.stream.drop(Disconnected("The loop was left."))
+        self.stream.drop(Disconnected("The answer was left before its end."))
 
     def on_fault(self, error: Exception) -> None:
         self.stream.drop(internal_error(error))
 
 
-def stream_text(prompt: str, settings: Settings) -> Iterator[str]:
-    """Yield the text of the answer to prompt as it arrives, with no server.
+class TextStream:
+    """The text of an answer, piece by piece as it arrives: what stream_text returns.
 
-    Leaving the loop closes the connection to upstream.  Raises ProxyError, after the text that
-    came, where the answer is not complete.
+    Once the loop has ended, finish_reason and usage are what upstream said of the answer; None where it did not.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with contextlib.ExitStack() as stack:
-        settings = stack.enter_context(demo_upstream(settings))
-        call = prompt_call(Adapted({"prompt": prompt}, settings, Refusals()))
-        hub = Hub(settings)
-        stack.callback(hub.close)
-        reader, sock = socket.socketpair()
-        sock.setblocking(False)
-        stack.enter_context(reader)
-        listener = _ForLoop(sock, hub, call)
-        stack.callback(hub.loop.post, listener.on_lost)
-        hub.loop.post(listener.stream.ask)
-        hub.loop.start()
-        for data in iter(functools.partial(reader.recv, READ_SIZE), b""):
-            yield decoder.decode(data)
-        if listener.stream.failure:
-            raise listener.stream.failure
+
+    def __init__(self, asked: Mapping[str, Any], settings: Settings) -> None:
+        """Ask for it.  Raises RequestError."""
+        self.finish_reason: str | None = None
+        self.usage: dict[str, Any] | None = None
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._reading = threading.RLock()
+        with contextlib.ExitStack() as stack:
+            settings = stack.enter_context(demo_upstream(settings))
+            call = prompt_call(Adapted(asked, settings, Refusals()))
+            hub = Hub(settings)
+            self._reader, sock = socket.socketpair()
+            stack.callback(_close_unread, self._reader, self._reading)
+            stack.callback(hub.close)
+            sock.setblocking(False)
+            listener = _ForLoop(sock, hub, call)
+            stack.callback(hub.loop.post, listener.on_lost)
+            hub.loop.post(listener.stream.ask)
+            hub.loop.start()
+            self._stream: Stream | None = listener.stream
+            self._close = weakref.finalize(self, stack.pop_all().close)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        with self._reading, contextlib.suppress(OSError):  # it was closed meanwhile
+            for data in iter(functools.partial(self._reader.recv, READ_SIZE), b""):
+                text = self._decoder.decode(data)
+                if text:  # and not only a part of a character
+                    return text
+        self.close()
+        stream, self._stream = self._stream, None
+        if stream:
+            self.finish_reason, self.usage = stream.answer.notes.finish_reason, stream.answer.notes.usage
+            if stream.failure:
+                raise stream.failure
+        raise StopIteration
+
+    def close(self) -> None:
+        """Close the connection to upstream, and end a loop that waits for text with ProxyError.  For any thread."""
+        self._close()
+
+
+def _close_unread(reader: socket.socket, reading: threading.RLock) -> None:
+    """Close reader, once nobody waits for it any more: its descriptor may be another's then."""
+    with reading:
+        reader.close()
+
+
+def stream_text(asked: str | Iterable[Mapping[str, Any]], settings: Settings) -> TextStream:
+    """Return the text of the answer to a prompt, or to messages ({"role": ..., "content": ...}), with no server.
+
+    It is asked for at once.  Leaving the loop closes the connection to upstream, as close does.  Raises RequestError
+    here for what cannot be asked, and ProxyError in the loop, after the text that came, where the answer is not
+    complete: str(error) is a sentence, error.status the status that a server of ours would answer with.
+    """
+    return TextStream({"prompt": asked} if isinstance(asked, str) else {"messages": list(asked)}, settings)
 
 
 # 22 ------------------------------------------------------------------ Command line

@@ -10,6 +10,7 @@ STREAMPROXY_TEST_REQUIRE_ALL=1, fail it.
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import collections
 import contextlib
@@ -74,6 +75,12 @@ def program(*names: str) -> str:
 
 def missing(reason: str) -> Any:
     (pytest.fail if os.environ.get("STREAMPROXY_TEST_REQUIRE_ALL") else pytest.skip)(reason)
+
+
+def sdk_python(names: str) -> str:
+    """The Python that has what pip installs for tests, names among it."""
+    python = os.environ.get("STREAMPROXY_TEST_SDKS")
+    return python or str(missing(f"STREAMPROXY_TEST_SDKS names no Python that has {names}"))
 
 
 @pytest.fixture(autouse=True)
@@ -2611,6 +2618,40 @@ def test_redacted_document_need_not_be_utf_8() -> None:
 )
 def test_redacted_document_without_the_key_is_the_same_bytes(document: bytes) -> None:
     assert streamproxy.redact_bytes(document, streamproxy.redactor(KEY)) == document
+
+
+# Lines of a program that uses the module, and what is wrong with each: "" for nothing.
+TYPED = {
+    'Settings(bnid="127.0.0.1:0")': "bnid",
+    'Settings(max_streams="many")': "max_streams",
+    "Settings(param=3)": "param",
+    'Settings("127.0.0.1:0")': "positional",
+    'settings.bind = "127.0.0.1:0"': '"bind"',
+    "stream_text(3, settings)": "asked|Argument 1",
+    "stream_text('x', settings).finish_reason + 1": "None|operator",
+    'Settings(param={"top_p": 0.5}, client_param=["top_p"], idle_timeout=5, allow_host="a.example,b.example")': "",
+    "settings.replace(**dict.fromkeys(['model'], 'x')).param.given": "",
+    'for text in stream_text([{"role": "user", "content": ["x"]}], settings): print(text.upper())': "",
+    "print(ProxyError('x').status + 1, Server(settings).url.upper())": "",
+}
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_settings_and_the_library_are_typed(checker: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    script = tmp_path / "program.py"
+    script.write_text("from streamproxy import *\nsettings = Settings()\n" + "".join(f"{line}\n" for line in TYPED))
+    if checker == "mypy":
+        command = [sdk_python("mypy"), "-m", "mypy", "--follow-imports=silent", "--cache-dir=/dev/null"]
+    else:
+        command = [program("node"), str(request.getfixturevalue("npm_folder") / "node_modules/pyright/index.js")]
+    (tmp_path / "streamproxy.py").symlink_to(PROGRAM)
+    told = subprocess.run([*command, "program.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert told.returncode == 1, told.stderr
+    wrong = dict(re.findall(r"program\.py:([0-9]+):(?:[0-9]+)?.*? error: (.*)", told.stdout))
+    for number, (line, words) in enumerate(TYPED.items(), start=3):
+        said = wrong.pop(str(number), "")
+        assert re.search(words, said) if words else said == "", f"{line}: {said!r}"
+    assert wrong == {}
 
 
 # 7 --------------------------------------------------------------------- Requests
@@ -8928,9 +8969,7 @@ print(*families)
 
 
 def test_metrics_under_load_are_accepted_by_prometheus(tmp_path: Path) -> None:
-    promtool, python = program("promtool"), os.environ.get("STREAMPROXY_TEST_SDKS") or missing(
-        "STREAMPROXY_TEST_SDKS names no Python that has prometheus_client"
-    )
+    promtool, python = program("promtool"), sdk_python("prometheus_client")
     tokens = token_file(tmp_path, "".join(f"client{n} {ALICE}{n}\n" for n in range(8)))
     stopped, asked = threading.Event(), threading.Semaphore(0)
 
@@ -9421,58 +9460,97 @@ def test_memory_of_what_is_over_is_given_back_without_a_collector(
 # ---------------------------------------------------------------- the library
 
 
-def test_library_text_of_a_prompt(provider: Provider) -> None:
-    text = streamproxy.stream_text("Say hello", streamproxy.Settings(upstream=provider.url, api_key=KEY))
-    got: list[str] = []
-    reader = threading.Thread(target=lambda: got.extend(text))
-    reader.start()
+@pytest.mark.parametrize(("asked", "messages"), [
+    ("Say hello", [{"role": "user", "content": "Say hello"}]),
+    (({"role": role, "content": role} for role in ("system", "user")),
+     [{"role": role, "content": role} for role in ("system", "user")]),
+])  # fmt: skip
+def test_library_text_of_what_is_asked_and_how_it_ended(provider: Provider, asked: Any, messages: object) -> None:
+    answer = streamproxy.stream_text(asked, streamproxy.Settings(upstream=provider.url, api_key=KEY))
+    with provider.take() as upstream:  # it is asked at once
+        assert json.loads(upstream.body)["messages"] == messages
+        upstream.start(ROLE, delta("H\xe4"))
+        assert next(answer) == "H\xe4"  # before the end
+        assert (answer.finish_reason, answer.usage) == (None, None)
+        usage = event({"choices": [], "usage": {"total_tokens": 3}})
+        upstream.event(delta("\U0001f44b"), delta("", "length"), usage, DONE)
+        assert list(answer) == ["\U0001f44b"]
+    assert (answer.finish_reason, answer.usage) == ("length", {"total_tokens": 3})
+    answer.close()
+    assert list(answer) == []
+
+
+def test_library_yields_no_empty_text_for_a_part_of_a_character(provider: Provider) -> None:
+    answer = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url))
+    size = streamproxy.READ_SIZE - 1
     with provider.take() as upstream:
-        upstream.start(ROLE, delta("Hä"), delta("👋"))
-        wait_for(lambda: "".join(got) == "Hä👋")  # before the end
+        upstream.start(delta("a" * size + "\U0001f44b" * 10))
         upstream.finish()
-        reader.join(DEADLINE)
-    assert "".join(got) == "Hä👋"
+        pieces = list(answer)
+    assert all(pieces) and "".join(pieces) == "a" * size + "\U0001f44b" * 10
 
 
-def test_library_failure_is_raised_after_the_text_that_came(provider: Provider) -> None:
+# What upstream sends; and str(error), error.status and the text before it.
+LIBRARY_FAILURES: dict[str, tuple[bytes, str, int, list[str]]] = {
+    "cut": (STREAM_HEAD + chunk(A), "Upstream closed the connection within its answer.", 502, ["a"]),
+    "reported": (STREAM_HEAD + chunk(A) + chunk(event({"error": {"message": "It broke."}})), "It broke.", 502, ["a"]),
+    "refused": (error_answer(400, b'{"error": {"message": "Too long by 3."}}'), "Too long by 3.", 400, []),
+    "with the key": (error_answer(429, b'{"error": "No %b."}' % KEY.encode()), "No [redacted].", 429, []),
+    "without": (error_answer(401), "Upstream refused our API key with status 401.", 502, []),
+}
+
+
+def test_library_failure_is_raised_after_the_text_that_came_and_is_a_sentence(provider: Provider) -> None:
     before = threading.active_count(), descriptors()
-    text = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url))
-    got: list[str] = []
-
-    def play() -> None:
+    for sent, words, status, text in LIBRARY_FAILURES.values():
+        got: list[str] = []
+        answer = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url, api_key=KEY))
         with provider.take() as upstream:
-            upstream.start(A)
-
-    thread = threading.Thread(target=play)
-    thread.start()
-    with pytest.raises(streamproxy.ProxyError, match="within its answer"):
-        got.extend(text)
-    thread.join()
-    assert got == ["a"]
+            upstream.send(sent)
+        with pytest.raises(streamproxy.ProxyError) as raised:
+            got.extend(answer)
+        assert (str(raised.value), raised.value.status, got) == (words, status, text)
+        assert list(answer) == []
     assert wait_for(lambda: (threading.active_count(), descriptors()), lambda now: now == before)
 
 
-def test_library_bad_prompt_leaves_nothing_open(provider: Provider) -> None:
+@pytest.mark.parametrize("asked", ["", [], "\ud800", [{"role": "user"}], {"prompt": "x"}])
+def test_library_what_cannot_be_asked_is_said_at_once_and_leaves_nothing_open(provider: Provider, asked: Any) -> None:
     before = threading.active_count(), descriptors()
-    with pytest.raises(streamproxy.ProxyError, match="non-empty"):
-        next(iter(streamproxy.stream_text("", streamproxy.Settings(upstream=provider.url))))
-    assert (threading.active_count(), descriptors()) == before
+    with pytest.raises(streamproxy.RequestError, match="non-empty|surrogate") as raised:
+        streamproxy.stream_text(asked, streamproxy.Settings(upstream=provider.url))
+    assert raised.value.status == 400 and (threading.active_count(), descriptors()) == before
 
 
-def test_library_leaving_the_loop_closes_upstream(provider: Provider) -> None:
-    text = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url))
-    upstreams: list[UpstreamPeer] = []
+@pytest.mark.parametrize("how", ["close", "another thread", "break"])
+def test_library_leaving_the_loop_closes_upstream(provider: Provider, how: str) -> None:
+    before = threading.active_count(), descriptors()
+    answer = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url))
+    with provider.take() as upstream:
+        upstream.start(A)
+        for text in answer:
+            assert text == "a"
+            if how == "close":
+                answer.close()
+            if how != "another thread":
+                break
+            threading.Thread(target=answer.close).start()  # and this waits for the next piece
+            with pytest.raises(streamproxy.ProxyError, match="left before its end"):
+                next(answer)
+        del answer
+        gc.collect()  # as PyPy would in time
+        assert upstream.gone()
+    assert wait_for(lambda: (threading.active_count(), descriptors()), lambda now: now == before)
 
-    def play() -> None:
-        upstreams.append(provider.take())
-        upstreams[0].start(A)
 
-    thread = threading.Thread(target=play)
-    thread.start()
-    assert next(text) == "a"
-    text.close()  # type: ignore[attr-defined]
-    thread.join()
-    assert upstreams[0].gone()
+def test_library_program_that_ends_within_an_answer_ends_at_once_and_silently(provider: Provider) -> None:
+    code = f"from streamproxy import *; text = stream_text('x', Settings(upstream={provider.url!r})); print(next(text))"
+    process = subprocess.Popen([sys.executable, "-W", "error", "-c", code], cwd=HERE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    with provider.take() as upstream:
+        upstream.start(A)
+        assert process.communicate(timeout=DEADLINE) == ("a\n", "") and process.returncode == 0
+        assert upstream.gone()
 
 
 # ---------------------------------------------------------------- all of it, in thousands of orders
@@ -11093,6 +11171,79 @@ def test_readme_library_lines_run(capfd: pytest.CaptureFixture[str], monkeypatch
     exec(lines, {})  # noqa: S102
     out = capfd.readouterr().out
     assert re.match(r"http://127\.0\.0\.1:\d+\nYou asked: “Say hello”", out)
+    assert re.search(r"\nstop \{.*'completion_tokens': [0-9]+.*\}\n$", out)
+
+
+@pytest.mark.parametrize("how", ["whole", "cut", "cancelled"])
+def test_readme_asyncio_lines_let_other_tasks_run_and_end_with_theirs(provider: Provider, how: str) -> None:
+    lines: dict[str, Any] = {}
+    exec(readme_block("import asyncio"), lines)  # noqa: S102
+    settings = streamproxy.Settings(upstream=provider.url)
+    got: list[str] = []
+
+    async def read() -> None:
+        async for text in lines["stream"]([{"role": "user", "content": "Hi"}], settings):
+            got.append(text)
+
+    async def play() -> None:
+        reader = asyncio.create_task(read())
+        with await asyncio.to_thread(provider.take) as upstream:
+            upstream.start(A)
+            while got != ["a"]:
+                await asyncio.sleep(0)
+            if how == "cancelled":
+                reader.cancel()
+                assert await asyncio.to_thread(upstream.gone)
+            elif how == "whole":
+                upstream.finish()
+        await reader
+
+    failures = {"cut": streamproxy.UpstreamError, "cancelled": asyncio.CancelledError}
+    with pytest.raises(failures[how]) if how in failures else contextlib.nullcontext():
+        asyncio.run(play())
+    assert got == ["a"]
+
+
+def test_readme_flask_lines_pass_text_on_as_it_comes(provider: Provider, tmp_path: Path) -> None:
+    python = sdk_python("flask")
+    (tmp_path / "chat.py").write_text(readme_block("# chat.py"))
+    command, port = readme_block("# chat.py").splitlines()[0].partition(": ")[2].split(), free_port()
+    environ = {"PYTHONPATH": f"{tmp_path}:{HERE}", "OPENAI_BASE_URL": provider.url, "OPENAI_API_KEY": KEY}
+    with front_server([python, "-m", *command, "--port", str(port)], port, **environ) as front:
+
+        def ask() -> tuple[Client, UpstreamPeer]:
+            client = Client(front).ask({"messages": ASKED["messages"]}, path="/chat", Content_Type="application/json")
+            return client, provider.take()
+
+        client, upstream = ask()
+        with client, upstream:
+            assert json.loads(upstream.body)["messages"] == ASKED["messages"]
+            upstream.start(A)
+            head = client.head()
+            assert (head.status, head.fields["Content-Type"]) == (200, "text/plain; charset=utf-8")
+            assert client.chunk() == b"a"
+            upstream.event(delta("b"))
+            assert client.chunk() == b"b"
+            upstream.finish()
+            assert client.body() == b""
+        client, upstream = ask()
+        with client, upstream:  # one that leaves: Flask sees it when it has something to send
+            upstream.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+            client.reset()
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    upstream.event(delta("b"))
+        client, upstream = ask()
+        with client:
+            with upstream:  # and is cut off
+                upstream.start(A)
+                assert client.head().status == 200 and client.chunk() == b"a"
+            assert client.rest() == b""
+        client, upstream = ask()
+        with client, upstream:
+            upstream.send(error_answer(429, b'{"error": {"message": "Slow down."}}'))
+            assert client.head().status == 429 and json.loads(client.rest()) == {"error": "Slow down."}
 
 
 def test_readme_units_are_known_to_systemd_and_closed_enough(tmp_path: Path) -> None:
@@ -12405,7 +12556,7 @@ AIMOCK_FIXTURES = [
 
 @pytest.fixture(scope="session")
 def npm_folder() -> Path:
-    """Where npm has installed aimock, the SDKs for JavaScript, and esbuild, which makes a script for a page of them."""
+    """Where npm has installed aimock, pyright, the SDKs for JavaScript, and esbuild, which makes scripts of them."""
     return Path(
         os.environ.get("STREAMPROXY_TEST_AIMOCK")
         or missing("STREAMPROXY_TEST_AIMOCK names no folder with aimock and the SDKs for JavaScript")
@@ -12624,10 +12775,7 @@ def tell_in_chromium(fixture: Callable[[str], Any], origin: str, asked: list[dic
 def script_for(where: str, fixture: Callable[[str], Any]) -> tuple[list[str], str]:
     """The command of an interpreter that reads a script, and the script."""
     if where == "python":
-        python = os.environ.get("STREAMPROXY_TEST_SDKS") or missing(
-            "STREAMPROXY_TEST_SDKS names no Python that has openai and anthropic"
-        )
-        return [python, "-"], SDKS_FOR_PYTHON
+        return [sdk_python("openai and anthropic"), "-"], SDKS_FOR_PYTHON
     tail = 'import {readFileSync} from "node:fs"; console.log(await run(JSON.parse(readFileSync(process.argv[2]))));'
     return [
         "env", "-C", str(fixture("npm_folder")), program("node"), "--input-type=module", "-",
