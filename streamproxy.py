@@ -21,15 +21,15 @@ It terminates no TLS, stores nothing and knows no users: nginx in front does the
 
 Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
-    14  Loop      tells that a client's socket can be read
-    16  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 8 to 11)
-    17  Upstream  opens a connection, in a thread of 15, unless the Pool has one that is warm
-    18  Source    sends the request, and reads the answer
+    13  Loop      tells that a client's socket can be read
+    15  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 8 to 11)
+    16  Upstream  opens a connection, in a thread of 14, unless the Pool has one that is warm
+    17  Source    sends the request, and reads the answer
                     BodyDecoder  upstream's framing to the bytes of the body                 (pure: 8)
                     EventParser  bytes to events                                             (pure: 4)
                     Answer       events to what the client asked for                         (pure: 3, 5 to 7)
-    19  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
-    20  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
+    18  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
+    19  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
                     Metrics      what is counted on the way, for /metrics                    (pure: 12)
 
 One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
@@ -822,9 +822,9 @@ def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
     elif 400 <= status < 500 or status in PASSED_STATUSES:
         words = f"Upstream refused the request with status {status}."
     passes = status in PASSED_STATUSES
-    reason = _REFUSED.get(status) or ("redirect", "refused", "failed")[min(max(status // 100, 3), 5) - 3]
     failure = quoting(words, status if passes else 502, said)
-    failure.reason = reason
+    by_class = {3: "redirect", 4: "refused"}
+    failure.reason = _REFUSED.get(status) or by_class.get(status // 100, "failed")
     if not passes:
         failure.message = failure.logged if status == 403 else words
     if status in (429, 503, 529):
@@ -2510,8 +2510,9 @@ def passed_fields(fields: Mapping[str, str], settings: Settings, has_body: bool)
     return {**passed, "User-Agent": f"{USER_AGENT} {fields.get('user-agent', '')}".strip()}
 
 
-# A request of the API that is passed on.  has_model: its body must name one; counts: among the requests of a minute.
-Route = collections.namedtuple("Route", "methods path has_model counts", defaults=(True, True))
+# A request of the API that is passed on.  has_model: its body must name one; counts: among the requests of a minute;
+# name: that of all its paths in metrics, else each has its own.
+Route = collections.namedtuple("Route", "methods path has_model counts name", defaults=(True, True, ""))
 
 _ID = "(?!input_tokens(?:/|$))[A-Za-z0-9_:=~-][A-Za-z0-9._:=~-]{0,511}"
 
@@ -2520,10 +2521,11 @@ ROUTES = (
     Route("POST", "/v1/(?:chat/completions|completions|responses|embeddings|messages)"),
     Route("POST", "/v1/messages/count_tokens", counts=False),  # it costs nothing, and editors ask 50 times at their start
     Route("POST", "/v1/responses/input_tokens"),
-    Route("GET DELETE", f"/v1/responses/{_ID}", has_model=False),
-    Route("POST", f"/v1/responses/{_ID}/cancel", has_model=False),
-    Route("GET", f"/v1/responses/{_ID}/input_items", has_model=False),
-    Route("GET", "/v1/models(?:/.+)?", has_model=False),
+    Route("GET DELETE", f"/v1/responses/{_ID}", has_model=False, name="/v1/responses/{id}"),
+    Route("POST", f"/v1/responses/{_ID}/cancel", has_model=False, name="/v1/responses/{id}/cancel"),
+    Route("GET", f"/v1/responses/{_ID}/input_items", has_model=False, name="/v1/responses/{id}/input_items"),
+    Route("GET", "/v1/models", has_model=False),
+    Route("GET", "/v1/models/.+", has_model=False, name="/v1/models/{model}"),
 )
 
 
@@ -3468,18 +3470,13 @@ class LogWriter:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._lines: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
-        self._lost = 0  # lines that found no room, or whose handler raised, of which the log does not tell yet
-        self._told = 0  # those of which it does
+        self.lost = 0  # lines that found no room, or whose handler raised.  For any thread to read
+        self._told = 0  # so many of them the log tells of
         self._rare: dict[str, list[float]] = {}  # of each of these: when it was last said, how often it was since
         self._clock = clock
         self._closing = threading.Event()
         self._lock = threading.Lock()  # guards _rare, and the start
         self._thread: threading.Thread | None = None
-
-    @property
-    def dropped(self) -> int:
-        """How many lines were lost.  For any thread."""
-        return self._told + self._lost
 
     def start(self) -> None:
         """Have the thread now, while one can be started; else the first line that can will start it."""
@@ -3513,7 +3510,7 @@ class LogWriter:
 
     def _put(self, level: int, line: object) -> None:
         if self._lines.qsize() >= MAX_LOG_LINES:
-            self._lost += 1
+            self.lost += 1
             return
         self._lines.put((level, line))
         if not self._thread:
@@ -3528,12 +3525,12 @@ class LogWriter:
         """Write so many lines, once they are there."""
         for _ in range(count):
             self._guard(1, self._emit, *self._lines.get())
-        lost = self._lost
-        told = lost and self._guard(0, self._emit, logging.ERROR, f"{lost} lines of log were lost")
+        lost = self.lost
+        news = lost - self._told
+        told = news and self._guard(0, self._emit, logging.ERROR, f"{news} lines of log were lost")
         flushed = [self._guard(count, handler.flush) for handler in log.handlers]
         if told and all(flushed):
-            self._told += lost
-            self._lost -= lost
+            self._told = lost
 
     def _emit(self, level: int, line: object) -> None:
         if level and log.isEnabledFor(level):  # log.log would look for the line of code, too
@@ -3544,7 +3541,7 @@ class LogWriter:
         try:
             call(*args)
         except BaseException:  # noqa: BLE001  (SystemExit, too, would end this thread, and the log with it)
-            self._lost += lines
+            self.lost += lines
             return False
         return True
 
@@ -3552,6 +3549,30 @@ class LogWriter:
 def start_thread(work: Callable[[], None]) -> None:
     """Raises RuntimeError where the system has none left."""
     threading.Thread(target=work, name="worker", daemon=True).start()
+
+
+def process_figures() -> dict[str, float]:
+    """Return what the system tells of this process, by the names that Prometheus' own clients have.
+
+    Less where it tells less.  Lists all descriptors, which takes a while where there are many.
+    """
+    figures: dict[str, float] = {"process_cpu_seconds_total": time.process_time()}
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # which Windows has not
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if limit != resource.RLIM_INFINITY:
+            figures["process_max_fds"] = limit
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()  # proc(5), from the third on
+        with open("/proc/stat", "rb") as file:
+            booted = next(int(line.split()[1]) for line in file if line.startswith(b"btime "))
+        figures["process_start_time_seconds"] = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        figures["process_virtual_memory_bytes"] = int(fields[20])
+        figures["process_resident_memory_bytes"] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+        figures["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # that of the list itself
+    return figures
 
 
 # 15 ------------------------------------------------------------------ Clients
@@ -3968,12 +3989,12 @@ class Exchange:
         self.server.access.check_origin(self.request.fields)
         if self.server.state == self.server.ABORTING:  # it came behind one that was
             raise Aborted("The server is shutting down.")
-        self._judge(functools.partial(self._enter, then, counts))
+        self._look(self.server.lookout.look, functools.partial(self._enter, then, counts))
 
-    def _judge(self, then: Callable[[], None]) -> None:
-        """Go on once the token file was looked at."""
+    def _look(self, look: Callable[[Callable[[], object]], None], then: Callable[[], None]) -> None:
+        """Go on once a file was looked at."""
         self._then = then
-        self.server.lookout.look(self.go_on)
+        look(self.go_on)
 
     def _waits(self) -> bool:
         """Tell whether there is still somebody who was neither answered nor refused."""
@@ -4040,7 +4061,7 @@ class Exchange:
     def get_metrics(self) -> None:
         """Answer with what Prometheus is to know, to whoever may ask."""
         self.server.access.check_origin(self.request.fields)
-        self._judge(self._look_at_process)
+        self._look(self.server.lookout.look, self._look_at_process)
 
     def _look_at_process(self) -> None:
         self._identify()
@@ -4053,22 +4074,21 @@ class Exchange:
         if job.failure:
             raise job.failure
         hub, counts = self.server.hub, self.server.snapshot()
-        for name, value in {**counts, **job.result, "log_lines_dropped_total": hub.log.dropped}.items():
+        for name, value in {**counts, **job.result, "log_lines_dropped_total": hub.log.lost}.items():
             hub.metrics.set(name.replace(" ", "_"), value)
         self._answer(200, hub.metrics.encode(), {"Content-Type": METRICS_TYPE})
 
     def get_root(self) -> None:
         """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
         if not self._wants_events():
-            self.server.front.ask(self._answer_page)
+            self._look(self.server.front.look, self._answer_page)
         elif "last-event-id" in self.request.fields:  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
             self._answer(204, b"", {})
         else:
             self._admit(self._ask_query)
 
     def _answer_page(self) -> None:
-        if self._waits():
-            self._answer(200, *self.server.front.shown)
+        self._answer(200, *self.server.front.shown)
 
     def _ask_query(self) -> None:
         try:
@@ -4325,16 +4345,11 @@ _ROUTES: dict[str, dict[str, Callable[[Exchange], None]]] = {
 
 
 def route_of(path: str, settings: Settings) -> str:
-    """Return the pattern of a path, as metrics name it: of all that there are, there is a bounded number."""
+    """Return the name of a path in metrics: of all that there are, there is a bounded number."""
     if path in _ROUTES:
         return path
-    if not api_routes(path, settings):
-        return "other"
-    for root, pattern in (("/v1/responses/", "/v1/responses/{id}"), ("/v1/models/", "/v1/models/{model}")):
-        if path.startswith(root) and path not in ("/v1/responses/input_tokens", *settings.allow_path):
-            ending = path[len(root) :].partition("/")[2]
-            return f"{pattern}/{ending}" if ending in ("cancel", "input_items") else pattern
-    return path
+    routes = api_routes(path, settings)
+    return next((route.name or path for route in routes.values()), "other")
 
 
 # RFC 9110 section 15.5.22: what is spoken instead.
@@ -5741,6 +5756,13 @@ class Lookout(Stateful):
         self._since = 0.0  # when the look under way began
         self._alarm = Alarm(hub.loop, self._on_alarm)
 
+    @property
+    def trouble(self) -> str:
+        """Why the file cannot be looked at now; "" where it can."""
+        if self.state != self.HANGING or not self._file:
+            return ""
+        return f"the {self._file.name} cannot be looked at, its last version counts: it takes too long"
+
     def look(self, then: Callable[[], object]) -> None:
         """Call then once the file was looked at."""
         if self.state == self.HANGING or not self._file:
@@ -5787,8 +5809,7 @@ class Lookout(Stateful):
             self._alarm.by(self._since + LOOK_TIMEOUT)
             return
         self.state = self.HANGING
-        assert self._file
-        self._hub.log.error(f"the {self._file.name} cannot be looked at, its last version counts: it took too long")
+        self._hub.log.error(self.trouble)
         self._release(self._looking)
         self._release(self._waiting)
 
@@ -5801,11 +5822,11 @@ class FrontPage:
         self._own = OwnPage(settings.page) if settings.page else None
         self._chat = b"" if self._own else chat_page(settings)
         self._lookout = Lookout(self._own, hub)
-        self.ask, self.close = self._lookout.look, self._lookout.close
+        self.look, self.close = self._lookout.look, self._lookout.close
 
     @property
     def shown(self) -> tuple[bytes, Mapping[str, str]]:
-        """The page and its fields, as of the last look.  ask(then) looks first."""
+        """The page and its fields, as of the last look.  look(then) looks first."""
         if self._own:
             return self._own.html, {"Content-Type": "text/html; charset=utf-8"}
         return self._chat, PAGE_FIELDS
@@ -5928,28 +5949,47 @@ def _remove_stale_socket(path: str) -> None:
                 raise BlockingIOError(code, os.strerror(code))
 
 
-def process_figures() -> dict[str, float]:
-    """Return what the system tells of this process, by the names that Prometheus' own clients have.
+class Shutdown:
+    """What stop() waits for, in its own thread, while the loop's thread and whoever gives signals tell what is new."""
 
-    Less where it tells less.  Lists all descriptors, which takes a while where there are many.
-    """
-    figures: dict[str, float] = {"process_cpu_seconds_total": time.process_time()}
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource  # which Windows has not
+    def __init__(self, is_over: Callable[[], bool]) -> None:
+        self.ended = self.cut = 0  # streams, since it began
+        self._is_over = is_over
+        self._hurried = False
+        self._changed = threading.Condition()
 
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if limit != resource.RLIM_INFINITY:
-            figures["process_max_fds"] = limit
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        with open("/proc/self/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()  # proc(5), from the third on
-        with open("/proc/stat", "rb") as file:
-            booted = next(int(line.split()[1]) for line in file if line.startswith(b"btime "))
-        figures["process_start_time_seconds"] = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        figures["process_virtual_memory_bytes"] = int(fields[20])
-        figures["process_resident_memory_bytes"] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-        figures["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # that of the list itself
-    return figures
+    def wait(self, timeout: float, tell: Callable[[], object]) -> bool:
+        """Wait up to timeout seconds for what is_over says, unless hurried; return that.
+
+        tell is called now, and every TELL_INTERVAL seconds.
+        """
+        ends_at = time.monotonic() + timeout
+        while True:
+            left = ends_at - time.monotonic()
+            if left > 0:
+                tell()
+            with self._changed:
+                pause = min(left, TELL_INTERVAL)
+                if self._changed.wait_for(lambda: self._hurried or self._is_over(), pause) or left <= 0:
+                    return self._is_over()
+
+    def notify(self) -> None:
+        """Have it seen whether it is over.  For any thread."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def hurry(self, hurried: bool = True) -> None:
+        """Wait no longer, or again.  For any thread."""
+        self._hurried = hurried
+        self.notify()
+
+    def count(self, cut: bool) -> None:
+        """Take the end of a stream."""
+        self.cut += cut
+        self.ended += not cut
+
+    def __str__(self) -> str:
+        return f"shut down: {self.ended} stream{'s' * (self.ended != 1)} ended, {self.cut} cut off"
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -5972,11 +6012,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.close()  # which listens nowhere
         self.state = self.SERVING
         self.clients: set[Client] = set()
-        self.max_clients = 2 * settings.max_streams + SPARE_CONNECTIONS if settings.max_streams else sys.maxsize
         self.limits = Limits(settings)
-        self._changed = threading.Condition()  # of what stop() waits for
-        self._hurried = False
-        self._over = [0, 0]  # streams since stop(): that ended, that were cut off
+        self._shutdown = Shutdown(self._is_empty)
         with contextlib.ExitStack() as stack:
             self.settings = stack.enter_context(demo_upstream(settings))
             self.access = Access(settings)
@@ -6002,6 +6039,12 @@ class Server(http.server.ThreadingHTTPServer):
         if self.listener.path:
             return f"unix:{self.listener.path}"
         return f"http://{_join_address(parse_address(self.settings.bind)[1], self.server_address[1])}"
+
+    @property
+    def max_clients(self) -> int:
+        """How many connections are answered at a time; beyond these, some are told that there are too many."""
+        streams = self.settings.max_streams
+        return 2 * streams + SPARE_CONNECTIONS if streams else sys.maxsize
 
     @property
     def draining(self) -> bool:
@@ -6035,40 +6078,28 @@ class Server(http.server.ThreadingHTTPServer):
         loop = self.hub.loop
         if loop.started:
             loop.post(self._say_goodbye)
-            self._wait_until_empty(self.settings.leave_delay, tell)
+            wait = functools.partial(self._shutdown.wait, tell=lambda: tell(self._waited_for()))
+            wait(self.settings.leave_delay)
             self.state = self.DRAINING
             loop.post(self._drain)
-            if not self._wait_until_empty(self.settings.drain_timeout, tell):
-                self._hurried = False
+            if not wait(self.settings.drain_timeout):
+                self._shutdown.hurry(False)
                 loop.post(self._abort)
-                self._wait_until_empty(ABORT_GRACE, tell)
+                wait(ABORT_GRACE)
             for last in (self._close_clients, self.lookout.close, self.front.close, self._say_what_ended):
                 loop.post(last)
         self.server_close()
 
     def abort(self) -> None:
         """Have stop() wait no longer.  For any thread."""
-        with self._changed:
-            self._hurried = True
-            self._changed.notify_all()
+        self._shutdown.hurry()
 
     def reload(self) -> None:
         """Have the token file looked at, and said what came of it.  For any thread."""
         self.hub.loop.post(functools.partial(self.lookout.look, self._say_tokens))
 
-    def _wait_until_empty(self, timeout: float, tell: Callable[[str], object]) -> bool:
-        """Wait until nobody is connected and none can connect any more; tell if that is so."""
-        ends_at = time.monotonic() + timeout
-        while True:
-            left = ends_at - time.monotonic()
-            if left > 0:
-                tell(self._waited_for())
-            with self._changed:
-                pause = min(left, TELL_INTERVAL)
-                if self._changed.wait_for(lambda: self._hurried or self._is_empty(), pause) or left <= 0:
-                    return self._is_empty()
-
     def _is_empty(self) -> bool:
+        """Tell whether nobody is connected, and none can connect any more."""
         return not (self.clients or self.listener.is_open)
 
     def _waited_for(self) -> str:
@@ -6081,17 +6112,13 @@ class Server(http.server.ThreadingHTTPServer):
         """Take the end of a stream, which gives its place back."""
         self.limits.leave(place)
         if self.draining:
-            self._over[cut] += 1
+            self._shutdown.count(cut)
 
     def on_closed(self, client: Client) -> None:
         """Take the end of a connection."""
         self.clients.discard(client)
         if self.draining:
-            self._notify()
-
-    def _notify(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+            self._shutdown.notify()
 
     def _say_goodbye(self) -> None:
         delay = self.settings.leave_delay
@@ -6099,13 +6126,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.hub.log.info(f"shutting down{soon}: {self._waited_for()}; a second signal ends them at once")
 
     def _say_what_ended(self) -> None:
-        ended, cut = self._over
-        self.hub.log.info(f"shut down: {ended} stream{'s' * (ended != 1)} ended, {cut} cut off")
+        self.hub.log.info(str(self._shutdown))
 
     def _say_tokens(self) -> None:
-        hangs = self.lookout.state == self.lookout.HANGING
-        verdict = "the token file cannot be looked at, its last version counts" if hangs else self.access.verdict
-        self.hub.log.info(f"looked again, as asked: {verdict}")
+        self.hub.log.info(f"looked again, as asked: {self.lookout.trouble or self.access.verdict}")
 
     def _drain(self) -> None:
         self.hub.loop.unwatch(self.socket)
@@ -6121,7 +6145,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _stop_listening(self) -> None:
         self._accept_rest()
         self.listener.close()
-        self._notify()
+        self._shutdown.notify()
 
     def _accept_rest(self) -> None:
         if self.listener.is_ours:  # else others accept who waits

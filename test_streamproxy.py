@@ -806,6 +806,27 @@ def test_module_imports_the_standard_library_alone() -> None:
     assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
 
 
+def test_module_tells_the_sections_of_what_it_names() -> None:
+    source = PROGRAM.read_text(encoding="utf-8")
+    _, *parts = re.split(r"(?m)^# ([0-9]+) -{5,} .+$", source)
+    sections = dict(zip(parts[::2], parts[1::2]))
+    assert list(sections) == [str(number) for number in range(1, len(sections) + 1)]
+    named = re.findall(r"(?m)^    ([0-9]+)  (\w+) ", str(streamproxy.__doc__))
+    assert len(named) > 5
+    for number, name in named:
+        if hasattr(streamproxy, name):
+            assert f"\nclass {name}" in sections[number], name
+
+
+def test_module_is_made_of_small_parts() -> None:
+    for node in ast.walk(ast.parse(PROGRAM.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            assert int(node.end_lineno or 0) - node.lineno < 40, node.name
+        if isinstance(node, ast.ClassDef):
+            stored = re.findall(r"Name\(id='self', ctx=Load\(\)\), attr='(\w+)', ctx=Store", ast.dump(node))
+            assert len(set(stored)) <= 15, node.name
+
+
 def test_module_says_its_licence_and_runs_by_itself() -> None:
     lines = PROGRAM.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "#!/usr/bin/env python3" and lines[1] == "# SPDX-License-Identifier: MIT"
@@ -9608,12 +9629,12 @@ class PlayedLoop(streamproxy.Loop):
         super().arm(alarm, when)
 
 
-class PlayedServer(streamproxy.Server):
-    """One whose stop() plays on until all is over, or the time for it."""
+class PlayedShutdown(streamproxy.Shutdown):
+    """One that plays on until all is over, or the time for it."""
 
-    play: Play
+    play: ClassVar[Play]
 
-    def _wait_until_empty(self, timeout: float, tell: Any) -> bool:
+    def wait(self, timeout: float, tell: Callable[[], object]) -> bool:
         return self.play.on_stopping(timeout)
 
 
@@ -9762,7 +9783,8 @@ class Play:
             stack.enter_context(self.still.replaced())
             values = {name: self.rng.choice([value, getattr(streamproxy, name)]) for name, value in SMALL.items()}
             values["READ_SIZE"], values["TAKE_SIZE"] = self.rng.choice([500, 65536]), self.rng.choice([100, 16384])
-            stack.enter_context(unittest.mock.patch.multiple(streamproxy, Loop=PlayedLoop, **values))
+            played = {"Loop": PlayedLoop, "Shutdown": PlayedShutdown}
+            stack.enter_context(unittest.mock.patch.multiple(streamproxy, **played, **values))
             for kind in (
                 "Client",
                 "Request",
@@ -9776,8 +9798,8 @@ class Play:
                 "Spare",
             ):
                 stack.enter_context(self.followed(kind))
-            self.server = PlayedServer(self.settings)
-            self.server.play = self
+            PlayedShutdown.play = self
+            self.server = streamproxy.Server(self.settings)
             self.still.hold(self.server.hub)
             self.server.hub.upstream.dial = self.dial  # type: ignore[method-assign]
             narrow(self.server.socket)
@@ -9806,7 +9828,7 @@ class Play:
     def close(self) -> None:
         for wire in [*self.clients, *self.upstreams]:
             wire.sock.close()
-        del self.server.play
+        del PlayedShutdown.play
 
     # What may happen next.
 
