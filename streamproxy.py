@@ -109,6 +109,7 @@ if TYPE_CHECKING:
         @property
         def client(self) -> Peer: ...
         def begin_stream(self) -> tuple[bytes, bool]: ...
+        def tell(self, step: str, **facts: object) -> None: ...
         def on_stream_over(self) -> None: ...
         def on_fault(self, error: Exception) -> None: ...
 
@@ -1890,6 +1891,17 @@ def parse_address(text: str) -> tuple[str, str, int]:
     return match[1] or "", match[2] or match[3] or "", int(match[4] or 0)
 
 
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def address_text(address: Any) -> str:
+    """Return a socket's address as --bind has it; unix:@NAME for one that is in no folder."""
+    if isinstance(address, tuple):
+        return join_address(address[0].partition("%")[0], address[1])
+    return f"unix:{address}" if isinstance(address, str) else f"unix:@{address[1:].decode('utf-8', 'replace')}"
+
+
 # JSON of the operator's and of clients, read strictly: upstream could take for something else what is not in the grammar.
 
 
@@ -1968,6 +1980,13 @@ def _read_bind(text: str) -> str:
     return text
 
 
+_read_host = _matching(
+    r"[^\s:/\[\]]+|\[?([0-9A-Fa-f]*:){2,}[0-9A-Fa-f.]*\]?", "a name or an address, without a port",
+    lambda text: text.strip("[]"),
+)
+_read_port = _matching("[0-9]{1,5}", "0 to 65535", lambda text: range(65536).index(int(text)))
+
+
 def _read_url(text: str) -> str:
     with contextlib.suppress(ValueError):
         url = urllib.parse.urlsplit(text)
@@ -2017,19 +2036,38 @@ class Setting:
 
     def __init__(
         self, default: Any, read: Callable[..., Any], metavar: str, help: str,
-        variable: str = "", shown: str = "", secret: bool = False,
+        variable: str = "", shown: str = "", secret: bool = False, hidden: str = "",
     ) -> None:  # fmt: skip
-        """shown: the default in words."""
+        """shown: the default in words.  hidden: a pattern, for what of a value is for nobody to read."""
         self.default, self.metavar, self.help, self.variable, self.secret = default, metavar, help, variable, secret
-        self.shown = shown or ("none" if default in ("", ()) else "off" if default is False else str(default))
         self.repeat = isinstance(default, (tuple, dict))
-        self._read = read
+        self._read, self._hidden = read, "(?s).+" if secret else hidden
+        self._shown = shown
 
     def __set_name__(self, owner: type[Settings], name: str) -> None:
         self.name = name
         self.flag = "" if self.secret else "--" + name.replace("_", "-")
         self.variable = self.variable or "STREAMPROXY_" + name.upper()
         owner.TABLE.append(self)
+
+    @property
+    def shown(self) -> str:
+        """The default in words."""
+        return self.show(self.default)
+
+    def show(self, value: Any) -> str:
+        """Return a value in words, on one line, without what is for nobody to read."""
+        if value == self.default and self._shown:
+            return self._shown
+        if value in ("", (), None):
+            return "none"
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        if isinstance(value, dict):
+            return " ".join(f"{name}={json.dumps(item)}" for name, item in value.items()) or "none"
+        text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = re.sub(self._hidden, "***", text) if self._hidden else text
+        return text if text.isprintable() else ascii(text)
 
     def parse(self, text: Any) -> Any:
         """Return the value of a text, or of the texts of a repeated flag.  Raises SettingsError."""
@@ -2042,6 +2080,25 @@ class Setting:
 
 
 _row: Any = Setting
+
+# What Kubernetes has in the environment of each container for a Service that is named streamproxy, or streamproxy-web.
+_KUBERNETES = re.compile(r"STREAMPROXY_(\w+_)?(SERVICE_HOST=|SERVICE_PORT\w*=|PORT_[0-9]+_\w+=|PORT=\w+://)")
+
+
+def own_variables(environ: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that are for this program.
+
+    known: their names, by what one would look for behind STREAMPROXY_.  Raises SettingsError for one that is not there.
+    """
+    own = {name: text for name, text in environ.items() if not _KUBERNETES.match(f"{name}={text}")}
+    for name in sorted(own):
+        if name.startswith("STREAMPROXY_") and name not in known.values():
+            import difflib  # which takes memory
+
+            near = difflib.get_close_matches(name[len("STREAMPROXY_") :], known, 1)
+            hint = f"{known[near[0]]} is the nearest, and " if near else ""
+            raise SettingsError(f"{name}: there is no such variable; {hint}--help lists them all")
+    return own
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -2066,10 +2123,13 @@ class Settings(_Rows):
     bind: str = _row(
         "127.0.0.1:8000", _read_bind, "ADDRESS",
         "listen at HOST:PORT, [IPv6]:PORT, unix:PATH, PORT (of 127.0.0.1) or :PORT (of 0.0.0.0); port 0 takes a free one")
+    host: str = _row("", _read_host, "HOST", "in place of --bind: where to listen", shown="127.0.0.1")
+    port: int | None = _row(None, _read_port, "PORT", "in place of --bind: the port to listen at", shown="8000")
     reuse_port: bool = _row(
         False, _read_switch, "", "listen beside others that do so at the same port (SO_REUSEPORT), which share it")
     upstream: str = _row(
-        "https://api.openai.com/v1", _read_url, "URL", "base URL of the API; a query part is kept", "OPENAI_BASE_URL")
+        "https://api.openai.com/v1", _read_url, "URL", "base URL of the API; a query part is kept", "OPENAI_BASE_URL",
+        hidden=r"(?<=\?).+")  # which may hold a key
     api_key: str = _row(
         "", _read_key, "", "the API's key, or `OPENAI_API_KEY_FILE`; none is fine for a loopback upstream",
         "OPENAI_API_KEY", secret=True)
@@ -2078,8 +2138,7 @@ class Settings(_Rows):
     model: str = _row(DEFAULT_MODEL, _read_text, "NAME", "model to ask")
     param: ParamRow = _row(
         DEFAULT_PARAMS, _read_params, "NAME=JSON",
-        "member of the upstream request, repeatable; NAME= removes one; the variable is a JSON object",
-        shown=" ".join(f"{name}={json.dumps(value)}" for name, value in DEFAULT_PARAMS.items()))
+        "member of the upstream request, repeatable; NAME= removes one; the variable is a JSON object")
     title: str = _row("streamproxy", _read_text, "TEXT", "name of the chat page")
     page: str = _row("", _read_text, "FILE", "HTML of a page of your own at /, in place of the chat page")
     system: str = _row("", _matching(r"[^\0]*", "text"), "TEXT", "system message put before every conversation")
@@ -2115,6 +2174,12 @@ class Settings(_Rows):
     drain_timeout: float = _row(600.0, _read_seconds, "SECONDS", "for open streams to end after SIGTERM")
     leave_delay: float = _row(
         0.0, _read_seconds, "SECONDS", "before that, of taking connections while /readyz says 503")
+    log_level: str = _row(
+        "info", _matching("debug|info|warning|error", "debug, info, warning or error"), "LEVEL",
+        "least level of what is logged: debug has each step of a request; info, warning, error")
+    access_log: str = _row(
+        "on", _matching("on|off|all", "on, off or all"), "WHICH",
+        "which requests are logged: on, but for health checks that went well; all; or off")
     log_format: str = _row("text", _matching("text|json", "text or json"), "FORMAT", "log lines as text or json")
     demo: bool = _row(False, _read_switch, "", "answer from a built-in API: no key, no network")
 
@@ -2128,7 +2193,10 @@ class Settings(_Rows):
             if value and all(isinstance(text, str) for text in texts):
                 value = setting.parse(value)
             vars(self)[setting.name] = Params(value) if isinstance(value, dict) else value
-        path, host, _ = parse_address(self.bind)
+        path, host, port = parse_address(self.bind)
+        if self.host or self.port is not None:  # they are parts of it
+            path, host, port = "", self.host or host or "127.0.0.1", port if self.port is None else self.port
+            vars(self).update(bind=join_address(host, port), host="", port=None)
         if not (path or is_loopback(host) or self.token_file or self.allow_anonymous):
             raise SettingsError(
                 f"--bind (STREAMPROXY_BIND): {self.bind!r} lets others spend your money; allowed: a loopback"
@@ -2143,23 +2211,48 @@ class Settings(_Rows):
 
         Raises SettingsError.
         """
-        values: dict[str, Any] = {}
+        return cls.of(cls.find(environ, flags))
+
+    @classmethod
+    def of(cls, found: Mapping[str, tuple[Any, str]]) -> Settings:
+        """Return the settings of what find has found.  Raises SettingsError."""
+        values = {setting.name: setting.parse(found[setting.name][0]) for setting in cls.TABLE if setting.name in found}
+        return cls(**values)
+
+    @classmethod
+    def find(cls, environ: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> dict[str, tuple[Any, str]]:
+        """Return what is given, by field name: its text, or texts, and the flag or variable that it is from.
+
+        Raises SettingsError for a variable that is none of ours, and what cannot be given together.
+        """
+        known = {setting.name.upper(): setting.variable for setting in cls.TABLE}
+        environ = own_variables(environ, {**known, "API_KEY_FILE": "OPENAI_API_KEY_FILE"})
+        found: dict[str, tuple[Any, str]] = {}
         for setting in cls.TABLE:
-            text = (flags or {}).get(setting.name)
-            if text is None:
-                text = environ.get(setting.variable) or None
-            if text is not None:
-                values[setting.name] = setting.parse(text)
+            flag, variable = (flags or {}).get(setting.name), environ.get(setting.variable)
+            if flag is not None:
+                found[setting.name] = flag, setting.flag
+            elif variable:
+                found[setting.name] = variable, setting.variable
         path = environ.get("OPENAI_API_KEY_FILE")
-        if path and "api_key" in values:
+        if path and "api_key" in found:
             raise SettingsError("OPENAI_API_KEY and OPENAI_API_KEY_FILE are both set; allowed: one of them")
         if path:
             try:
                 with open(path, encoding="ascii", errors="replace") as file:
-                    values["api_key"] = file.read(MAX_HEAD_SIZE)
+                    found["api_key"] = file.read(MAX_HEAD_SIZE), "OPENAI_API_KEY_FILE"
             except OSError as error:
                 raise SettingsError(f"OPENAI_API_KEY_FILE: cannot read {path!r}: {reason_of(error)}") from None
-        return cls(**values)
+        places = cls.sources(found, "bind")
+        if "bind" in found and len(places) > 1:
+            raise SettingsError(f"{places[0]} and {places[1]} are both given; allowed: one of them")
+        return found
+
+    @staticmethod
+    def sources(found: Mapping[str, tuple[Any, str]], name: str) -> list[str]:
+        """Return which flags and variables of those that find has found give a setting."""
+        names = ("bind", "host", "port") if name == "bind" else (name,)
+        return [found[part][1] for part in names if part in found]
 
     def replace(self, **values: Any) -> Settings:
         """Return these settings with other values for some."""
@@ -2280,6 +2373,11 @@ class Adapted:
         self._model = str(chosen["model"])[:200]
         self._refused = refusals.of(self._model)
         self._told: frozenset[str] = frozenset()  # refused to this request, and not only remembered
+
+    @property
+    def refused(self) -> list[str]:
+        """The defaults that upstream is known to refuse: they are left out, or sent by another name."""
+        return sorted(self._refused)
 
     def encode(self) -> bytes:
         """Return the request as it stands now.  Raises RequestError."""
@@ -3486,6 +3584,10 @@ class LogWriter:
                 thread.start()
                 self._thread = thread
 
+    def debug(self, line: object) -> None:
+        """As info, of what only who looks for a fault wants to know."""
+        self._put(logging.DEBUG, line)
+
     def info(self, line: object) -> None:
         """Have a line written soon.  For any thread; it never waits, and never raises."""
         self._put(logging.INFO, line)
@@ -3951,6 +4053,7 @@ class Exchange:
         request, access = self.request, self.server.access
         self.who = access.address_of(self.client.address, request.fields.get("x-forwarded-for", ""))
         self.cors = access.cors_fields(request.fields)
+        self.tell("request", client=self.who, method=request.method, path=request.path[:200])
         if request.path.startswith("/v1/") and "websocket" in request.fields.get("upgrade", "").lower():
             raise RequestError("Ask with POST: WebSocket is not spoken here.", 426, fields=_UPGRADE)
         methods = self._methods()
@@ -4009,6 +4112,7 @@ class Exchange:
         self._identify()
         place = self.name or (network_of(self.who) if self.who != "unix" else "unix")
         self.server.limits.enter(place, counts)
+        self.tell("let in", client=self.who)
         self.place, self._then = place, then
         if self.request.method != "POST":
             self.go_on()
@@ -4216,6 +4320,10 @@ class Exchange:
         elif not self.status:
             self.refuse(failure)
 
+    def tell(self, step: str, **facts: object) -> None:
+        """Log a step, for who looks for a fault: what was done, never what is said in it."""
+        self.server.hub.tell(self.id, step, facts)
+
     def on_fault(self, error: Exception) -> None:
         self.client.on_fault(error)
 
@@ -4289,7 +4397,8 @@ class Exchange:
         if self.client.exchange is self:
             self._leave_place()
             self._count()
-            self._log()
+            if self._is_logged():
+                self._log()
             self.stream = self._then = None  # they have this, too
             self.client.on_answered(cut)
 
@@ -4308,6 +4417,11 @@ class Exchange:
                 metrics.observe("time_to_first_token_seconds", first - self.began_at)
                 metrics.observe("overhead_seconds", max(0.0, self.lead) + (stream.first_sent_at or now) - first)
 
+    def _is_logged(self) -> bool:
+        wanted = self.server.settings.access_log
+        health = self.request.path in _OPEN_PATHS and self.status == 200 and not self.failure
+        return wanted == "all" or (wanted == "on" and not health)
+
     def _log(self) -> None:
         now, failure, stream = time.time(), self.failure, self.stream
         entry = LogEntry(
@@ -4324,6 +4438,7 @@ class Exchange:
         if stream:
             notes, first = stream.answer.notes, stream.first_text_at
             entry.update(
+                upstream=self.server.hub.upstream.target.address,
                 ttft=None if first is None else round(first - self.began_at, 3),
                 model=notes.model, finish_reason=notes.finish_reason, pieces=notes.pieces, bytes=notes.size,
                 usage=notes.usage, upstream_id=notes.request_id,
@@ -4378,14 +4493,14 @@ def log_time(seconds: float) -> str:
 
 
 class LogEntry(dict[str, object]):
-    """What the log says of one request.  As text: name=value, nothing from the wire unescaped."""
+    """What the log says of one request, or of a step of it.  As text: name=value, nothing from the wire unescaped."""
 
     def __str__(self) -> str:
         return " ".join([f"{name}={self._text(value)}" for name, value in self.items() if value is not None])
 
     @staticmethod
     def _text(value: object) -> str:
-        plain = _PLAIN.fullmatch(value) if isinstance(value, str) else isinstance(value, (int, float))
+        plain = _PLAIN.fullmatch(value) if isinstance(value, str) else type(value) in (int, float)
         return str(value) if plain else _COMPACT_JSON.encode(value)
 
 
@@ -4411,15 +4526,11 @@ class Proxy:
         if self.scheme not in _PORTS or not url.hostname:
             raise ValueError("not a proxy")
         self.host = urllib.parse.unquote(url.hostname)
-        self.address = _join_address(self.host, url.port or _PORTS[self.scheme])
+        self.address = join_address(self.host, url.port or _PORTS[self.scheme])
         self.authorization = ""  # Source: RFC 7617
         if url.username is not None:
             user = urllib.parse.unquote(f"{url.username}:{url.password or ''}").encode()
             self.authorization = f"Basic {base64.b64encode(user).decode()}"
-
-
-def _join_address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def find_proxy(url: str, proxies: Mapping[str, str]) -> Proxy | None:
@@ -4471,7 +4582,7 @@ class Target:
     def __init__(self, settings: Settings, proxy: Proxy | None = None) -> None:
         base = urllib.parse.urlsplit(settings.upstream)
         self.url, self.scheme, self.host = settings.upstream, base.scheme, base.hostname or ""
-        self.address = _join_address(self.host, base.port or _PORTS[base.scheme])
+        self.address = join_address(self.host, base.port or _PORTS[base.scheme])
         self.proxy = proxy
         self.key = (base.scheme, self.address, proxy and (proxy.scheme, proxy.address))  # of a connection to it
         fields = {"Host": base.netloc, "Accept-Encoding": "identity"}
@@ -4720,7 +4831,13 @@ class Connection:
         self.reused = False
         self.broken = False  # its end came without a word: no close, no TLS closure (RFC 9112 section 9.8)
         self.opened_at = 0.0
+        self.peer = ""  # whom it leads to: the address of upstream, or of a proxy
         self._unsent: list[bytes | memoryview] = []
+
+    def on_open(self, now: float) -> None:
+        self.opened_at = now
+        with contextlib.suppress(OSError):  # it is closed again
+            self.peer = address_text(self.sock.getpeername())
 
     def read(self, size: int = READ_SIZE) -> bytes | None:
         """Return what has come, at most size bytes; b"" at the end of the connection, None where nothing came."""
@@ -5175,6 +5292,8 @@ class Source(Stateful):
         if warm:
             self._ask(warm)
         else:
+            target = self.hub.upstream.target
+            self.stream.tell("dial", upstream=target.address, proxy=target.proxy and target.proxy.address)
             self._lifeline = Lifeline()
             self._dial = Job(self.hub.loop, functools.partial(self.hub.dial, self._lifeline), self._on_dialed)
             self.hub.workers.run(self._dial.run)
@@ -5249,7 +5368,8 @@ class Source(Stateful):
         elif dial.failure:
             self.stream.fail(dial.failure)
         else:
-            dial.result.opened_at = self.hub.loop.now
+            dial.result.on_open(self.hub.loop.now)
+            self.stream.tell("connected", peer=dial.result.peer, seconds=round(self.hub.loop.now - self.since, 3))
             self._ask(dial.result)
 
     def _ask(self, connection: Connection) -> None:
@@ -5257,6 +5377,11 @@ class Source(Stateful):
         self.hub.metrics.count("upstream_connections_total", 1, "true" if connection.reused else "false")
         self.state, self.since = self.SENDING, self.hub.loop.now
         self._sent_at = self.since
+        call = self.stream.call
+        self.stream.tell(
+            "ask", peer=connection.peer, warm=connection.reused, method=call.method, path=call.path,
+            bytes=len(call.body), adapted=call.adapted and call.adapted.refused or None,
+        )  # fmt: skip
         self._send(self.hub.upstream.target.encode_head(self.stream.call), self.stream.call.body)
         self.watch()
         self.stream.set_alarm()
@@ -5298,6 +5423,8 @@ class Source(Stateful):
         self._keeps_alive = not last and body.left is not None and "close" not in fields.get("connection", "").lower()
         self.answer = self.stream.answer = self.answer.start(status, fields)
         self.stream.on_head()
+        media = self.hub.redact(fields.get("content-type", "")[:100])
+        self.stream.tell("head", status=status, type=media or None, upstream_id=self.answer.notes.request_id)
         self._take(body, rest)
         if self.answer.eager and self.state != self.OVER:
             self.stream.viewer.open()
@@ -5334,6 +5461,7 @@ class Source(Stateful):
             self._between.observe(now - since)
             return False
         self.stream.first_text_at = now
+        self.stream.tell("first text")
         return True
 
     @staticmethod
@@ -5468,6 +5596,7 @@ class Stream:
         self._source: Source | None = None
         self._began_at = hub.loop.now
         self._exchange = exchange
+        self.tell = exchange.tell
         self._alarm = Alarm(hub.loop, self._on_alarm)
 
     @property
@@ -5499,6 +5628,7 @@ class Stream:
         failure = self.answer.failure or failure
         if isinstance(failure, UpstreamError):
             self.hub.metrics.count("upstream_failures_total", 1, "stale" if stale else failure.reason)
+        self.tell("failure", error=failure.logged, again=retries)
         if retries:
             self.ask(fresh=stale)
             return
@@ -5630,6 +5760,11 @@ class Hub:
     def dial(self, lifeline: Lifeline) -> Connection:
         """Return a new connection to upstream.  Blocks.  Raises UpstreamError."""
         return self.upstream.dial(lifeline)
+
+    def tell(self, id: str, step: str, facts: Mapping[str, object]) -> None:
+        """Log a step of the request that has this id, if anybody wants to know."""
+        if log.isEnabledFor(logging.DEBUG):
+            self.log.debug(LogEntry(time=log_time(time.time()), level="debug", id=id, step=step, **facts))
 
     def stream(self, call: Call, answer: Answer, exchange: Asker) -> Stream:
         if self._probe.at == math.inf:
@@ -6038,7 +6173,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Where the server can be reached, with the port that was bound; unix:PATH for a socket."""
         if self.listener.path:
             return f"unix:{self.listener.path}"
-        return f"http://{_join_address(parse_address(self.settings.bind)[1], self.server_address[1])}"
+        return f"http://{join_address(parse_address(self.settings.bind)[1], self.server_address[1])}"
 
     @property
     def max_clients(self) -> int:
@@ -6218,6 +6353,9 @@ class _ForLoop(Peer):
     def begin_stream(self) -> tuple[bytes, bool]:
         return b"", False
 
+    def tell(self, step: str, **facts: object) -> None:
+        self.stream.hub.tell("", step, facts)
+
     def on_stream_over(self) -> None:
         self.close()
 
@@ -6314,6 +6452,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"streamproxy {__version__}")
+    words = "say which settings are in force, and where each is from, and exit"
+    parser.add_argument("--print-settings", action="store_true", help=words)
     for setting in Settings.TABLE:
         options: dict[str, Any] = {"metavar": setting.metavar, "action": "append" if setting.repeat else "store"}
         if not setting.metavar:
@@ -6362,7 +6502,8 @@ class _LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         entry = record.msg
         if not isinstance(entry, LogEntry):
-            entry = LogEntry(level=record.levelname.lower(), message=record.getMessage())
+            time, level = log_time(record.created), record.levelname.lower()
+            entry = LogEntry(time=time, level=level, message=record.getMessage())
         return json.dumps(entry) if self._json else str(entry)
 
 
@@ -6378,36 +6519,107 @@ def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] |
     flags = vars(build_parser().parse_args(argv))
     try:
         given = inherited_socket(os.environ)
-        if given and (flags["bind"] or os.environ.get("STREAMPROXY_BIND")):
-            both = "--bind (STREAMPROXY_BIND) and a socket of systemd's (LISTEN_FDS) are both given"
-            raise SettingsError(f"{both}; allowed: one of them")
-        if given:
-            flags["bind"] = address_text(given)
-        settings = Settings.load(os.environ, flags)
-        server = Server(settings, given)
+        found = find_settings(os.environ, flags, given)
+        settings = Settings.of(found)
+        if flags["print_settings"]:
+            _say("".join(setting_lines(settings, found)))
+            return 0, None
+        with contextlib.ExitStack() as stack:
+            signals = Signals()
+            stack.callback(signals.close)
+            signals.start()
+            server = signals.server = Server(settings, given)
+            stack.pop_all()
     except SettingsError as error:
         _complain(str(error))
         return 2, None
     except OSError as error:
         _complain(f"cannot listen at {settings.bind}: {reason_of(error)}")
         return 1, None
+    except RuntimeError:
+        _complain(_NO_THREAD)
+        return 1, None
     output = _Output(sys.stderr)
     output.setFormatter(_LogFormatter(settings.log_format))
     log.addHandler(output)
-    log.setLevel(logging.INFO)
+    log.setLevel(settings.log_level.upper())
     _tune_process()
-    # A byte comes for each signal, whichever thread the system gives it to.
-    signals, teller = socket.socketpair()
-    teller.setblocking(False)
-    signal.set_wakeup_fd(teller.fileno())
-    for name in (*_ENDING_SIGNALS, "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: None)
-    return 0, functools.partial(_serve, server, signals, teller)
+    return 0, functools.partial(_serve, server, signals)
+
+
+_NO_THREAD = "no thread can be started: the system's limit is reached"
+
+
+def find_settings(
+    environ: Mapping[str, str], flags: Mapping[str, Any], given: socket.socket | None
+) -> dict[str, tuple[Any, str]]:
+    """Return what is given, as Settings.find does; and by a socket of systemd's, if there is one.
+
+    Raises SettingsError.
+    """
+    found = Settings.find(environ, flags)
+    if given:
+        places = Settings.sources(found, "bind")
+        if places:
+            words = f"{places[0]} and a socket of systemd's (LISTEN_FDS) are both given"
+            raise SettingsError(f"{words}; allowed: one of them")
+        found["bind"] = address_text(given.getsockname()), "LISTEN_FDS"
+    return found
+
+
+def setting_lines(settings: Settings, found: Mapping[str, tuple[Any, str]]) -> Iterator[str]:
+    """Yield a line for each setting: its flag or variable, where it is from, and what it is."""
+    for setting in settings.TABLE:
+        if setting.name not in ("host", "port"):  # they are in bind
+            source = ", ".join(settings.sources(found, setting.name)) or "default"
+            yield f"{setting.flag or setting.variable:27}{source:36}{setting.show(getattr(settings, setting.name))}\n"
 
 
 # The third: Ctrl-Break on Windows, which can be sent there to another process, as SIGTERM cannot.
 _ENDING_SIGNALS = ("SIGTERM", "SIGINT", "SIGBREAK")
+
+
+class Signals:
+    """Heeds the signals that come to this process, in a thread: they count whatever the others wait for."""
+
+    def __init__(self) -> None:
+        self.server: Server | None = None  # once it is there
+        self.asked = threading.Event()  # to end
+        # A byte comes for each signal, whichever thread the system gives it to.
+        self._bytes, self._teller = socket.socketpair()
+        self._teller.setblocking(False)
+
+    def start(self) -> None:
+        """For the main thread.  Raises RuntimeError where no thread can be started."""
+        threading.Thread(target=self._heed, name="signals", daemon=True).start()
+        signal.set_wakeup_fd(self._teller.fileno())
+        for name in (*_ENDING_SIGNALS, "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), lambda *_: None)
+
+    def close(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # else it is over
+            signal.set_wakeup_fd(-1)
+        self._teller.close()
+        self._bytes.close()
+
+    def _heed(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            for number in iter(functools.partial(self._bytes.recv, 1), b""):
+                self._on_signal(number[0])
+
+    def _on_signal(self, number: int) -> None:
+        reloads = number == getattr(signal, "SIGHUP", None)
+        if not self.server:
+            if not reloads:
+                _complain("ended by a signal before it served")
+                os._exit(0)
+        elif reloads:
+            self.server.reload()
+        elif self.asked.is_set():
+            self.server.abort()
+        else:
+            self.asked.set()
 
 
 def inherited_socket(environ: MutableMapping[str, str]) -> socket.socket | None:
@@ -6428,14 +6640,6 @@ def inherited_socket(environ: MutableMapping[str, str]) -> socket.socket | None:
     except OSError:
         pass
     raise SettingsError("LISTEN_FDS: descriptor 3 does not listen; allowed: a socket of ListenStream= with Accept=no")
-
-
-def address_text(sock: socket.socket) -> str:
-    """Return where a socket listens, as --bind has it; unix:@NAME for one that is in no folder."""
-    address = sock.getsockname()
-    if isinstance(address, tuple):
-        return _join_address(address[0].partition("%")[0], address[1])
-    return f"unix:{address}" if isinstance(address, str) else f"unix:@{address[1:].decode('utf-8', 'replace')}"
 
 
 class Notifier:
@@ -6460,6 +6664,12 @@ class Notifier:
                 sock.sendto("\n".join(lines).encode(), self._address)
 
 
+def _say(text: str) -> None:
+    """Write to who may read it."""
+    with contextlib.suppress(OSError, AttributeError):  # the latter: it was closed
+        _write_all(sys.stdout.fileno(), text.encode("utf-8", "backslashreplace"))
+
+
 def _complain(words: str) -> None:
     """Say why the program cannot run, to whoever can still read it."""
     with contextlib.suppress(OSError):
@@ -6471,39 +6681,26 @@ def _open_nothing() -> TextIO:
     return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
-def _serve(server: Server, signals: socket.socket, teller: socket.socket) -> int:
+def _serve(server: Server, signals: Signals) -> int:
     """Serve until a signal begins the drain; any further one ends that.  Return the exit status."""
-    asked, notifier = threading.Event(), Notifier(os.environ.get("NOTIFY_SOCKET", ""))
-
-    def heed() -> None:
-        with contextlib.suppress(OSError):  # it is closed
-            for number in iter(functools.partial(signals.recv, 1), b""):
-                if number[0] == getattr(signal, "SIGHUP", None):
-                    server.reload()
-                elif asked.is_set():
-                    server.abort()
-                else:
-                    asked.set()
-
-    with signals, teller:
-        try:
-            # As the first thread ends, older C libraries open a file, or abort the process where no descriptor is left.
-            first = threading.Thread(target=int)
-            first.start()
-            first.join()
-            server.start()
-            # Now, and not with the first signal: by then, the system may have no thread left.
-            for work in (heed, _trim_memory, functools.partial(_announce, server)):
-                threading.Thread(target=work, daemon=True).start()
-            notifier.ready(f"serving at {server.url}")
-            asked.wait()
-        except RuntimeError:
-            _complain("no thread can be started: the system's limit is reached")
-            return 1
-        finally:
-            server.stop(notifier.stopping)
-            if threading.current_thread() is threading.main_thread():  # else it is over
-                signal.set_wakeup_fd(-1)
+    notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))
+    try:
+        # As the first thread ends, older C libraries open a file, or abort the process where no descriptor is left.
+        first = threading.Thread(target=int)
+        first.start()
+        first.join()
+        server.start()
+        # Now, and not with the first signal: by then, the system may have no thread left.
+        for work in (_trim_memory, functools.partial(_announce, server)):
+            threading.Thread(target=work, daemon=True).start()
+        notifier.ready(f"serving at {server.url}")
+        signals.asked.wait()
+    except RuntimeError:
+        _complain(_NO_THREAD)
+        return 1
+    finally:
+        server.stop(notifier.stopping)
+        signals.close()
     return 0
 
 
@@ -6553,8 +6750,7 @@ def _announce(server: Server) -> None:
     if server.settings.demo:
         to = f"--unix-socket {server.url[5:]} http://localhost" if server.listener.path else server.url
         lines.append(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""")
-    with contextlib.suppress(OSError, AttributeError):  # the latter: it was closed
-        _write_all(sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode())
+    _say("".join(f"{line}\n" for line in lines))
 
 
 def _trim_memory() -> None:

@@ -4,7 +4,7 @@
 A test plays upstream and client itself, mostly in one thread: what upstream sends after a piece
 was read cannot have carried it, so order needs no clock.  A deadline only turns what never comes
 into a failure.  Programs that a test needs beyond Python skip it where they are missing, or, with
-STREAMPROXY_TEST_REQUIRE_ALL=1, fail it.
+TEST_REQUIRE_ALL=1, fail it.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def program(*names: str) -> str:
 
 
 def missing(reason: str) -> Any:
-    (pytest.fail if os.environ.get("STREAMPROXY_TEST_REQUIRE_ALL") else pytest.skip)(reason)
+    (pytest.fail if os.environ.get("TEST_REQUIRE_ALL") else pytest.skip)(reason)
 
 
 def sdk_python(names: str) -> str:
     """The Python that has what pip installs for tests, names among it."""
-    python = os.environ.get("STREAMPROXY_TEST_SDKS")
-    return python or str(missing(f"STREAMPROXY_TEST_SDKS names no Python that has {names}"))
+    python = os.environ.get("TEST_SDKS")
+    return python or str(missing(f"TEST_SDKS names no Python that has {names}"))
 
 
 @pytest.fixture(autouse=True)
@@ -296,7 +296,10 @@ DONE = event(b"[DONE]")
 @contextlib.contextmanager
 def running(provider: Provider | None, **settings: Any) -> Iterator[streamproxy.Server]:
     """A server in front of provider, stopped at the end whatever is still open."""
-    given = {"bind": "127.0.0.1:0", "api_key": KEY, "drain_timeout": 0.0, "upstream": "http://127.0.0.1:9", **settings}
+    given = {
+        "bind": "127.0.0.1:0", "api_key": KEY, "drain_timeout": 0.0, "upstream": "http://127.0.0.1:9",
+        "access_log": "all", **settings,
+    }  # fmt: skip
     if provider and "upstream" not in settings:
         given["upstream"] = provider.url
     server = streamproxy.Server(streamproxy.Settings(**given))
@@ -338,7 +341,7 @@ EVENTS = {"Accept": "text/event-stream"}
 
 def log_entries(caplog: pytest.LogCaptureFixture, count: int) -> list[streamproxy.LogEntry]:
     """The lines that requests left in the log, once there are count of them."""
-    return wait_for(lambda: [r.msg for r in caplog.records if isinstance(r.msg, streamproxy.LogEntry)],
+    return wait_for(lambda: [r.msg for r in caplog.records if r.levelno == logging.INFO and isinstance(r.msg, dict)],
                     lambda entries: len(entries) >= count)
 
 
@@ -410,6 +413,8 @@ class Lines:
         self.requests: list[streamproxy.LogEntry] = []
         self.errors: list[str] = []
         self.error = self.errors.append
+        self.steps: list[streamproxy.LogEntry] = []
+        self.debug = self.steps.append
         self.dropped = 0
 
     def start(self) -> None:
@@ -484,6 +489,9 @@ class Reader(streamproxy.Peer):
 
     def begin_stream(self) -> tuple[bytes, bool]:
         return b"HEAD ", True
+
+    def tell(self, step: str, **facts: object) -> None:
+        self.stream.hub.tell("", step, facts)
 
     def on_blocked(self) -> None:
         self.blocked_at.append(self.loop.now)
@@ -2359,6 +2367,8 @@ GOOD_SETTINGS = [
     ("demo", "TRUE", True),
     ("allow_anonymous", "off", False),
     ("log_format", "json", "json"),
+    ("log_level", "debug", "debug"),
+    ("access_log", "off", "off"),
 ]  # fmt: skip
 BAD_SETTINGS = [
     ("bind", "h:65536"),
@@ -2408,6 +2418,14 @@ BAD_SETTINGS = [
     ("max_streams", "-1"),
     ("demo", "maybe"),
     ("log_format", "xml"),
+    ("log_level", "verbose"),
+    ("access_log", "yes"),
+    ("host", "a:1"),
+    ("host", "unix:/s"),
+    ("host", "http://h"),
+    ("port", "65536"),
+    ("port", "-1"),
+    ("port", "tcp"),
 ]  # fmt: skip
 
 
@@ -2494,6 +2512,80 @@ def test_settings_others_are_let_in_only_where_that_is_said(bind: str) -> None:
     with pytest.raises(streamproxy.SettingsError, match="--allow-anonymous"):
         streamproxy.Settings(api_key=KEY, bind=bind)
     assert streamproxy.Settings(api_key=KEY, bind=bind, allow_anonymous=True).bind == bind
+
+
+@pytest.mark.parametrize(("name", "near"), [
+    ("STREAMPROXY_MODLE", "STREAMPROXY_MODEL is the nearest, and "),
+    ("STREAMPROXY_IDLE_TIME_OUT", "STREAMPROXY_IDLE_TIMEOUT is the nearest, and "),
+    ("STREAMPROXY_UPSTREAM", "OPENAI_BASE_URL is the nearest, and "),
+    ("STREAMPROXY_API_KEY", "OPENAI_API_KEY is the nearest, and "),
+    ("STREAMPROXY_API_KEY_FILE", "OPENAI_API_KEY_FILE is the nearest, and "),
+    ("STREAMPROXY_", ""),
+    ("STREAMPROXY_X", ""),
+    ("STREAMPROXY_PORT_X", "STREAMPROXY_PORT is the nearest, and "),
+])
+def test_variable_that_begins_as_ours_do_and_is_none_is_refused_with_the_nearest(name: str, near: str) -> None:
+    words = f"{name}: there is no such variable; {near}--help lists them all"
+    for value in (KEY, ""):
+        with pytest.raises(streamproxy.SettingsError, match=f"^{re.escape(words)}$"):
+            streamproxy.Settings.load({"OPENAI_API_KEY": KEY, name: value})
+
+
+def test_variables_of_kubernetes_for_a_service_of_our_name_are_none_of_ours() -> None:
+    # What a pod has in its environment beside Services streamproxy, with ports http and 9, and streamproxy-web.
+    environ = {
+        "STREAMPROXY_SERVICE_HOST": "10.0.0.1", "STREAMPROXY_SERVICE_PORT": "80", "STREAMPROXY_SERVICE_PORT_HTTP": "80",
+        "STREAMPROXY_PORT": "tcp://10.0.0.1:80", "STREAMPROXY_PORT_80_TCP": "tcp://10.0.0.1:80",
+        "STREAMPROXY_PORT_80_TCP_PROTO": "tcp", "STREAMPROXY_PORT_80_TCP_PORT": "80",
+        "STREAMPROXY_PORT_80_TCP_ADDR": "10.0.0.1", "STREAMPROXY_PORT_9_UDP": "udp://10.0.0.1:9",
+    }  # fmt: skip
+    environ.update({name.replace("STREAMPROXY_", "STREAMPROXY_WEB_"): text for name, text in environ.items()})
+    assert streamproxy.Settings.load({"STREAMPROXY_DEMO": "1", **environ}).bind == "127.0.0.1:8000"
+    assert streamproxy.Settings.load({"STREAMPROXY_DEMO": "1", "STREAMPROXY_PORT": "80"}).bind == "127.0.0.1:80"
+
+
+@pytest.mark.parametrize(("given", "bind"), [
+    ({"port": "9000"}, "127.0.0.1:9000"),
+    ({"port": "0"}, "127.0.0.1:0"),
+    ({"host": "0.0.0.0"}, "0.0.0.0:8000"),
+    ({"host": "::1", "port": "1"}, "[::1]:1"),
+    ({"host": "[::1]"}, "[::1]:8000"),
+    ({"host": "localhost"}, "localhost:8000"),
+])
+def test_host_and_port_are_parts_of_bind(given: dict[str, str], bind: str) -> None:
+    settings = streamproxy.Settings.load({}, {"demo": "1", "allow_anonymous": "1", **given})
+    assert (settings.bind, settings.host, settings.port) == (bind, "", None)
+    assert streamproxy.Settings(demo=True, allow_anonymous=True, **given).bind == bind  # type: ignore[arg-type]
+    assert settings.replace(model="x").bind == bind and settings.replace(port=2).bind == re.sub(r"\d+$", "2", bind)
+    for flags in ({"bind": "127.0.0.1:8000"}, {"bind": "unix:/s"}):
+        with pytest.raises(streamproxy.SettingsError) as caught:
+            streamproxy.Settings.load({"STREAMPROXY_DEMO": "1", "STREAMPROXY_BIND": flags["bind"]}, given)
+        assert str(caught.value) == f"STREAMPROXY_BIND and --{next(iter(given))} are both given; allowed: one of them"
+
+
+def test_what_is_in_force_is_shown_with_where_it_is_from_and_without_secrets(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(KEY)
+    flags = "--port", "0", "--param", "top_p=0.5", "--param", "max_tokens=", "--allow-host", "a,b", "--system", "a\nb"
+    query = f"api-version=3&key={KEY}"
+    status, out, err = run(
+        "--print-settings", *flags, OPENAI_API_KEY_FILE=str(tmp_path / "key"), STREAMPROXY_ALLOW_HOST="c",
+        OPENAI_BASE_URL=f"http://h/v1?{query}", STREAMPROXY_HOST="localhost", STREAMPROXY_DEMO="yes",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    rows = [line.split(None, 1)[0:1] + line[27:].split("  ", 1) for line in out.splitlines()]
+    shown = {name: (source, value.strip()) for name, source, value in rows}
+    names = [setting.flag or setting.variable for setting in streamproxy.Settings.TABLE]
+    assert list(shown) == [name for name in names if name not in ("--host", "--port")]
+    script = 'temperature=0.5 frequency_penalty=0 presence_penalty=0 reasoning_effort="none" top_p=0.5'
+    assert {name: row for name, row in shown.items() if row[0] != "default"} == {
+        "--bind": ("STREAMPROXY_HOST, --port", "localhost:0"), "--upstream": ("OPENAI_BASE_URL", "http://h/v1?***"),
+        "OPENAI_API_KEY": ("OPENAI_API_KEY_FILE", "***"), "--param": ("--param", script),
+        "--system": ("--system", r"'a\nb'"), "--allow-host": ("--allow-host", "a, b"),
+        "--demo": ("STREAMPROXY_DEMO", "on"),
+    }  # fmt: skip
+    defaults = {row.flag: row.shown for row in streamproxy.Settings.TABLE}
+    assert all(value == defaults[name] for name, (source, value) in shown.items() if source == "default")
+    assert run("--print-settings") == run()  # as for serving, there has to be a key
 
 
 def test_settings_show_no_key() -> None:
@@ -5596,16 +5688,13 @@ def test_log_line_of_a_stream(server: streamproxy.Server, provider: Provider, ca
         client.body()
     entry = log_entries(caplog, 1)[0]
     assert list(entry) == [
-        "time", "id", "client", "method", "path", "status", "ending", "error", "seconds", "ttft", "model",
+        "time", "id", "client", "method", "path", "status", "ending", "error", "seconds", "upstream", "ttft", "model",
         "finish_reason", "pieces", "bytes", "usage", "upstream_id",
     ]
-    fixed = {
-        name: entry[name]
-        for name in ("id", "client", "method", "path", "status", "ending", "error", "pieces", "bytes", "usage")
-    }
-    assert fixed == {
+    varying = ("time", "seconds", "ttft", "model", "finish_reason", "upstream_id")
+    assert {name: value for name, value in entry.items() if name not in varying} == {
         "id": "id-7", "client": "127.0.0.1", "method": "POST", "path": "/", "status": 200, "ending": "complete",
-        "error": None, "pieces": 2, "bytes": 3, "usage": {"total_tokens": 3},
+        "error": None, "upstream": provider.url[7:-3], "pieces": 2, "bytes": 3, "usage": {"total_tokens": 3},
     }  # fmt: skip
     assert 0 <= entry["ttft"] <= entry["seconds"] < DEADLINE
     assert re.match(
@@ -5644,6 +5733,72 @@ def test_upstream_message_is_not_logged_since_it_may_quote_the_prompt(
         upstream.send(error_answer(400, b'{"error": {"message": "I dislike: my secret"}}'))
         assert client.error() == (400, "I dislike: my secret")
     assert log_entries(caplog, 1)[0]["error"] == "Upstream refused the request with status 400."
+
+
+def test_log_tells_each_step_to_who_wants_to_know_and_nothing_that_is_said(
+    provider: Provider, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusal = {"error": {"message": "Unsupported parameter: 'max_tokens' of a secret", "param": "max_tokens"}}
+    with running(provider, token_file=token_file(tmp_path, f"alice {ALICE}\n")) as server:
+        for level in (logging.DEBUG, logging.INFO):
+            caplog.set_level(level, logger="streamproxy")
+            caplog.clear()
+            with Client(server) as client:
+                client.ask({"prompt": "a secret"}, Authorization=f"Bearer {ALICE}", X_Request_Id="1")
+                if level == logging.DEBUG:
+                    upstream = provider.take()
+                    upstream.send(error_answer(400, json.dumps(refusal).encode()))
+                upstream.read_request()
+                upstream.send(STREAM_HEAD.replace(b"\r\n", f"\r\nX-Request-Id: {KEY}\r\n".encode(), 1))
+                upstream.event(delta("a secret"))
+                upstream.finish()
+                assert client.head().status == 200 and client.body() == b"a secret"
+            log_entries(caplog, 1)
+            steps = [dict(record.msg) for record in caplog.records if record.levelno == logging.DEBUG]
+            if level == logging.DEBUG:
+                told = steps
+            assert "secret" not in caplog.text and ALICE not in caplog.text  # nor the key: see no_key_anywhere
+    assert not steps and {entry["id"] for entry in told} == {"1"}
+    name = provider.url[7:-3]
+    asked = {"peer": name, "method": "POST", "path": "/chat/completions"}
+    expected: list[dict[str, Any]] = [
+        {"step": "request", "client": "127.0.0.1", "method": "POST", "path": "/"},
+        {"step": "let in", "client": "alice"},
+        {"step": "dial", "upstream": name, "proxy": None},
+        {"step": "connected", "peer": name},
+        {"step": "ask", **asked, "warm": False, "adapted": None},
+        {"step": "head", "status": 400, "type": None, "upstream_id": None},
+        {"step": "failure", "error": "Upstream refused the request with status 400.", "again": True},
+        {"step": "ask", **asked, "warm": True, "adapted": ["max_tokens"]},
+        {"step": "head", "status": 200, "type": "text/event-stream"},
+        {"step": "first text"},
+    ]
+    assert [entry["step"] for entry in told] == [entry["step"] for entry in expected]
+    for entry, known in zip(told, expected):
+        assert {name: entry[name] for name in known} == known and list(entry)[:4] == ["time", "level", "id", "step"]
+    assert 0 <= told[3]["seconds"] < DEADLINE and told[4]["bytes"] < told[7]["bytes"] < 1000
+
+
+def test_log_of_health_checks_and_of_none(provider: Provider, caplog: pytest.LogCaptureFixture) -> None:
+    for which, paths in {"on": ["/", "/metrics", "/readyz"], "all": [*HEALTH, "/readyz"], "off": []}.items():
+        caplog.clear()
+        with running(provider, access_log=which, leave_delay=DEADLINE) as server:
+            with Client(server) as client:
+                for path in HEALTH:
+                    client.ask(method="GET", path=path)
+                    head = client.head()
+                    assert head.status == 200 and client.exactly(int(head.fields["Content-Length"]))
+                thread = threading.Thread(target=server.stop)
+                thread.start()
+                wait_for(lambda: server.draining)
+                client.ask(method="GET", path="/readyz")
+                assert client.head().status == 503
+            server.abort()
+            thread.join()
+        assert [entry["path"] for entry in log_entries(caplog, len(paths))] == paths
+
+
+HEALTH = ["/healthz", "/", "/readyz", "/metrics"]
 
 
 # 12 -------------------------------------------------------------------- Upstream
@@ -9576,8 +9731,8 @@ def test_library_program_that_ends_within_an_answer_ends_at_once_and_silently(pr
 
 # ---------------------------------------------------------------- all of it, in thousands of orders
 
-ORDERS = int(os.environ.get("STREAMPROXY_TEST_ORDERS", "1000"))
-ONLY_ORDER = os.environ.get("STREAMPROXY_TEST_ORDER", "")  # the one to play again
+ORDERS = int(os.environ.get("TEST_ORDERS", "1000"))
+ONLY_ORDER = os.environ.get("TEST_ORDER", "")  # the one to play again
 
 # Small, so that each is met in an order of a hundred steps.
 SMALL = {
@@ -10266,7 +10421,7 @@ def test_orders_of_all_that_may_happen(tmp_path: Path) -> None:
             try:
                 Play(seed, str(tmp_path)).run()
             except BaseException as error:
-                raise AssertionError(f"order {seed} (STREAMPROXY_TEST_ORDER={seed}): {error!r}") from error
+                raise AssertionError(f"order {seed} (TEST_ORDER={seed}): {error!r}") from error
             if seed % 100 == 0:
                 gc.collect()
     finally:
@@ -10370,7 +10525,7 @@ def test_command_line_sighup_has_the_token_file_read_and_says_what_came_of_it(tm
             path.write_text(text)
             process.send_signal(signal.SIGHUP)
             line = next(line for line in process.stderr if words in line)
-            assert line == f'level=info message="{words}{says}"\n'
+            assert re.fullmatch(r"time=[-\d]+T[\d:.]+Z level=info message=" + re.escape(f'"{words}{says}"\n'), line)
     with launched("--demo") as (process, _):
         process.send_signal(signal.SIGHUP)
         assert f"{words}there is no token file (--token-file)" in process.stderr.readline()
@@ -10483,6 +10638,55 @@ def test_command_line_json_log(provider: Provider) -> None:
         process.send_signal(signal.SIGTERM)
         entry = next(entry for entry in map(json.loads, process.stderr) if "ending" in entry)
         assert (entry["ending"], entry["pieces"], entry["usage"]) == ("complete", 1, None)
+
+
+def test_command_line_log_level(provider: Provider) -> None:
+    seen = {}
+    for level in ("debug", "error"):
+        with launched("--log-level", level, OPENAI_BASE_URL=provider.url) as (process, front):
+            with Client(front).ask(PROMPT) as client, provider.take() as upstream:
+                upstream.start(A)
+                upstream.finish()
+                client.head()
+                client.body()
+            process.send_signal(signal.SIGTERM)
+            seen[level] = process.stderr.read()
+    assert re.search(r"time=\S+Z level=debug id=[0-9a-f]{16} step=\"first text\"\n", seen["debug"])
+    assert " ending=complete " in seen["debug"] and seen["error"] == ""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGTERM") or os.name != "posix", reason="no SIGTERM")
+@pytest.mark.parametrize(("name", "words"), [
+    ("socket.getaddrinfo", "streamproxy: ended by a signal before it served\n"),  # which hangs
+    ("streamproxy._tune_process", " message=\"shut down: 0 streams ended, 0 cut off\"\n"),
+])
+def test_command_line_signal_that_comes_before_it_serves(name: str, words: str) -> None:
+    begin = f"import os, signal, socket, sys, time, streamproxy\ndo = {name}"
+    wait = "threading.Event().wait(60)" if "socket" in name else "do()"
+    body = f"os.kill(os.getpid(), signal.SIGTERM); return {wait}"
+    code = f"{begin}\nimport threading\ndef late(*_): {body}\n{name} = late\nsys.exit(streamproxy.main())"
+    status, _, err = run("--demo", "--bind", "127.0.0.1:0", code=code)
+    assert status == 0 and err.endswith(words)
+
+
+def test_readme_line_for_tokens_and_their_cost_takes_10_000_lines_of_log() -> None:
+    jq, random_ = program("jq"), random.Random(1)
+    command = shlex.split(readme_block("journalctl -o cat"))
+    formatter, lines = streamproxy._LogFormatter("json"), ["streamproxy 0.1.0 on http://127.0.0.1:8000", ""]
+    totals = {name: [0, 0] for name in ("alice", "bob", "::1")}
+    for number in range(10_000):
+        who, used = random_.choice(list(totals)), [random_.randrange(5000), random_.randrange(500)]
+        names = ("prompt_tokens", "completion_tokens") if number % 2 else ("input_tokens", "output_tokens")
+        usage = dict(zip(names, used)) if number % 10 else None
+        totals[who] = [a + b for a, b in zip(totals[who], used if usage else (0, 0))]
+        entry: object = streamproxy.LogEntry(client=who, ending="complete", usage=usage) if number % 100 else "words"
+        lines.append(formatter.format(logging.LogRecord("streamproxy", logging.INFO, "", 0, entry, (), None)))
+    jq_line = [jq, *command[command.index("jq") + 1 :]]
+    done = subprocess.run(jq_line, input="\n".join(lines), capture_output=True, text=True, check=False)
+    rows = {who: list(map(float, cells)) for who, *cells in (row.split("\t") for row in done.stdout.splitlines())}
+    assert done.stderr == "" and rows.keys() == totals.keys()
+    for who, (taken, given) in totals.items():
+        assert rows[who] == [taken, given, pytest.approx((taken * 0.40 + given * 1.60) / 1e6)]
 
 
 def test_command_line_no_key() -> None:
@@ -10732,11 +10936,13 @@ def test_documents_name_no_flag_or_variable_that_does_not_exist() -> None:
     text = README.read_text(encoding="utf-8").partition("## Not yet")[0] + (HERE / "nginx.conf.example").read_text()
     ours = re.findall(r"streamproxy\.py[^`\n]*", text) + re.findall(r"`(--[a-z-]+)", text)
     flags = {flag for command in ours for flag in re.findall(r"--[a-z][a-z-]+", command)}
-    assert flags - {setting.flag for setting in streamproxy.Settings.TABLE} <= {"--help", "--version"}
+    others = {"--help", "--version", "--print-settings"}
+    assert flags - {setting.flag for setting in streamproxy.Settings.TABLE} <= others
     names = {setting.variable for setting in streamproxy.Settings.TABLE} | {"OPENAI_API_KEY_FILE"}
-    assert set(re.findall(r"\b(?:STREAMPROXY|OPENAI)_[A-Z_]+", text)) - names <= {
-        "STREAMPROXY_TEST_REQUIRE_ALL", "STREAMPROXY_TEST_AIMOCK", "STREAMPROXY_TEST_SDKS",
-    }
+    assert set(re.findall(r"\b(?:STREAMPROXY|OPENAI)_[A-Z_]+", text)) <= names
+    tests, script = Path(__file__).read_text(encoding="utf-8"), (HERE / ".ci/run").read_text(encoding="utf-8")
+    told = set(re.findall(r"\bTEST_[A-Z]+(?:_[A-Z]+)*", text + script))
+    assert told <= set(re.findall(r"environ\.get\(\"(TEST_\w+)", tests)) and len(told) == 3
 
 
 def readme_commands() -> list[tuple[dict[str, str], list[str]]]:
@@ -11887,8 +12093,8 @@ def test_instance_takes_the_socket_of_systemd_and_leaves_it_as_it_is(tmp_path: P
     ("LISTEN_FDS=2", (), "LISTEN_FDS: '2' sockets are handed over; allowed: 1"),
     ("LISTEN_FDS=1", (), "LISTEN_FDS: descriptor 3 does not listen; allowed: a socket of ListenStream= with Accept=no"),
     (
-        "LISTEN_FDS=1 3<&{fd}", ("--bind", "127.0.0.1:0"),
-        "--bind (STREAMPROXY_BIND) and a socket of systemd's (LISTEN_FDS) are both given; allowed: one of them",
+        "LISTEN_FDS=1 3<&{fd}", ("--port", "8000"),
+        "--port and a socket of systemd's (LISTEN_FDS) are both given; allowed: one of them",
     ),
     (
         "LISTEN_FDS=1 3<&{fd}", (),
@@ -11921,7 +12127,7 @@ def test_socket_of_systemd_is_named_as_bind_has_it(tmp_path: Path) -> None:
     ]:
         with socket.socket(family) as sock:
             sock.bind(address)
-            assert streamproxy.address_text(sock) == text.format(sock.getsockname()[1])
+            assert streamproxy.address_text(sock.getsockname()) == text.format(sock.getsockname()[1])
 
 
 def test_instance_tells_systemd_what_it_waits_for(talker: Provider, tmp_path: Path) -> None:
@@ -12580,8 +12786,8 @@ AIMOCK_FIXTURES = [
 def npm_folder() -> Path:
     """Where npm has installed aimock, pyright, the SDKs for JavaScript, and esbuild, which makes scripts of them."""
     return Path(
-        os.environ.get("STREAMPROXY_TEST_AIMOCK")
-        or missing("STREAMPROXY_TEST_AIMOCK names no folder with aimock and the SDKs for JavaScript")
+        os.environ.get("TEST_AIMOCK")
+        or missing("TEST_AIMOCK names no folder with aimock and the SDKs for JavaScript")
     )
 
 
