@@ -600,9 +600,9 @@ class StillServer(Still):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        given = {"bind": "127.0.0.1:0", "api_key": KEY, "upstream": "http://upstream.example/v1", **settings}
+        given = {"bind": "127.0.0.1:0", "upstream": "http://upstream.example/v1", "access_log": "all", **settings}
         with self.replaced():
-            self.server = streamproxy.Server(streamproxy.Settings(**given))
+            self.server = streamproxy.Server(streamproxy.Settings(api_key=KEY, **given))
         self.hold(self.server.hub)
 
     def __enter__(self) -> Self:
@@ -9922,7 +9922,7 @@ class Play:
             total_timeout=60.0,
             client_timeout=30.0,
             token_file=token_file(Path(folder), "a token-a\n") if self.has_tokens else "",
-            drain_timeout=self.rng.choice([0.0, 100.0]),
+            drain_timeout=self.rng.choice([0.0, 100.0]), access_log="all",
             allow_model=("*",) if self.rng.random() < 0.5 else (),
             **limits,
         )
@@ -11577,6 +11577,7 @@ def nginx(folder: Path, config: str) -> Iterator[Front]:
         "server_name chat.example.com;": "server_name chat.example.com localhost 127.0.0.1;",
         "/var/log/nginx/": f"{folder}/",
         "/run/streamproxy/": f"{folder}/",
+        "127.0.0.1:9101": f"unix:{folder}/metrics.sock",
     }.items():
         config = config.replace(old, new)
     (folder / "nginx.conf").write_text(config)
@@ -11732,6 +11733,30 @@ def test_nginx_example_goes_to_another_process_while_one_restarts(provider: Prov
             with Client(front).ask(PROMPT) as client, provider.take() as upstream:
                 upstream.start(A)
                 assert client.head().status == 200 and client.chunk() == b"a"
+
+
+def test_nginx_example_and_readme_have_prometheus_ask_each_process(provider: Provider, tmp_path: Path) -> None:
+    tokens, config = token_file(tmp_path, f"alice {ALICE}\n"), readme_block("scrape_configs:")
+    (tmp_path / "token").write_text(ALICE)
+    (tmp_path / "prometheus.yml").write_text(config.replace("/etc/prometheus/streamproxy-token", f"{tmp_path}/token"))
+    check = [program("promtool"), "check", "config", str(tmp_path / "prometheus.yml")]
+    told = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert told.returncode == 0 and "is valid" in told.stdout, told.stdout + told.stderr
+    paths = re.findall(r'"127\.0\.0\.1:9101"\], labels: \{__metrics_path__: (\S+),', config)
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(running(provider, bind=f"unix:{tmp_path}/{number}.sock", token_file=tokens))
+            for number in (1, 2)
+        ]
+        stack.enter_context(nginx(tmp_path, EXAMPLE.read_text()))
+        wait_for(lambda: not refused(Front(f"unix:{tmp_path}/metrics.sock")))
+        for path in ("/", *paths):
+            with Client(Front(f"unix:{tmp_path}/metrics.sock")) as client:
+                client.ask(method="GET", path=path, Authorization=f"Bearer {ALICE}", Connection="close")
+                assert client.head().status == (404 if path == "/" else 200)
+                assert (b"\nstreamproxy_connections 1\n" in client.rest()) == (path != "/")
+        mark = b'{route="/metrics",status="200",client="alice"} 1\n'
+        wait_for(lambda: all(mark in server.hub.metrics.encode() for server in servers))
 
 
 # ----------------------------------------------------------------------- Other servers in front
@@ -12011,7 +12036,8 @@ def copied(sock: socket.socket) -> socket.socket:
 
 def test_socket_of_systemd_that_somebody_has_block_holds_up_nobody(provider: Provider) -> None:
     with socket.create_server(("127.0.0.1", 0)) as given:
-        settings = streamproxy.Settings(bind=streamproxy.address_text(given), api_key=KEY, upstream=provider.url)
+        bind = streamproxy.address_text(given.getsockname())
+        settings = streamproxy.Settings(bind=bind, api_key=KEY, upstream=provider.url)
         with streamproxy.Server(settings, copied(given)) as server, Client(server) as client:
             caught_up(server)
             given.setblocking(True)
