@@ -12651,19 +12651,6 @@ def test_page_through_nginx_below_a_path(browser: WebDriver, provider: Provider,
         conversation(browser, ("user", "Hello"), ("assistant", "ab"))
 
 
-def test_eventsource_in_a_browser_stops_after_its_answer(page: WebDriver, provider: Provider) -> None:
-    page.run("""window.seen = []; const source = new EventSource('/?prompt=Hi');
-        for (const type of ['message', 'done']) source.addEventListener(type, event => seen.push(event.data));
-        source.onerror = () => seen.push(source.readyState)""")
-    with provider.take() as upstream:
-        upstream.start(A)
-        page.wait("return seen.length === 1")
-        upstream.finish()
-    page.wait("return seen.includes(EventSource.CLOSED)")  # it asked again by itself and got 204
-    assert page.run("return seen") == ['{"text": "a"}', '{"finish_reason": "stop", "usage": null}', 0, 2]
-    assert provider.nobody_came()
-
-
 def test_fetch_in_a_browser_rejects_a_cut_answer(page: WebDriver, provider: Provider) -> None:
     page.run("""fetch('/', {method: 'POST', body: '{"prompt": "Hi"}'}).then(answer => answer.text())
         .then(text => { window.got = text }, error => { window.got = error.name })""")
@@ -12672,41 +12659,77 @@ def test_fetch_in_a_browser_rejects_a_cut_answer(page: WebDriver, provider: Prov
     assert page.wait("return window.got") == "TypeError"
 
 
-@pytest.mark.parametrize("how", ["whole", "cut", "stopped", "refused"])
-def test_readme_ask_in_a_browser(page: WebDriver, provider: Provider, how: str) -> None:
-    page.run(readme_block("async function ask") + """window.seen = []; window.stopper = new AbortController();
-        ask("Hi", text => seen.push(text), stopper.signal)
-            .then(() => seen.push("end"), error => seen.push(`${error}`))""")
-    with provider.take() as upstream:
-        if how == "refused":
-            upstream.send(error_answer(400, SAYS))
-        else:
+# What upstream sends, and what README's ask makes of it.
+ASKS: dict[str, tuple[bytes, list[str]]] = {
+    "whole": (STREAM_HEAD + chunk(delta("", reasoning="Hm")) + chunk(delta("\u2028event: done\n\n: a")) + chunk(STOP)
+              + chunk(event({"choices": [], "usage": {"total_tokens": 3}})) + chunk(DONE) + b"0\r\n\r\n",
+              ["(Hm)", "\u2028event: done\n\n: a", '{"finish_reason":"stop","usage":{"total_tokens":3}}']),
+    "cut": (STREAM_HEAD + chunk(A), ["a", "Error: Upstream closed the connection within its answer."]),
+    "refused": (error_answer(400, SAYS), ["Error: Words"]),
+}  # fmt: skip
+# The same, of what is in front of the server.
+FRONT_ASKS: dict[str, tuple[bytes, list[str]]] = {
+    "HTML": (error_answer(502, b"<html>", b"Access-Control-Allow-Origin: *\r\n"),
+             ["Error: The server answered with status 502."]),
+    "cut, as if it were whole": (b"HTTP/1.0 200 OK\r\nAccess-Control-Allow-Origin: *\r\n\r\n" + streamproxy.PING
+                                 + b'id: 1\ndata: {"text": "a"}\n\n' + streamproxy.PING + b"\ndata",
+                                 ["a", "Error: The answer is not whole."]),
+}  # fmt: skip
+CALL_ASK = """window.seen = []; window.stopper = new AbortController();
+    ask([{role: "user", content: "Hi"}],
+        {text: text => seen.push(text), reasoning: text => seen.push(`(${text})`)}, stopper.signal)
+        .then(said => seen.push(JSON.stringify(said)), error => seen.push(`${error}`))"""
+
+
+def test_readme_ask_in_a_browser_from_another_origin(browser: WebDriver, provider: Provider) -> None:
+    with running(None) as other, running(provider, allow_origin=(other.url,)) as server:
+        browser.call("POST", "/url", {"url": other.url + "/healthz"})
+        lines = readme_block("// messages: ")
+        for front, asks in ((server, ASKS), (provider, FRONT_ASKS)):
+            script = lines.replace("https://chat.example.com/", front.url + "/") + CALL_ASK
+            for sent, seen in asks.values():
+                browser.run(script)
+                with provider.take() as upstream:
+                    assert json.loads(upstream.body)["messages"] == [{"role": "user", "content": "Hi"}]
+                    upstream.send(sent)
+                browser.wait("return seen.length === arguments[0]", len(seen))
+                assert browser.run("return seen") == seen
+        browser.run(lines.replace("https://chat.example.com/", server.url + "/") + CALL_ASK)
+        with provider.take() as upstream:
             upstream.start(A)
-            page.wait("return seen.length === 1")
-        if how == "whole":
-            upstream.finish()
-        if how == "stopped":
-            page.run("stopper.abort()")
+            browser.wait("return seen.length === 1")
+            browser.run("stopper.abort()")
             assert upstream.gone()
-    page.wait("return seen.length === (arguments[0] ? 1 : 2)", how == "refused")
-    ends = {"whole": "end", "cut": "TypeError: ", "stopped": "AbortError: ", "refused": "Error: Words"}
-    *first, last = page.run("return seen")
-    assert first == ([] if how == "refused" else ["a"]) and last.startswith(ends[how])
+        assert browser.wait("return seen[1]").startswith("AbortError: ")
+    browser.log()
 
 
-@pytest.mark.parametrize("how", ["whole", "cut"])
-def test_readme_eventsource_in_a_browser(page: WebDriver, provider: Provider, how: str) -> None:
-    page.run("window.seen = []; const prompt = 'Hi', show = text => seen.push(text);"
-             + readme_block("const source") + "window.source = source")  # fmt: skip
-    with provider.take() as upstream:
-        upstream.start(A)
-        page.wait("return seen.length === 1")
-        if how == "whole":
-            upstream.finish()
-    page.wait("return source.readyState === EventSource.CLOSED")
-    error = "\nUpstream closed the connection within its answer."
-    assert page.run("return seen") == (["a"] if how == "whole" else ["a", error])
-    assert provider.nobody_came()
+@pytest.mark.parametrize("how", ["whole", "reported", "refused", "broken"])
+def test_readme_eventsource_in_a_browser(browser: WebDriver, provider: Provider, how: str) -> None:
+    with running(provider) as server:
+        browser.call("POST", "/url", {"url": server.url + "/healthz"})
+        browser.run("window.seen = []; const prompt = 'Hi', show = text => seen.push(text);"
+                    + readme_block("const source") + "window.source = source")  # fmt: skip
+        with provider.take() as upstream:
+            if how == "refused":
+                upstream.send(error_answer(400, SAYS))
+            else:
+                upstream.start(A)
+                browser.wait("return seen.length === 1")
+            if how == "whole":
+                upstream.finish()
+            elif how == "reported":
+                upstream.event(event({"error": {"message": "It broke."}}))
+            elif how == "broken":  # and the browser asks again by itself, to be told 204
+                for client in set(server.clients):
+                    client.sock.shutdown(socket.SHUT_RDWR)
+                assert upstream.gone() and browser.run("return seen") == ["a"]
+            browser.wait("return source.readyState === EventSource.CLOSED")
+        ends = {"whole": ["a"], "reported": ["a", "\nIt broke."], "refused": ["\nThe answer is not whole."],
+                "broken": ["a", "\nThe answer is not whole."]}  # fmt: skip
+        assert browser.run("return seen") == ends[how]
+        assert provider.nobody_came()
+    browser.log()
 
 
 def test_page_asks_for_the_token_and_keeps_it_for_the_tab(
