@@ -13,6 +13,7 @@ import ast
 import asyncio
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -10922,6 +10923,38 @@ def readme_block(begin: str) -> str:
     return textwrap.dedent("\n".join(body)) + "\n"
 
 
+def readme_blocks() -> list[str]:
+    """All of README's blocks of code."""
+    text = README.read_text(encoding="utf-8")
+    fenced = re.findall(r"(?ms)^```\w*\n(.*?)^```$", text)
+    text = re.sub(r"(?ms)^```.*?^```$", "", text)
+    return fenced + [textwrap.dedent(block) for block in re.findall(r"(?m)^\n((?:    .*\n)+)", text)]
+
+
+def test_readme_every_block_of_code_is_read_by_a_test() -> None:
+    calls = re.findall(r"""readme_block\((["'])(.+?)\1\)""", Path(__file__).read_text(encoding="utf-8"))
+    begins = tuple(begin for _, begin in calls) + tuple(f"# {name}" for name in FRONTS)
+    begins += ("python3 streamproxy.py", "python3 -m venv")  # see readme_commands, and .ci/run
+    blocks = readme_blocks()
+    assert len(blocks) > 25
+    assert [block for block in blocks if not block.startswith(begins)] == []
+
+
+def test_readme_first_version_of_the_changes_is_the_program_s() -> None:
+    said = re.findall(r"(?m)^\*\*(.+)\*\*, ([0-9]{4}-[0-9]{2}-[0-9]{2})$", README.read_text(encoding="utf-8"))
+    versions = [tuple(map(int, version.split("."))) for version, _ in said]
+    assert said[0][0] == streamproxy.__version__ and len(versions) > 1
+    assert versions == sorted(set(versions), reverse=True)
+    assert [day for _, day in said] == sorted((day for _, day in said), reverse=True)
+    done = subprocess.run([sys.executable, str(PROGRAM), "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"streamproxy {streamproxy.__version__}\n", "")
+
+
+def test_readme_picture_is_there() -> None:
+    path = re.findall(r"^!\[.+\]\((.+)\)$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(path) == 1 and (HERE / path[0]).read_bytes().startswith(b"\x89PNG\r\n")
+
+
 def test_readme_settings_table_is_the_code_s() -> None:
     rows = [line for line in README.read_text(encoding="utf-8").splitlines() if re.match(r"\| (`--|–)", line)]
     expected = []
@@ -10961,7 +10994,11 @@ def test_readme_commands_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(commands) >= 9
     for environ, flags in commands:
         if "--version" not in flags:
-            streamproxy.Settings.load(environ, vars(streamproxy.build_parser().parse_args(flags)))
+            settings = streamproxy.Settings.load(environ, vars(streamproxy.build_parser().parse_args(flags)))
+            if "--param" in flags:  # to let the model reason
+                asked = json.loads(streamproxy.encode_request(PROMPT, settings))
+                assert (asked["max_completion_tokens"], asked["reasoning_effort"]) == (4000, "low")
+                assert "max_tokens" not in asked
 
 
 UPSTREAMS = {
@@ -11509,14 +11546,68 @@ def unit_settings(folder: Path, unit: str) -> tuple[dict[str, Any], streamproxy.
 
 
 def test_readme_lines_that_install_put_the_files_where_the_unit_looks(tmp_path: Path) -> None:
-    key, module, _ = readme_block("install -D -m").splitlines()
     (tmp_path / "openai-key").write_text(KEY)
+    (tmp_path / "tokens").write_text(f"alice {ALICE}\n")
     (tmp_path / "usr/local/lib").mkdir(parents=True)
     shutil.copy(PROGRAM, tmp_path)
-    shell("\n".join(line.partition("#")[0].replace(" /", f" {tmp_path}/") for line in (key, module)), tmp_path)
+    (tmp_path / "systemctl").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n')
+    (tmp_path / "systemctl").chmod(0o700)
+    blocks = [readme_block("install -D -m"), readme_block("install -m 0640"), readme_block("systemctl restart")]
+    lines = "".join(blocks).replace(" /", f" {tmp_path}/").replace("www-data", str(os.getgid()))
+    shell(f"PATH={tmp_path}:$PATH\n{lines}", tmp_path)
     unit = readme_block("[Unit]")
     assert (tmp_path / re.findall("LoadCredential=openai-key:/(.*)", unit)[0]).stat().st_mode & 0o777 == 0o600
     assert (tmp_path / re.findall(r"ExecStart=\S+ /(\S+)", unit)[0]).read_bytes() == PROGRAM.read_bytes()
+    name, file = (tmp_path / re.findall("EnvironmentFile=-/(.*)", unit)[0]).read_text().strip().split("=/", 1)
+    assert name == "STREAMPROXY_TOKEN_FILE" and (tmp_path / file).stat().st_mode & 0o777 == 0o640
+    called = (tmp_path / "called").read_text().split("\n")
+    assert called == ["enable --now streamproxy@1 streamproxy@2", "restart streamproxy@1", "restart streamproxy@2", ""]
+
+
+def test_readme_container_has_the_file_the_port_and_the_time_that_it_needs() -> None:
+    words = shlex.split(readme_block("docker run").replace("\\\n", ""))
+    at = words.index("python:3-slim")
+    options = {name: value for name, value in zip(words[:at], words[1:at]) if name[0] == "-"}
+    flags = vars(streamproxy.build_parser().parse_args(words[at + 3 :]))
+    settings = streamproxy.Settings.load({options["-e"]: KEY}, flags)
+    assert words[at + 1 : at + 3] == ["python3", options["-v"].split(":")[1]] and options["-v"].endswith(":ro")
+    assert options["-p"] == "127.0.0.1:8000:" + settings.bind.rpartition(":")[2]
+    assert settings.leave_delay + settings.drain_timeout + streamproxy.ABORT_GRACE < int(options["--stop-timeout"])
+
+
+def test_readme_events_are_those_of_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamproxy, "DEMO_PAUSE", 0.005)
+    shown = (readme_block("id: ") + "\n" + readme_block("event: done")).rstrip()
+    with running(None, demo=True) as server, Client(server).ask({"prompt": "x"}, **EVENTS) as client:
+        client.head()
+        first, *_, last = client.body().decode().strip().split("\n\n")
+    pattern = re.escape(shown).replace("365dbbef048acfb0", "[0-9a-f]{16}").replace("40", "[0-9]+")
+    assert re.fullmatch(pattern.replace(re.escape(", ..."), '(, "[^{}]*)?'), f"{first}\n\n{last}"), (first, last)
+
+
+def test_readme_scrape_config_is_one_for_prometheus(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(ALICE)
+    config = readme_block("scrape_configs:").replace("/etc/prometheus/streamproxy-token", str(tmp_path / "token"))
+    (tmp_path / "prometheus.yml").write_text(config)
+    check = [program("promtool"), "check", "config", str(tmp_path / "prometheus.yml")]
+    done = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and str(tmp_path / "token") in config, done.stdout + done.stderr
+
+
+def test_readme_lines_for_openai_s_sdk_ask_through_the_proxy(provider: Provider, tmp_path: Path) -> None:
+    script = readme_block("from openai import OpenAI") + textwrap.dedent("""
+        messages = [{"role": "user", "content": "Hi"}]
+        for event in client.chat.completions.create(model="gpt-6-luna", messages=messages, stream=True):
+            print(event.choices[0].delta.content or "", end="")
+    """)
+    python = sdk_python("openai")
+    with running(provider) as server, concurrent.futures.ThreadPoolExecutor() as pool:
+        script = script.replace("http://127.0.0.1:8000/v1", f"{server.url}/v1")
+        told = pool.submit(run_script, [python, "-"], script, tmp_path)
+        with provider.take() as upstream:
+            upstream.start(A)
+            upstream.finish()
+        assert told.result() == "a"
 
 
 # ----------------------------------------------------------------------- nginx
@@ -11776,10 +11867,8 @@ FRONTS = {
 @contextlib.contextmanager
 def other_front(name: str, folder: Path, server: streamproxy.Server | Provider, idle: int = 60) -> Iterator[Front]:
     """The server of that name, set up as README says, but for how many seconds it keeps idle connections."""
-    lines = re.search(rf"^```\n# {name}\b.*\n([^`]*)```", README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert lines
     binary, port, config = program({"Apache": "apache2"}.get(name, name.lower())), free_port(), folder / "config"
-    text = lines[1].replace(
+    text = readme_block(f"# {name}").replace(
         "127.0.0.1:8000", urllib.parse.urlsplit(server.url).netloc
     ).replace("chat.example.com", f"http://:{port}")
     text = re.sub("(ttl=|keepalive )60", rf"\g<1>{idle}", text)
