@@ -11613,6 +11613,20 @@ def test_readme_lines_for_openai_s_sdk_ask_through_the_proxy(provider: Provider,
 # ----------------------------------------------------------------------- nginx
 
 
+def test_readme_lines_for_nginx_put_the_example_there_under_one_s_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamproxy, "DEMO_PAUSE", 0.005)
+    write, check, ask = readme_block("sed 's/chat").splitlines()
+    shell(write.replace(" /etc/nginx/", f" {tmp_path}/"), HERE)
+    name = urllib.parse.urlsplit(shlex.split(ask)[2]).hostname or ""
+    with running(None, demo=True, bind=f"unix:{tmp_path}/1.sock", allow_host=(name,)):
+        with nginx(tmp_path, (tmp_path / "nginx.conf").read_text()) as front:
+            port = urllib.parse.urlsplit(front.url).port
+            said = shell(ask.replace("curl ", f"{program('curl')} -sS --connect-to ::127.0.0.1:{port} "), HERE)
+    assert "You asked: “Hello”" in said and check.startswith("nginx -t && ")
+
+
 @pytest.mark.parametrize("status", ["404", "403", "413"])
 def test_nginx_passes_the_refusal_of_a_large_body_on(provider: Provider, tmp_path: Path, status: str) -> None:
     with running(provider, bind=f"unix:{tmp_path}/1.sock"), nginx(tmp_path, large_bodies()) as front:
