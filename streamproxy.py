@@ -6916,15 +6916,17 @@ form button { padding: .4rem .9rem; border-radius: 1rem; border-color: transpare
 // Markdown: from text to blocks, as of CommonMark and GFM's tables.  Nothing here knows the page.  HTML, math,
 // entities, indented code and reference links stay text.  A long block is cut, so that each is drawn at once.
 
-const CUT = 8000, DEEPEST = 8;   // characters of a block; levels of lists and quotes
+const CUT = 8000, LONGEST = 4 * CUT, DEEPEST = 8;   // characters of a block; of a line, a list item, a quote; levels of these
 const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)(.{0,500})$/, UNDERLINE = /^ {0,3}(=+|-+)[ \t]*$/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/, QUOTE = /^ {0,3}> ?/;
 const FENCE = /^( {0,3})(`{3,}(?=[^`]*$)|~{3,})[ \t]*([^\s`]*)/, ITEM = /^ {0,3}([-+*]|\d{1,9}[.)])(?:([ \t]+)|$)/;
 const COLUMNS = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 
+// A line without its end, which comes or not; a longer one is cut.
 function lineAt(text, at) {
-  const end = text.indexOf("\n", at);
-  return {line: text.slice(at, end < 0 ? undefined : end), end: end < 0 ? text.length : end + 1, whole: end >= 0};
+  const line = text.slice(at, at + LONGEST), size = line.indexOf("\n");
+  return size < 0 ? {line, end: at + line.length, whole: line.length === LONGEST}
+    : {line: line.slice(0, size), end: at + size + 1, whole: true};
 }
 
 const isBlank = line => !line.trim();
@@ -6951,8 +6953,8 @@ function blockAt(text, at, before, depth) {
   if (found = HEADING.exec(line))
     return {type: "heading", level: found[1].length, text: found[2].replace(/[ \t]#+[ \t]*$/, "").trim(), end, whole};
   if (RULE.test(line)) return {type: "rule", end, whole};
-  if (depth < DEEPEST && QUOTE.test(line)) return readQuote(text, at, depth);
-  if (depth < DEEPEST && (found = ITEM.exec(line))) return readItem(text, at, depth, found);
+  if (depth < DEEPEST && QUOTE.test(line)) return readQuote(text, at);
+  if (depth < DEEPEST && (found = ITEM.exec(line))) return readItem(text, at, found);
   const next = whole && line.includes("|") && lineAt(text, end);
   if (next?.whole && COLUMNS.test(next.line) && cells(next.line).length === cells(line).length) {
     const align = cells(next.line).map(cell => ["", "left", "right", "center"][/^:/.test(cell) + 2 * /:$/.test(cell)]);
@@ -6968,10 +6970,9 @@ function readCode(text, start, {indent, fence, language, cut}) {
     const {line, end, whole} = lineAt(text, at);
     if (closing.test(line)) return {...block, end, whole};
     if (!whole && line.trim() && !line.trim().replaceAll(fence[0], "")) break;   // as it seems, the end begins
-    block.text += line.slice(0, CUT).replace(dedent, "") + (whole && line.length <= CUT ? "\n" : "");
-    at = Math.min(end, at + CUT + 1);
-    if (line.length > CUT) at--;
-    if (block.text.length >= CUT) return {...block, end: at, whole: true, cut: true};
+    block.text += line.replace(dedent, "") + (text[end - 1] === "\n" ? "\n" : "");
+    at = end;
+    if (block.text.length >= CUT) return {...block, end, whole: true, cut: true};
   }
   return {...block, end: text.length};
 }
@@ -7011,42 +7012,33 @@ const trimLines = text => text.replace(/^[ \t]+/gm, "").trimEnd();
 const paragraph = (text, start, end, more, whole) =>
   ({type: "paragraph", text: trimLines(text.slice(start, end)), more, end, whole});
 
-function readQuote(text, start, depth) {
+function readQuote(text, start) {
   const lines = [];
-  let at = start, last = "";
+  let at = start, last = "", whole = false;
   while (at < text.length) {
     const read = lineAt(text, at), {line, end} = read, quoted = QUOTE.exec(line);
     const lazy = !quoted && !isBlank(last) && !isBlank(line) && !interrupts(line) && !FENCE.test(last);
-    if (!quoted && !lazy || at - start > 4 * CUT) return nested("quote", lines, at, isSure(read), depth);
+    if (!quoted && !lazy || at > start && end - start > LONGEST) { whole = isSure(read); break; }
     lines.push(last = line.slice(quoted ? quoted[0].length : 0));
     at = end;
   }
-  return nested("quote", lines, at, false, depth);
+  return {type: "quote", text: lines.join("\n"), end: at, whole};
 }
 
-function readItem(text, start, depth, [mark, marker, space = ""]) {
+function readItem(text, start, [mark, marker, space = ""]) {
   const offset = space.length > 4 ? mark.length - space.length + 1 : mark.length + (space ? 0 : 1), lines = [];
   let at = start, blank = false, whole = false;
   while (at < text.length) {
     const read = lineAt(text, at), {end} = read;
     const line = read.line.replace(/^\t+/, tabs => "    ".repeat(tabs.length)), indent = line.search(/\S/);
     const belongs = at === start || indent < 0 || indent >= offset || (!blank && !interrupts(line) && !ITEM.test(line));
-    whole = isSure(read) && (!belongs || at - start > 4 * CUT);
-    if (!belongs || whole) break;
-    lines.push(at === start ? line.slice(offset) : line.slice(Math.min(offset, Math.max(indent, 0))));
+    if (!belongs || at > start && end - start > LONGEST) { whole = isSure(read); break; }
+    if (at === start) lines.push(line.slice(offset));
+    else if (indent >= 0 || read.whole) lines.push(line.slice(Math.min(offset, Math.max(indent, 0))));
     blank = indent < 0;
     at = end;
   }
-  return {...nested("item", lines, at, whole, depth), list: marker.at(-1), number: parseInt(marker)};
-}
-
-const nested = (type, lines, end, whole, depth) =>
-  ({type, children: parseBlocks(lines.join("\n"), depth + 1), end, whole});
-
-function parseBlocks(text, depth = 0) {
-  const blocks = [];
-  for (let at = 0; at < text.length; at = blocks.at(-1).end) blocks.push(blockAt(text, at, blocks.at(-1), depth));
-  return blocks;
+  return {type: "item", text: lines.join("\n"), end: at, whole, list: marker.at(-1), number: parseInt(marker)};
 }
 
 // Inline: strings and {type, children}.  The delimiter stack is CommonMark's, so that it is linear.  open: more may
@@ -7238,23 +7230,34 @@ function placeAbove(block, above) {
   return block.more && above?.querySelector({code: "code", table: "tbody"}[block.type] || "none") || null;
 }
 
-// Draw a block below the one above, or in it; return the element of the two.  open: more of it may come.
-function drawBlock(parent, block, above, open) {
+// Draw a block below the one above, or in it.  Returns the element of the two, and a function to which the block is
+// told as it has grown meanwhile, and which says whether that is drawn now.  open: more of it may come.
+function drawBlock(parent, block, above, open, depth) {
   const {type} = block, place = placeAbove(block, above);
-  if (type === "blank") return above;
-  if (type === "item") return drawItem(place || makeList(parent, block), block, open);
-  if (type === "code") return place ? (place.append(block.text), above) : drawCode(parent, block);
-  if (type === "table") return drawTable(parent, block, place, above, open);
+  if (type === "blank") return {element: above};
+  if (type === "item") {
+    const list = place || makeList(parent, block);
+    return {element: list, grow: growNested(make(list, "li"), depth)};
+  }
+  if (type === "code") return drawCode(parent, block, place, above);
+  if (type === "table") return drawTable(parent, block, place, above);
   const tag = {heading: `h${Math.min(6, block.level + 2)}`, rule: "hr", quote: "blockquote", paragraph: "p"}[type];
   const element = make(parent, tag, block.more ? "more" : "");
-  if (type === "quote") drawBlocks(element, block.children, open);
-  else if (type !== "rule") drawInline(element, parseInline(block.text, open));
-  return element;
+  if (type === "quote") return {element, grow: growNested(element, depth)};
+  if (type !== "rule") drawInline(element, parseInline(block.text, open));
+  return {element, grow: (next, more) => next.text === block.text && more === open};
 }
 
-function drawBlocks(parent, blocks, open) {
-  let above = null;
-  for (const block of blocks) above = drawBlock(parent, block, above, open && block === blocks.at(-1));
+function growNested(element, depth) {
+  const inner = growingText(element, depth + 1);
+  let shown = "";
+  return ({text}, open) => {
+    if (!text.startsWith(shown)) return false;
+    inner.add(text.slice(shown.length));
+    shown = text;
+    inner.draw(!open, Infinity);
+    return true;
+  };
 }
 
 function makeList(parent, {list, number}) {
@@ -7264,34 +7267,40 @@ function makeList(parent, {list, number}) {
   return element;
 }
 
-function drawItem(list, {children}, open) {
-  drawBlocks(make(list, "li"), children, open);
-  return list;
-}
-
 function scrollable(parent, className, label) {   // sideways, and so reached by keyboard
   const element = make(parent, className === "wide" ? "div" : "pre", className);
   Object.assign(element, {tabIndex: 0, role: "region", ariaLabel: label});
   return element;
 }
 
-function drawCode(parent, {text, language}) {
-  const element = make(parent, "div", "code"), bar = make(element, "div");
-  make(bar, "span", "", language || "text");
-  const code = make(scrollable(element, "", "Code"), "code", "", text);
-  button(bar, "Copy", self => copy(self, code.textContent)).ariaLabel = "Copy code";
-  return element;
+function drawCode(parent, {language}, place, above) {
+  const element = place ? above : make(parent, "div", "code");
+  if (!place) {
+    const bar = make(element, "div");
+    make(bar, "span", "", language || "text");
+    place = make(scrollable(element, "", "Code"), "code");
+    button(bar, "Copy", self => copy(self, place.textContent)).ariaLabel = "Copy code";
+  }
+  const shown = place.appendChild(new Text());   // it grows in place, so that what was selected stays so
+  return {element, grow: ({text}) => { shown.appendData(text.slice(shown.length)); return true; }};
 }
 
-function drawTable(parent, {head, align, rows}, place, above, open) {
+function drawTable(parent, {head, align}, place, above) {
   const element = place ? above : scrollable(parent, "wide", "Table");
   if (!place) {
     const table = make(element, "table");
     drawRow(make(table, "thead"), "th", head, align, false);
     place = make(table, "tbody");
   }
-  for (const row of rows) drawRow(place, "td", row, align, open && row === rows.at(-1));
-  return element;
+  let count = 0, last = null;
+  return {element, grow({rows}, open) {
+    if (rows.length < count) return false;
+    last?.remove();   // it may have grown
+    for (const row of rows.slice(Math.max(0, count - 1)))
+      last = drawRow(place, "td", row, align, open && row === rows.at(-1));
+    count = rows.length;
+    return true;
+  }};
 }
 
 function drawRow(parent, tag, row, align, open) {
@@ -7301,48 +7310,43 @@ function drawRow(parent, tag, row, align, open) {
     cell.style.textAlign = side;
     drawInline(cell, parseInline(row[index] || "", open));
   });
+  return element;
 }
 
 const SLICE = 8;   // milliseconds of work before the browser may draw
 const pause = () => new Promise(resolve => setTimeout(resolve));
 
-// A text that grows in an element: what is whole is drawn once, the rest anew at each draw.
-function growingText(element) {
-  let text = "", at = 0, before = null, above = null, kept = [];
-  const keep = place => kept.push([place, place.childNodes.length]);
-  function takeBack() {
-    for (const [place, count] of kept.splice(0)) while (place.childNodes.length > count) place.lastChild.remove();
+const isSame = (one, other) => ["type", "more", "language", "list", "number"].every(name => one[name] === other[name]);
+
+// A text that grows in an element.  What is whole is drawn once; of the rest, the tail, what cannot grow is drawn anew.
+function growingText(element, depth = 0) {
+  let text = "", at = 0, before = null, above = null, tail = [];
+  function takeBack(count) {
+    for (const {kept} of tail.splice(count).reverse())
+      for (const [place, size] of kept) while (place.childNodes.length > size) place.lastChild.remove();
   }
-  function growCode(block) {   // in place, so that what was selected or scrolled stays so
-    const code = kept.length === 1 && element.children.length === kept[0][1] + 1 && element.lastElementChild;
-    const label = code && code.className === "code" && code.firstChild.firstChild.textContent;
-    if (label !== (block.language || "text")) return null;
-    const inside = code.querySelector("code");
-    inside.append(block.text.slice(inside.textContent.length));
-    return code;
+  function drawLast(block, last, open) {
+    const kept = [element, placeAbove(block, last)].filter(Boolean).map(place => [place, place.childNodes.length]);
+    const drawn = drawBlock(element, block, last, open, depth);
+    drawn.grow?.(block, open);
+    return {...drawn, block, kept};
   }
-  // Draw for at most some milliseconds; tell if there is more.  ended: nothing will be added.
-  function draw(ended) {
-    const begun = performance.now();
-    let block = at < text.length && blockAt(text, at, before, 0);
-    const code = block?.type === "code" && !block.more && growCode(block);
-    if (code && !(block.whole || ended)) return false;
-    if (code) [kept, at, before, above] = [[], block.end, block, code];
-    takeBack();
-    while (at < text.length) {
-      block = blockAt(text, at, before, 0);
-      if (!block.whole && !ended) break;
-      [at, before, above] = [block.end, block, drawBlock(element, block, above, false)];
-      if (at < text.length && performance.now() - begun > SLICE) return true;
-    }
-    keep(element);
-    let [next, last, shown] = [at, before, above];
+  // Draw until some time, at least a block; tell if there is more.  ended: nothing will be added.
+  function draw(ended, until = performance.now() + SLICE) {
+    let count = 0, next = at, last = before, shown = above;
     while (next < text.length) {
-      block = blockAt(text, next, last, 0);
-      const place = placeAbove(block, shown);
-      if (place) keep(place);
-      [next, last, shown] = [block.end, block, drawBlock(element, block, shown, block.end === text.length)];
+      const block = blockAt(text, next, last, depth), open = count > 0 || !(block.whole || ended), drawn = tail[count];
+      if (!drawn || !isSame(drawn.block, block) || !drawn.grow?.(block, open)) {
+        takeBack(count);
+        tail.push(drawLast(block, shown, open));
+      }
+      [next, last, shown] = [block.end, block, tail[count].element];
+      if (open) { count++; continue; }
+      tail.shift();
+      [at, before, above] = [next, last, shown];
+      if (at < text.length && performance.now() > until) return true;
     }
+    takeBack(count);
     return false;
   }
   return {add(piece) { text += piece; }, draw};
@@ -7568,8 +7572,10 @@ async function copy(self, text) {
 let following = true, topWas = 0;   // the end is followed until the reader moves up
 
 function follow() {
-  if (following) page.scrollTop = page.scrollHeight;
-  topWas = page.scrollTop;   // or a move up before the scroll event of this would not be seen
+  if (following) {
+    page.scrollTop = page.scrollHeight;
+    topWas = page.scrollTop;   // or a move up before the scroll event of this would not be seen
+  }
   $("#end").hidden = following;
 }
 
