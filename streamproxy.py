@@ -7355,7 +7355,8 @@ function growingText(element, depth = 0) {
 // The conversation: turns of a question and its answer, kept for this tab.
 
 const store = `streamproxy ${location.pathname}`, model = $("#model").textContent;
-let turns = [], stop = null, editing = false;   // stop: ends the answer that is arriving; null when none is
+let turns = [], stop = null, draft = null;   // stop: ends the answer that is arriving; null when none is
+                                            // draft: what stood in the box where the last question is edited now
 
 // What is said of answers that did not end by themselves.
 const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer.",
@@ -7512,7 +7513,7 @@ async function ask(question) {
 function takeBack(turn, view) {
   view.element.remove();
   turns.splice(turns.indexOf(turn), 1);
-  input.value ||= turn.question;
+  input.value = turn.question;
   setRunning(false);
   access.querySelector("p").textContent = token.value ? "This token is not known here." : "";
   access.hidden = false;
@@ -7526,31 +7527,34 @@ function dropLast() {
 
 function again() {
   if (stop) return;
+  leaveEditing();
   const {question} = turns.at(-1);
   dropLast();
   ask(question);
 }
 
 function edit() {
-  if (stop) return;
-  setEditing(true);
-  input.value = turns.at(-1).question;
-  fit();
-  input.focus();
+  if (stop || draft !== null) return;
+  draft = input.value;
+  fill(turns.at(-1).question);
+  log.lastElementChild.classList.add("editing");
+  $("#status").textContent = "Editing the last question. Escape leaves it as it was.";
 }
 
-function setEditing(on) {
-  editing = on;
-  log.lastElementChild?.classList.toggle("editing", on);
-  $("#status").textContent = on ? "Editing the last question. Escape leaves it as it was." : "";
+function leaveEditing() {
+  if (draft === null) return;
+  fill(draft);
+  draft = null;
+  log.lastElementChild.classList.remove("editing");
+  $("#status").textContent = "";
 }
 
 function clear() {
   stop?.abort();
+  leaveEditing();
   turns = [];
   save();
   log.replaceChildren();
-  setEditing(false);
   setRunning(Boolean(stop));
   input.focus();
 }
@@ -7592,6 +7596,12 @@ function fit() {   // the box to its text, at most a third of the window
   input.style.height = `${input.scrollHeight}px`;
 }
 
+function fill(text) {
+  input.value = text;
+  fit();
+  input.focus();
+}
+
 function setRunning(running) {
   stop = running ? new AbortController() : null;
   if (document.activeElement.matches("button")) input.focus();   // the button is about to go
@@ -7611,7 +7621,7 @@ form.addEventListener("submit", event => {
   const question = input.value;
   if (stop || !question.trim()) return;
   input.value = "";
-  if (editing) { setEditing(false); dropLast(); }
+  if (draft !== null) { leaveEditing(); dropLast(); }
   ask(question);
 });
 input.addEventListener("input", fit);
@@ -7622,8 +7632,9 @@ input.addEventListener("keydown", event => {
   form.requestSubmit();
 });
 addEventListener("keydown", event => {
-  if (event.key !== "Escape") return;
-  if (editing) { setEditing(false); input.value = ""; fit(); } else stop?.abort();
+  if (event.key !== "Escape" || event.isComposing) return;
+  if (draft === null) stop?.abort();
+  else leaveEditing();
 });
 access.addEventListener("submit", event => {
   event.preventDefault();
@@ -7640,7 +7651,7 @@ $("#stop").addEventListener("click", () => stop?.abort());
 $("#new").addEventListener("click", clear);
 $("#end").addEventListener("click", () => { following = true; follow(); input.focus(); });
 for (const example of document.querySelectorAll("#greeting button"))
-  example.addEventListener("click", () => { input.value = example.textContent; fit(); input.focus(); });
+  example.addEventListener("click", () => fill(example.textContent));
 addEventListener("pagehide", save);
 addEventListener("resize", follow);
 

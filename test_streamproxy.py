@@ -10480,6 +10480,11 @@ def test_page_of_ones_own_is_looked_at_again(
         wait_for(lambda: "the page was not taken, its last version counts: it is empty" in caplog.text)
         file.write_text("<p>three")
         assert got_page(server)[0] == "<p>three"
+        if os.name == "posix":
+            file.unlink()
+            os.mkfifo(file)  # whose reader waits for a writer
+            assert got_page(server)[0] == "<p>three"
+            wait_for(lambda: "its last version counts: it is not a regular file" in caplog.text)
     with pytest.raises(streamproxy.SettingsError, match="--page .STREAMPROXY_PAGE.: cannot use .*regular file"):
         streamproxy.Server(streamproxy.Settings(page=str(tmp_path) if os.name == "nt" else "/dev/null", demo=True))
 
@@ -12328,7 +12333,7 @@ def test_curl_sends_a_large_body_after_100_continue(provider: Provider) -> None:
 class WebDriver:
     """A headless Chromium, driven over W3C WebDriver (https://www.w3.org/TR/webdriver2/)."""
 
-    ENTER, SHIFT = "\ue007", "\ue008"
+    ENTER, SHIFT, ESCAPE = "\ue007", "\ue008", "\ue00c"
     FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--no-first-run", "--disable-quic",
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
              "--host-resolver-rules=MAP rebound.example 127.0.0.1")  # fmt: skip
@@ -12370,6 +12375,15 @@ class WebDriver:
         found = self.call("POST", "/element", {"using": "css selector", "value": selector})
         self.call("POST", f"/element/{next(iter(found.values()))}/{command}", parameters)
 
+    def devtools(self, command: str, **parameters: object) -> Any:
+        """What a command of the DevTools protocol answers (https://chromedevtools.github.io/devtools-protocol/)."""
+        return self.call("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
+
+    def media(self, **features: str) -> None:
+        """Have media queries find these features; without any, the browser's own."""
+        named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.devtools("Emulation.setEmulatedMedia", features=named)
+
     def log(self) -> list[dict[str, Any]]:
         """New console entries, violations of the page's policy among them; a lost request is the browser's own."""
         return [entry for entry in self.call("POST", "/se/log", {"type": "browser"}) if entry["source"] != "network"]
@@ -12390,6 +12404,14 @@ def page(browser: WebDriver, server: streamproxy.Server) -> Iterator[WebDriver]:
 
 def say(page: WebDriver, text: str = "Hello") -> None:
     page.element("#prompt", "value", text=text + WebDriver.ENTER)
+
+
+def answer(page: WebDriver, provider: Provider, *events: bytes) -> None:
+    """Have the question that is asked answered so, to the end."""
+    with provider.take() as upstream:
+        upstream.start(*events)
+        upstream.finish()
+    page.wait("return document.querySelector('#stop').hidden")
 
 
 def growing(page: WebDriver, text: str) -> None:
@@ -12431,6 +12453,66 @@ def test_page_stop_closes_upstream(page: WebDriver, provider: Provider) -> None:
         assert upstream.gone()
     conversation(page, ("user", "Hello"), ("assistant", "partial"), ("ending", "Stopped."))
     assert page.run("return document.activeElement.id") == "prompt"
+
+
+def test_page_escape_stops_an_answer_and_leaves_what_is_edited(page: WebDriver, provider: Provider) -> None:
+    def edit(*keys: str) -> object:
+        page.element(".user .tools button", "click")
+        page.element("#prompt", "value", text="".join(keys))
+        return page.run("return [input.value, document.querySelectorAll('.editing').length]")
+
+    say(page)
+    with provider.take() as upstream:
+        upstream.start(A)
+        growing(page, "a")
+        page.element("#prompt", "value", text=WebDriver.ESCAPE)
+        assert upstream.gone()
+    conversation(page, ("user", "Hello"), ("assistant", "a"), ("ending", "Stopped."))
+    page.element("#prompt", "value", text="draft")
+    assert edit("!") == ["Hello!", 1] and edit() == ["Hello!", 1]
+    assert edit(WebDriver.ESCAPE) == ["draft", 0]
+    edit("?" + WebDriver.ENTER)
+    answer(page, provider, A)
+    conversation(page, ("user", "Hello?"), ("assistant", "a"))
+    assert page.run("return [input.value, document.querySelectorAll('.editing').length]") == ["draft", 0]
+    edit()
+    page.element(".assistant .tools button.last", "click")  # Regenerate
+    answer(page, provider, A)
+    page.element("#prompt", "value", text=WebDriver.ENTER)
+    answer(page, provider, A)
+    conversation(page, *[("user", "Hello?"), ("assistant", "a"), ("user", "draft"), ("assistant", "a")])
+
+
+@pytest.mark.parametrize("secure", [True, False], ids=["https", "http"])
+def test_page_copies_an_answer_as_markdown_and_code_alone(page: WebDriver, provider: Provider, secure: bool) -> None:
+    page.run("""document.addEventListener("copy", () => { window.copied = document.activeElement.value; });
+        const clipboard = {writeText: async text => { window.copied = text; }};
+        Object.defineProperty(navigator, "clipboard", {value: arguments[0] ? clipboard : undefined});""", secure)
+    say(page)
+    text = "*a*\n\n```py\nf()\n  g()\n```"
+    answer(page, provider, delta(text))
+    for button, copied in ((".code button", "f()\n  g()\n"), (".assistant .tools button", text)):
+        page.element(button, "click")
+        page.wait("return window.copied === arguments[0]", copied)
+        assert page.run("return document.querySelector(arguments[0]).textContent", button) == "Copied"
+    assert page.run("return document.querySelectorAll('textarea').length") == 1
+
+
+def test_page_tells_figures_below_an_answer(browser: WebDriver, provider: Provider) -> None:
+    usage = event({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 84, "total_tokens": 85}})
+    with running(provider, model="some-model") as server:
+        browser.call("POST", "/url", {"url": server.url})
+        for last, rate in ((STOP, "1 pieces"), (usage, "42 tokens")):
+            browser.run("document.querySelector('#new').click(); window.now = 0; performance.now = () => now")
+            say(browser)
+            with provider.take() as upstream:
+                browser.run("now = 1250")
+                upstream.start(delta("a"))
+                growing(browser, "a")
+                browser.run("now = 3250")
+                upstream.event(delta("b"), STOP, last, DONE)
+                stats = browser.wait("return document.querySelector('.stats')?.textContent")
+            assert stats == f"1.3 s to the first token · {rate} a second · some-model"
 
 
 def test_page_shows_errors_and_cut_answers(page: WebDriver, provider: Provider) -> None:
@@ -12487,13 +12569,25 @@ def test_page_remembers_regenerates_and_edits(page: WebDriver, provider: Provide
     answered("one!")
     page.call("POST", "/refresh", {})
     conversation(page, ("user", "one!"), ("assistant", "a"))
-    page.run("sessionStorage.setItem('full', 'x'.repeat(5 * 1024 * 1024 - 300)); save()")  # there is no room any more
     page.element("#new", "click")
-    conversation(page)
     page.call("POST", "/refresh", {})
     conversation(page)
     assert not page.run("return document.querySelector('#greeting').hidden")
-    page.run("sessionStorage.clear()")
+
+
+def test_page_remembers_the_last_turns_that_there_is_room_for(page: WebDriver) -> None:
+    page.run("""turns = "abcdefgh".split("").map(question => ({question, answer: "x".repeat(1000), reasoning: "", note: "",
+        ended: true})); sessionStorage.setItem("full", "")""")
+    for room, kept in ((100_000, "abcdefgh"), (8000, "bcdefgh"), (6000, "defgh"), (1500, "h"), (500, "")):
+        page.run("""sessionStorage.clear();
+            let full = "x".repeat(5 * 1024 * 1024 - arguments[0] - 4);   // "full" and its value: what a tab may keep
+            sessionStorage.setItem("full", full); save()""", room)
+        page.call("POST", "/refresh", {})
+        page.run("sessionStorage.removeItem('full')")
+        assert page.run("return turns.map(turn => turn.question).join('')") == kept
+        page.run("if (turns.length === 8) return; turns = arguments[0]", [
+            {"question": each, "answer": "x" * 1000, "reasoning": "", "note": "", "ended": True} for each in "abcdefgh"])
+    page.run("sessionStorage.clear(); turns = []")
 
 
 def test_page_follows_the_end_until_the_reader_moves_up(page: WebDriver, provider: Provider) -> None:
@@ -12521,8 +12615,7 @@ def test_page_has_nothing_that_axe_finds(page: WebDriver, provider: Provider, np
         upstream.finish()
     page.wait("return document.querySelector('#stop').hidden")
     for theme in ("light", "dark"):
-        media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-        page.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": media})
+        page.media(prefers_color_scheme=theme)
         script = axe + "; axe.run().then(found => arguments[0](found.violations.map(each => each.id)))"
         assert page.call("POST", "/execute/async", {"script": script, "args": []}) == []
 
