@@ -7244,9 +7244,22 @@ function drawBlock(parent, block, above, open, depth) {
   const tag = {heading: `h${Math.min(6, block.level + 2)}`, rule: "hr", quote: "blockquote", paragraph: "p"}[type];
   const element = make(parent, tag, block.more ? "more" : "");
   if (type === "quote") return {element, grow: growNested(element, depth)};
-  if (type !== "rule") drawInline(element, parseInline(block.text, open));
-  return {element, grow: (next, more) => next.text === block.text && more === open};
+  return {element, grow: type === "rule" ? null : growInline(element)};
 }
+
+function growInline(element) {
+  let drawn = [];
+  return ({text}, open) => {
+    const nodes = parseInline(text, open), differs = drawn.findIndex((node, index) => !isAlike(node, nodes[index]));
+    const kept = differs < 0 ? drawn.length : differs;
+    while (element.childNodes.length > kept) element.lastChild.remove();
+    drawInline(element, nodes.slice(kept));
+    drawn = nodes;
+    return true;
+  };
+}
+
+const isAlike = (one, other) => one === other || JSON.stringify(one) === JSON.stringify(other);
 
 function growNested(element, depth) {
   const inner = growingText(element, depth + 1);
@@ -7316,7 +7329,9 @@ function drawRow(parent, tag, row, align, open) {
 const SLICE = 8;   // milliseconds of work before the browser may draw
 const pause = () => new Promise(resolve => setTimeout(resolve));
 
-const isSame = (one, other) => ["type", "more", "language", "list", "number"].every(name => one[name] === other[name]);
+// Whether a block is another only in its text: what is drawn of the one can become the other.
+const KIND = ["type", "more", "level", "language", "list", "number"];
+const isSame = (one, other) => KIND.every(name => Object.is(one[name], other[name]));
 
 // A text that grows in an element.  What is whole is drawn once; of the rest, the tail, what cannot grow is drawn anew.
 function growingText(element, depth = 0) {
