@@ -7243,6 +7243,7 @@ function drawBlock(parent, block, above, open, depth) {
   if (type === "table") return drawTable(parent, block, place, above);
   const tag = {heading: `h${Math.min(6, block.level + 2)}`, rule: "hr", quote: "blockquote", paragraph: "p"}[type];
   const element = make(parent, tag, block.more ? "more" : "");
+  if (type === "quote") element.dir = "auto";
   if (type === "quote") return {element, grow: growNested(element, depth)};
   return {element, grow: type === "rule" ? null : growInline(element)};
 }
@@ -7276,6 +7277,7 @@ function growNested(element, depth) {
 function makeList(parent, {list, number}) {
   const element = make(parent, isNaN(number) ? "ul" : "ol");
   element.dataset.list = list;
+  element.dir = "auto";   // of its marks and indents; each paragraph has its own
   if (number >= 0) element.start = number;
   return element;
 }
@@ -7302,6 +7304,7 @@ function drawTable(parent, {head, align}, place, above) {
   const element = place ? above : scrollable(parent, "wide", "Table");
   if (!place) {
     const table = make(element, "table");
+    table.dir = "auto";
     drawRow(make(table, "thead"), "th", head, align, false);
     place = make(table, "tbody");
   }

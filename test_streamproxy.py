@@ -12607,6 +12607,69 @@ def test_page_follows_the_end_until_the_reader_moves_up(page: WebDriver, provide
     page.wait("return document.querySelector('#stop').hidden")
 
 
+def test_page_box_grows_to_a_third_of_the_window(page: WebDriver) -> None:
+    height = "return input.getBoundingClientRect().height / innerHeight"
+    one = page.run(height)
+    page.element("#prompt", "value", text="a" + f"{WebDriver.SHIFT}{WebDriver.ENTER}{WebDriver.SHIFT}" * 2)
+    assert one * 2 < page.run(height) < 0.33
+    page.run("fill('line\\n'.repeat(100))")
+    assert 0.32 < page.run(height) < 0.34
+    page.run("fill('')")
+    assert page.run(height) == one
+
+
+# 320 and 1280 CSS pixels, the latter at 200 %, with letters as usual and twice as large
+@pytest.mark.parametrize(("width", "letters"), [(320, 100), (640, 100), (320, 200), (640, 200)])
+def test_page_fits_a_narrow_window(page: WebDriver, provider: Provider, width: int, letters: int) -> None:
+    page.devtools("Emulation.setDeviceMetricsOverride", width=width, height=640, deviceScaleFactor=2, mobile=True)
+    page.devtools("Emulation.setTouchEmulationEnabled", enabled=True)
+    page.run("page.style.fontSize = arguments[0]", f"{letters}%")
+    wide = "x" * 200
+    page.element("#prompt", "value", text="one" + WebDriver.ENTER + wide)  # which makes a line on a touch screen
+    page.element("#send", "click")
+    answer(page, provider, delta(f"{wide}\n\n# {wide}\n\n```\n{wide}\n```\n|{'a|' * 9}\n|{'-|' * 9}\n|{(wide + '|') * 9}\n"))
+    assert page.run("return turns[0].question") == "one\n" + wide
+    beyond = """return [page.scrollWidth > innerWidth, ...[...document.querySelectorAll("h1, button, textarea, .text > *")]
+        .filter(each => each.checkVisibility() && each.getBoundingClientRect().right > innerWidth + .5)]"""
+    assert page.run(beyond) == [False]
+    page.run("access.hidden = false; $('#end').hidden = false")
+    assert page.run(beyond) == [False]
+    page.devtools("Emulation.setTouchEmulationEnabled", enabled=False)
+    page.devtools("Emulation.clearDeviceMetricsOverride")
+
+
+def test_page_of_a_language_that_is_written_from_right_to_left(page: WebDriver, provider: Provider) -> None:
+    hebrew = "שלום עולם"
+    say(page, hebrew)
+    answer(page, provider, delta(f"{hebrew}\n\n- {hebrew}\n\n> {hebrew}\n\n|{hebrew}|b|\n|-|-|\n\n- word"))
+    page.element("#prompt", "value", text=hebrew)
+    at_the_right = """return [...document.querySelectorAll(".text p, li, blockquote, tr")].map(each => {
+        const range = document.createRange(), box = each.getBoundingClientRect();
+        range.selectNodeContents(each.querySelector("td, th, p") || each);
+        const {left, right} = range.getBoundingClientRect();
+        return [each.localName, left - box.left > box.right - right];
+    })"""
+    kinds = ["p", "li", "p", "blockquote", "p", "tr"]
+    assert page.run(at_the_right) == [*([kind, True] for kind in kinds), ["li", False], ["p", False]]
+
+
+def test_page_heeds_reduced_motion_and_forced_colours(page: WebDriver, provider: Provider) -> None:
+    say(page)
+    with provider.take() as upstream:
+        upstream.start(A)
+        growing(page, "a")
+        style = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+        for wish, animation in (("no-preference", "fade"), ("reduce", "none")):
+            page.media(prefers_reduced_motion=wish)
+            assert page.run(style, ".dot", "animationName") == animation
+        page.media(forced_colors="active")
+        assert page.run(style, ".dot", "backgroundColor") != page.run(style, "body", "backgroundColor")
+        assert page.run(style, ".user .text", "borderTopWidth") == "1px"  # its background is gone
+        page.media()
+        upstream.finish()
+    page.wait("return document.querySelector('#stop').hidden")
+
+
 def test_page_has_nothing_that_axe_finds(page: WebDriver, provider: Provider, npm_folder: Path) -> None:
     axe = (npm_folder / "node_modules/axe-core/axe.min.js").read_text()
     say(page)
@@ -12815,6 +12878,41 @@ def test_page_markdown_is_commonmark_however_it_arrives(page: WebDriver) -> None
         flat(new DOMParser().parseFromString(html, "text/html").body)])"""
     for (text, _), (whole, grown, expected) in zip(examples, page.run(script, examples)):
         assert whole == grown == expected, text
+
+
+GROWING = {
+    "paragraphs": ("", "some *words* and `code` " * 9 + "\n\n"), "items": ("", "- some *words*\n  - and more\n"),
+    "one item": ("- a\n", "  some *words* and `code`\n"), "a quote": ("", "> some *words*\n>\n"), "code": ("```\n", "f(x)\n"),
+    "a table": ("|a|b|\n|-|-|\n", "| some *words* | and more |\n"), "a line": ("", "some *words* and `code` "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_page_draws_what_is_new_and_no_more(page: WebDriver, kind: str) -> None:
+    """Counted, since a clock tells little on a busy machine: characters and lines read, nodes that come or go."""
+    script = """
+        const [begin, more, pieces, size] = arguments, [readInline, readLine] = [parseInline, lineAt], costs = [];
+        const element = make(log, "div", "text"), growing = growingText(element);
+        const watcher = new MutationObserver(String);
+        let characters = 0, lines = 0, nodes = 0;
+        parseInline = (text, open) => { characters += text.length; return readInline(text, open); };
+        lineAt = (text, at) => { lines++; return readLine(text, at); };
+        watcher.observe(element, {subtree: true, childList: true});
+        growing.add(begin);
+        for (let piece = 0; piece <= 3 * pieces; piece++) {
+            if (piece % pieces === 0) costs.push([characters, lines, nodes]);
+            growing.add(more.slice(piece * size, (piece + 1) * size));
+            growing.draw(false);
+            for (const record of watcher.takeRecords()) nodes += record.addedNodes.length + record.removedNodes.length;
+        }
+        return costs"""
+    begin, more = GROWING[kind]
+    pieces, size = 200, 160  # as much as the longest item or quote, and four times the longest paragraph
+    one, two, three, four = page.run(script, begin, more * (3 * pieces * size // len(more) + 9), pieces, size)
+    for name, *at in zip(("characters", "lines", "nodes"), one, two, three, four):
+        early, late = at[1] - at[0], at[3] - at[2]
+        assert late <= early * 1.5 + 100, name
+    assert four[2] < 2 * page.run("return document.querySelectorAll('.text *').length") + 20 * 3 * pieces
 
 
 HOSTILE = {
