@@ -12624,10 +12624,11 @@ def test_page_fits_a_narrow_window(page: WebDriver, provider: Provider, width: i
     wide = "x" * 200
     page.element("#prompt", "value", text="one" + WebDriver.ENTER + wide)  # which makes a line on a touch screen
     page.element("#send", "click")
-    answer(page, provider, delta(f"{wide}\n\n# {wide}\n\n```\n{wide}\n```\n|{'a|' * 9}\n|{'-|' * 9}\n|{(wide + '|') * 9}\n"))
+    table = f"|{'a|' * 9}\n|{'-|' * 9}\n|{(wide + '|') * 9}\n"
+    answer(page, provider, delta(f"{wide}\n\n# {wide}\n\n```\n{wide}\n```\n{table}"))
     assert page.run("return turns[0].question") == "one\n" + wide
-    beyond = """return [page.scrollWidth > innerWidth, ...[...document.querySelectorAll("h1, button, textarea, .text > *")]
-        .filter(each => each.checkVisibility() && each.getBoundingClientRect().right > innerWidth + .5)]"""
+    beyond = """const shown = [...document.querySelectorAll("h1, button, textarea, .text > *")];
+        return [page.scrollWidth > innerWidth, ...shown.filter(each => each.checkVisibility() && each.getBoundingClientRect().right > innerWidth + .5)]"""
     assert page.run(beyond) == [False]
     page.run("access.hidden = false; $('#end').hidden = false")
     assert page.run(beyond) == [False]
@@ -12879,8 +12880,8 @@ def test_page_markdown_is_commonmark_however_it_arrives(page: WebDriver) -> None
 
 GROWING = {
     "paragraphs": ("", "some *words* and `code` " * 9 + "\n\n"), "items": ("", "- some *words*\n  - and more\n"),
-    "one item": ("- a\n", "  some *words* and `code`\n"), "a quote": ("", "> some *words*\n>\n"), "code": ("```\n", "f(x)\n"),
-    "a table": ("|a|b|\n|-|-|\n", "| some *words* | and more |\n"), "a line": ("", "some *words* and `code` "),
+    "one item": ("- a\n", "  some *words* and `code`\n"), "a quote": ("", "> some *words*\n>\n"),
+    "code": ("```\n", "f(x)\n"), "a table": ("|a|b|\n|-|-|\n", "| some *words* | and more |\n"), "a line": ("", "some *words* and `code` "),
 }  # fmt: skip
 
 
