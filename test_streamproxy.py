@@ -12628,7 +12628,8 @@ def test_page_fits_a_narrow_window(page: WebDriver, provider: Provider, width: i
     answer(page, provider, delta(f"{wide}\n\n# {wide}\n\n```\n{wide}\n```\n{table}"))
     assert page.run("return turns[0].question") == "one\n" + wide
     beyond = """const shown = [...document.querySelectorAll("h1, button, textarea, .text > *")];
-        return [page.scrollWidth > innerWidth, ...shown.filter(each => each.checkVisibility() && each.getBoundingClientRect().right > innerWidth + .5)]"""
+        return [page.scrollWidth > innerWidth, ...shown.filter(each => each.checkVisibility()
+            && each.getBoundingClientRect().right > innerWidth + .5)]"""
     assert page.run(beyond) == [False]
     page.run("access.hidden = false; $('#end').hidden = false")
     assert page.run(beyond) == [False]
@@ -12881,7 +12882,8 @@ def test_page_markdown_is_commonmark_however_it_arrives(page: WebDriver) -> None
 GROWING = {
     "paragraphs": ("", "some *words* and `code` " * 9 + "\n\n"), "items": ("", "- some *words*\n  - and more\n"),
     "one item": ("- a\n", "  some *words* and `code`\n"), "a quote": ("", "> some *words*\n>\n"),
-    "code": ("```\n", "f(x)\n"), "a table": ("|a|b|\n|-|-|\n", "| some *words* | and more |\n"), "a line": ("", "some *words* and `code` "),
+    "code": ("```\n", "f(x)\n"), "a table": ("|a|b|\n|-|-|\n", "| some *words* | and more |\n"),
+    "a line": ("", "some *words* and `code` "),
 }  # fmt: skip
 
 
