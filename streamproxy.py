@@ -6819,12 +6819,13 @@ button:hover { background: var(--soft); }
 #greeting h2 { margin-bottom: 1.5rem; font-size: 1.6rem; line-height: 1.3; font-weight: 500; }
 #greeting button { margin: .25rem; padding: .5rem 1rem; border-radius: 2rem; color: var(--quiet); white-space: normal; }
 .message { margin-top: 1.75rem; }
-.user:has(.last) + .assistant { margin-top: .5rem; }
+.turn:last-child .assistant { margin-top: .5rem; }
 .user .text { width: fit-content; max-width: 85%; margin-inline-start: auto; padding: .6rem 1rem; border-radius: 1.1rem;
   background: var(--soft); white-space: pre-wrap; unicode-bidi: plaintext; }
 .user .tools { justify-content: end; }
 .editing { opacity: .5; }
-.turn:not(:last-child) .last, .turn:has(.streaming) .last { display: none; }
+.turn:not(:last-child) .last { display: none; }
+.turn:has(.streaming) .last { visibility: hidden; }
 .text > * + *, li > * + *, blockquote > * + * { margin-top: .85rem; }
 .text > .more { margin-top: 0; }
 .text :is(p, h3, h4, h5, h6, li, td, th, blockquote) { unicode-bidi: plaintext; text-align: start; }
@@ -6837,7 +6838,8 @@ li > :is(ul, ol) { margin-top: .3rem; }
 strong { font-weight: 650; }
 em { font-style: italic; }
 a { color: var(--accent); text-underline-offset: .15em; }
-a[data-host]::after { content: " (" attr(data-host) ")"; font-size: .8em; color: var(--quiet); }
+a[data-host]::after { content: "(" attr(data-host) ")"; display: inline-block; margin-inline-start: .3em;
+  font-size: .8em; color: var(--quiet); }
 blockquote { padding-inline-start: 1rem; border-inline-start: 3px solid var(--line); color: var(--quiet); }
 hr { border: 0; border-top: 1px solid var(--line); margin-block: 1.5rem; }
 code, pre { font: .875em/1.6 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; }
@@ -6856,7 +6858,7 @@ tr + tr td, tbody td { border-top: 1px solid var(--line); }
 details { margin-bottom: .75rem; font-size: .9rem; color: var(--quiet); }
 summary { cursor: pointer; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 details p { padding: .5rem 0 0 1rem; border-inline-start: 2px solid var(--line); white-space: pre-wrap; }
-.dot { width: .6rem; height: .6rem; margin: .65rem 0; border-radius: 50%; background: var(--accent); }
+.dot { width: .6rem; height: .6rem; margin: .65rem .5rem; border-radius: 50%; background: var(--accent); }
 @media (prefers-reduced-motion: no-preference) { .dot { animation: fade 1s ease-in-out infinite alternate; } }
 @keyframes fade { to { opacity: .2; } }
 .ending { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .75rem; margin-top: .75rem;
@@ -6874,6 +6876,7 @@ textarea { max-height: 33dvh; unicode-bidi: plaintext; }
 ::placeholder { color: var(--quiet); opacity: 1; }
 form button { padding: .4rem .9rem; border-radius: 1rem; border-color: transparent; line-height: 1.65; }
 #send, #access button { background: var(--accent); color: var(--paper); }
+#stop { background: var(--soft); }
 #access { flex-wrap: wrap; margin-bottom: .75rem; }
 #access label { flex-basis: 100%; padding: 0 .6rem; font-size: .9rem; }
 #access .error:empty { display: none; }
@@ -6916,7 +6919,8 @@ form button { padding: .4rem .9rem; border-radius: 1rem; border-color: transpare
 // Markdown: from text to blocks, as of CommonMark and GFM's tables.  Nothing here knows the page.  HTML, math,
 // entities, indented code and reference links stay text.  A long block is cut, so that each is drawn at once.
 
-const CUT = 8000, LONGEST = 4 * CUT, DEEPEST = 8;   // characters of a block; of a line, a list item, a quote; levels of these
+// Characters of a block, and of a line, a list item or a quote; levels of the last two.
+const CUT = 8000, LONGEST = 4 * CUT, DEEPEST = 8;
 const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)(.{0,500})$/, UNDERLINE = /^ {0,3}(=+|-+)[ \t]*$/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/, QUOTE = /^ {0,3}> ?/;
 const FENCE = /^( {0,3})(`{3,}(?=[^`]*$)|~{3,})[ \t]*([^\s`]*)/, ITEM = /^ {0,3}([-+*]|\d{1,9}[.)])(?:([ \t]+)|$)/;
