@@ -499,6 +499,10 @@ class EventParser:
 
         Raises Garbled past max_event_size bytes of one event.
         """
+        if data[:6] == b"data: " and not (self._held or self._type or b"\r" in data):
+            if data.find(b"\n") == len(data) - 2 and data[-1:] == b"\n":  # mostly: one event, of one line
+                self._at_start = self._after_cr = False
+                return [Event("message", data[6:-2].decode("utf-8", "replace"), self._last_event_id)]
         if self._after_cr and data:
             self._after_cr = False
             if data.startswith(b"\n"):
@@ -949,6 +953,9 @@ _NO_HEAD = Head(200, {})  # before upstream's has come
 _STREAM_HEAD = Head(200, {"content-type": "text/event-stream"})  # the same, where a stream was asked for
 
 
+_encode_finite = json.JSONEncoder(allow_nan=False).encode
+
+
 class Notes:
     """What the log tells of an answer, and which of its choices have ended."""
 
@@ -969,8 +976,9 @@ class Notes:
                 self.model = self._redact(model[:100])
             if usage and isinstance(usage, dict):
                 with contextlib.suppress(RecursionError, ValueError):
-                    told = self._redact(json.dumps(usage, allow_nan=False))  # to the log and the client
-                    self.usage = {**(self.usage or {}), **json.loads(told)}
+                    said = _encode_finite(usage)
+                    told = self._redact(said)  # to the log and the client
+                    self.usage = {**(self.usage or {}), **(usage if told == said else json.loads(told))}
 
     def take_end(self, payload: dict[str, Any]) -> None:
         """Note why the answer ended, as any of the APIs says it.  Raises UpstreamError: it failed."""
@@ -979,7 +987,7 @@ class Notes:
             if holder.get("object") == "response":
                 details = holder.get("incomplete_details")
                 reason = details.get("reason") if isinstance(details, dict) else holder.get("status")
-            if isinstance(reason, str) and reason not in ("", "null"):
+            if reason and isinstance(reason, str) and reason != "null":
                 self.finish_reason = self._redact(reason[:80])
         for choice in dicts_in(payload.get("choices")):
             if parse_reason(choice):
@@ -1512,10 +1520,12 @@ class PassedAnswer(Answer):
         payload: Any = {}
         done = event.data.strip() == "[DONE]"
         ends = done or event.type in self._LAST_TYPES
-        with contextlib.suppress(Garbled):  # what is not as it should be is for the client to see
+        try:
             payload = {} if done else load_event(event)
             ends = ends or (isinstance(payload, dict) and payload.get("type") in self._LAST_TYPES)
             payload = payload if ends else check_payload(payload, event.data, event.type)
+        except Garbled:  # what is not as it should be is for the client to see
+            pass
         if ends and self.failure is None:
             self.state = self.ENDING
         self._take_payload(payload, event.data)
@@ -1718,11 +1728,16 @@ class ChunkedDecoder(BodyDecoder):
     def feed(self, data: bytes) -> bytes:
         if self._line:
             data, self._line = self._line + data, b""
-        elif not self._chunk_left and data[-2:] == b"\r\n":  # mostly, one chunk comes at a time
-            line, _, rest = data.partition(b"\r\n")
-            if len(line) < 16 and len(rest) - 2 == parse_chunk_line(line) > 0 and not self._in_trailer:
-                return rest[:-2]
         at, end, out = 0, len(data), []
+        if not (self._chunk_left or self._in_trailer or self.broken):  # mostly, whole chunks come
+            while 0 < (line_end := data.find(b"\r\n", at, at + 16)):
+                stop = line_end + 2 + parse_chunk_line(data[at:line_end])
+                if stop < line_end + 3 or data[stop : stop + 2] != b"\r\n":
+                    break
+                if not at and stop + 2 == end:  # and one at a time
+                    return data[line_end + 2 : stop]
+                out.append(data[line_end + 2 : stop])
+                at = stop + 2
         while at < end and not (self.complete or self.broken):
             if self._chunk_left > 2:
                 piece = data[at : at + self._chunk_left - 2]
@@ -1742,7 +1757,7 @@ class ChunkedDecoder(BodyDecoder):
         return out[0] if len(out) == 1 else b"".join(out)
 
     def _take_line(self, line: bytes) -> None:
-        if self._lenient:
+        if self._lenient and (self._in_trailer or line[:1] == b"0" or line[-1:] in (b" ", b"\t")):
             line = self._tidied(line)
         if self._in_trailer:
             self.complete = not line
