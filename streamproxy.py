@@ -499,10 +499,10 @@ class EventParser:
 
         Raises Garbled past max_event_size bytes of one event.
         """
-        if data[:6] == b"data: " and not (self._held or self._type or b"\r" in data):
-            if data.find(b"\n") == len(data) - 2 and data[-1:] == b"\n":  # mostly: one event, of one line
-                self._at_start = self._after_cr = False
-                return [Event("message", data[6:-2].decode("utf-8", "replace"), self._last_event_id)]
+        is_one = data[:6] == b"data: " and data[-1:] == b"\n" and data.find(b"\n") == len(data) - 2  # of one line, mostly
+        if is_one and not (self.holds or b"\r" in data):
+            self._at_start = self._after_cr = False
+            return [Event("message", data[6:-2].decode("utf-8", "replace"), self._last_event_id)]
         if self._after_cr and data:
             self._after_cr = False
             if data.startswith(b"\n"):
@@ -523,6 +523,11 @@ class EventParser:
         if self._held > self._max_event_size and not events:  # with events, the next call says it
             raise Garbled(f"Upstream sent an event of over {self._max_event_size} bytes.")
         return events
+
+    @property
+    def holds(self) -> bool:
+        """Whether an event has begun, and not ended."""
+        return bool(self._held or self._type)
 
     def close(self) -> list[Event]:
         """Return the event, if any, that the stream ended in: its blank line never came.
@@ -630,8 +635,9 @@ def holders_in(payload: dict[str, Any]) -> list[dict[str, Any]]:
 
 def names_of_numbers(payload: dict[str, Any]) -> str:
     """Return the names in a JSON object all of whose members are integers, null, or such objects; "": it is none."""
-    names, holders = [], [payload]
-    for holder in holders:
+    names: list[str] = []
+    holders = [payload]
+    for holder in holders:  # which grow
         names += holder
         for value in holder.values():
             if type(value) is dict:
@@ -1576,7 +1582,8 @@ class PassedAnswer(Answer):
     def _finish_events(self, out: list[bytes]) -> None:
         """Take the event that the body ended in: it counts if it is whole, though no blank line came."""
         rest = bytes(self._cutter.rest)
-        for event in self._parser.feed(rest) + self._parser.close():
+        events = self._parser.feed(rest) + self._parser.close() if rest or self._parser.holds else ()
+        for event in events:
             with contextlib.suppress(Garbled):
                 if event.type not in self._LAST_TYPES or load_payload(event.data):
                     self._is_harmless(event)
@@ -1626,14 +1633,14 @@ _VALUE = r"[\t \x21-\x7e\x80-\xff]*"  # section 5.5: no CR, LF or NUL
 _VALUES = re.compile(_VALUE)
 
 # Lines of RFC 9112, matched whole: int() would also take "+5", "0x5" and "1_0".
-_FIELD_LINE = f"{_TOKEN}:{_VALUE}"  # section 5: no space before the colon, no folding
-_FIELD_LINES = re.compile(f"(?:{_FIELD_LINE}(?:\r\n{_FIELD_LINE})*)?")
+_FIELD_LINE = f"({_TOKEN}):({_VALUE})"  # section 5: no space before the colon, no folding
+_STRICT_LINE = re.compile(_FIELD_LINE)
+_LENIENT_LINE = re.compile(f"({_TOKEN})[ \t]*:({_VALUE})")  # in an answer the space does no harm: it is dropped
 _STATUS_LINE = re.compile(f"HTTP/1\\.([01]) ([1-5][0-9][0-9])(?: {_VALUE})?")  # section 4
 _CHUNK_LINE = re.compile(  # section 7.1
     f"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|{_QUOTED}))?)*".encode("latin-1")
 )
 _TRAILER_LINE = re.compile(_FIELD_LINE.encode("latin-1"))
-_BLANK_BEFORE_COLON = re.compile(f"^({_TOKEN})[ \t]+:", re.MULTILINE)  # harmless in an answer; section 5.1 has it dropped
 
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -1660,18 +1667,22 @@ def parse_head(head: bytes, lenient: bool = False) -> tuple[str, dict[str, str]]
     is not in the grammar of RFC 9112 section 5, or too much.
     """
     first, _, text = head.decode("latin-1").partition("\r\n")
-    if lenient and not _FIELD_LINES.fullmatch(text):
-        text = _BLANK_BEFORE_COLON.sub(r"\1:", text)
     if text.count("\r\n") >= MAX_FIELDS:
         raise ValueError("too many header fields")
-    if not _FIELD_LINES.fullmatch(text):
-        raise ValueError("a header field is not in HTTP's grammar")
     fields: dict[str, str] = {}
     for line in text.split("\r\n") if text else ():
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
+        name, value = parse_field(line, lenient) if len(line) < 100 else parse_field.__wrapped__(line, lenient)
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return first, fields
+
+
+@functools.lru_cache(maxsize=1024)  # of heads, most lines are those of the one before
+def parse_field(line: str, lenient: bool) -> tuple[str, str]:
+    """Return the name, in lower case, and the value of a field.  Raises ValueError."""
+    match = (_LENIENT_LINE if lenient else _STRICT_LINE).fullmatch(line)
+    if not match:
+        raise ValueError("a header field is not in HTTP's grammar")
+    return match[1].lower(), match[2].strip(" \t")
 
 
 def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
@@ -2618,7 +2629,7 @@ _HARMLESS_VALUE = re.compile(r"[A-Za-z0-9._~%:,+/@!*=-]*")  # without ";", at wh
 def harmless_query(query: str, method: str) -> str:
     """Return what upstream may see of a client's query: LiteLLM, for one, takes a "model" in it before the body's."""
     kept = []
-    for parameter in query.split("&"):
+    for parameter in query.split("&") if query else ():
         name, _, value = parameter.partition("=")
         plain = urllib.parse.unquote(name)
         if (plain == "beta" or (method == "GET" and plain in _READING)) and _HARMLESS_VALUE.fullmatch(value):
@@ -5330,6 +5341,7 @@ class Source(Stateful):
             self._lifeline = Lifeline()
             self._dial = Job(self.hub.loop, functools.partial(self.hub.dial, self._lifeline), self._on_dialed)
             self.hub.workers.run(self._dial.run)
+            self.stream.set_alarm()
 
     def close(self, keep: bool = False) -> None:
         """End: nobody pays for what would come from now on.  keep: what comes is a few bytes that were paid for."""
@@ -5643,7 +5655,6 @@ class Stream:
             return
         self._source = Source(self)
         self._source.open(fresh)
-        self.set_alarm()
 
     def fail(self, failure: ProxyError, stale: bool = False) -> None:
         """Try again, or end so that the client can tell that the answer is not complete.
