@@ -1405,11 +1405,13 @@ def goes_on(block: bytes) -> int:
     """
     find, count = block.find, block.count  # "in" takes longer
     if find(b"\n") == len(block) - 2:  # mostly
+        at = find(b'"finish_reason"')
         return (
             block[0] == 100  # of data
             and find(b'"choices":[{') > 0
-            and find(b'"finish_reason":null') > 0
-            and count(b'"finish_reason"') == 1
+            and at > 0
+            and block[at + 15 : at + 20] == b":null"
+            and find(b'"finish_reason"', at + 15) < 0
             and find(b"error") < 0
         )
     going = count(b'"finish_reason"') == count(b'"finish_reason":null') and find(b"error") < 0 and find(b"\r") < 0
@@ -5484,7 +5486,15 @@ class Source(Stateful):
         stream = self.stream
         if out:
             stream.record.append(out)
-        first = answer.notes.pieces != self._pieces and self._on_text(answer.notes.pieces)
+        first, pieces = False, answer.notes.pieces
+        if pieces != self._pieces:  # text came
+            now = self.hub.loop.now
+            if self._pieces:
+                self._between.observe(now - self._text_at)
+            else:
+                first, stream.first_text_at = True, now
+                stream.tell("first text")
+            self._pieces, self._text_at = pieces, now
         if answer.state == Answer.DONE or answer.failure:
             self._conclude(answer)
         elif out:
@@ -5497,17 +5507,6 @@ class Source(Stateful):
             self.since = self.hub.loop.now
             if self.state < self.FLOWING or (self.state == self.ENDING) != (answer.state == Answer.ENDING):
                 self._flow(answer)
-
-    def _on_text(self, pieces: int) -> bool:
-        """Note when text came; tell if it is the first."""
-        now, since = self.hub.loop.now, self._text_at
-        self._pieces, self._text_at = pieces, now
-        if since:
-            self._between.observe(now - since)
-            return False
-        self.stream.first_text_at = now
-        self.stream.tell("first text")
-        return True
 
     @staticmethod
     def _cut(body: BodyDecoder) -> UpstreamError | None:
