@@ -98,6 +98,9 @@ import urllib.request
 import weakref
 import zlib
 
+if sys.version_info < (3, 9):  # noqa: UP036  (an old system's python3 should say so, not fail somewhere below)
+    raise (SystemExit if __name__ == "__main__" else ImportError)("streamproxy needs Python 3.9 or later")
+
 TYPE_CHECKING = False  # typing costs time and memory, and is not needed at run time
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence

@@ -836,6 +836,18 @@ def test_module_is_made_of_small_parts() -> None:
             assert len(set(stored)) <= 15, node.name
 
 
+@pytest.mark.parametrize(("name", "says"), [
+    ("__main__", "SystemExit: streamproxy needs Python 3.9 or later"),
+    ("streamproxy", "ImportError: streamproxy needs Python 3.9 or later"),
+])
+def test_module_says_that_python_is_too_old(name: str, says: str) -> None:
+    tree = ast.parse(PROGRAM.read_text(encoding="utf-8"), feature_version=(3, 8))  # which it has to read, to say so
+    code = compile(ast.Module(tree.body, []), "streamproxy.py", "exec")
+    with unittest.mock.patch.object(sys, "version_info", (3, 8, 20)), pytest.raises(BaseException) as raised:
+        exec(code, {"__name__": name})  # noqa: S102
+    assert f"{raised.type.__name__}: {raised.value}" == says
+
+
 def test_module_says_its_licence_and_runs_by_itself() -> None:
     lines = PROGRAM.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "#!/usr/bin/env python3" and lines[1] == "# SPDX-License-Identifier: MIT"
