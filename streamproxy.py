@@ -1994,6 +1994,7 @@ def _matching(pattern: str, allowed: str, convert: Callable[[str], Any] = str) -
 _read_seconds = _matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", "a number of seconds, 0 or more", float)
 _read_count = _matching("[0-9]{1,15}", "a whole number, 0 or more", int)
 _read_size = _matching("[1-9][0-9]{0,14}", "a whole number of bytes, 1 or more", int)
+_read_idle = _matching(r"[0-5]?[0-9]{1,2}|600", "a number of seconds from 0 to 600", float)
 _read_text = _matching(r"[^\0]+", "some text")
 _read_key = _matching(r"\s*[!-~]+\s*", "one word of visible ASCII characters", str.strip)
 _read_auth_header = _matching(
@@ -2118,6 +2119,19 @@ class Setting:
         text = re.sub(self._hidden, "***", text) if self._hidden else text
         return text if text.isprintable() else ascii(text)
 
+    @property
+    def file_variable(self) -> str:
+        """That which names a file in which a secret is."""
+        return f"{self.variable}_FILE"
+
+    def read_file(self, path: str) -> str:
+        """Return the text of the file.  Raises SettingsError."""
+        try:
+            with open(path, encoding="ascii", errors="replace") as file:
+                return file.read(MAX_HEAD_SIZE)
+        except OSError as error:
+            raise SettingsError(f"{self.file_variable}: cannot read {path!r}: {reason_of(error)}") from None
+
     def parse(self, text: Any) -> Any:
         """Return the value of a text, or of the texts of a repeated flag.  Raises SettingsError."""
         try:
@@ -2231,6 +2245,11 @@ class Settings(_Rows):
         "which requests are logged: on, but for health checks that went well; all; or off")
     log_format: str = _row("text", _matching("text|json", "text or json"), "FORMAT", "log lines as text or json")
     demo: bool = _row(False, _read_switch, "", "answer from a built-in API: no key, no network")
+    check: str = _row(
+        "", _read_url, "URL", "serve nobody, but say what on the way to this address holds text back, and what to change")
+    check_idle: float = _row(0.0, _read_idle, "SECONDS", "of silence that --check tries; 0: none")
+    check_token: str = _row(
+        "", _read_key, "", "token that --check sends, or `STREAMPROXY_CHECK_TOKEN_FILE`", secret=True)
 
     def _take(self, values: Mapping[str, Any]) -> None:
         unknown = values.keys() - {setting.name for setting in self.TABLE}
@@ -2251,7 +2270,7 @@ class Settings(_Rows):
                 f"--bind (STREAMPROXY_BIND): {self.bind!r} lets others spend your money; allowed: a loopback"
                 " address, a unix socket, or any with --token-file or --allow-anonymous"
             )
-        if not (self.api_key or self.demo or is_loopback(urllib.parse.urlsplit(self.upstream).hostname or "")):
+        if not (self.api_key or self.demo or self.check or is_loopback(urllib.parse.urlsplit(self.upstream).hostname or "")):
             raise SettingsError("no API key: set OPENAI_API_KEY or OPENAI_API_KEY_FILE, or try --demo")
 
     @classmethod
@@ -2275,7 +2294,8 @@ class Settings(_Rows):
         Raises SettingsError for a variable that is none of ours, and what cannot be given together.
         """
         known = {setting.name.upper(): setting.variable for setting in cls.TABLE}
-        environ = own_variables(environ, {**known, "API_KEY_FILE": "OPENAI_API_KEY_FILE"})
+        files = {f"{setting.name.upper()}_FILE": setting.file_variable for setting in cls.TABLE if setting.secret}
+        environ = own_variables(environ, {**known, **files})
         found: dict[str, tuple[Any, str]] = {}
         for setting in cls.TABLE:
             flag, variable = (flags or {}).get(setting.name), environ.get(setting.variable)
@@ -2283,15 +2303,11 @@ class Settings(_Rows):
                 found[setting.name] = flag, setting.flag
             elif variable:
                 found[setting.name] = variable, setting.variable
-        path = environ.get("OPENAI_API_KEY_FILE")
-        if path and "api_key" in found:
-            raise SettingsError("OPENAI_API_KEY and OPENAI_API_KEY_FILE are both set; allowed: one of them")
-        if path:
-            try:
-                with open(path, encoding="ascii", errors="replace") as file:
-                    found["api_key"] = file.read(MAX_HEAD_SIZE), "OPENAI_API_KEY_FILE"
-            except OSError as error:
-                raise SettingsError(f"OPENAI_API_KEY_FILE: cannot read {path!r}: {reason_of(error)}") from None
+            if setting.secret and environ.get(setting.file_variable):
+                if variable:
+                    both = f"{setting.variable} and {setting.file_variable} are both set"
+                    raise SettingsError(f"{both}; allowed: one of them")
+                found[setting.name] = setting.read_file(environ[setting.file_variable]), setting.file_variable
         places = cls.sources(found, "bind")
         if "bind" in found and len(places) > 1:
             raise SettingsError(f"{places[0]} and {places[1]} are both given; allowed: one of them")
@@ -4082,7 +4098,7 @@ class Exchange:
         self.cors: dict[str, str] = {}
         self.status = 0  # as told to the client
         self.failure: ProxyError | None = None
-        self.stream: Stream | None = None
+        self.stream: Stream | TestStream | None = None
         self.received = bytearray()  # of the body
         self._then: Callable[[], None] | None = None  # once what it waits for is there: the body, a look, ...
 
@@ -4231,6 +4247,23 @@ class Exchange:
             hub.metrics.set(name.replace(" ", "_"), value)
         self._answer(200, hub.metrics.encode(), {"Content-Type": METRICS_TYPE})
 
+    def get_test(self) -> None:
+        """Answer with a test stream, or, for ?count=ID, how many of an id are on their way.
+
+        A body says nothing: its end is not waited for.
+        """
+        tests, query = self.server.tests, self.request.query
+        self._keep_if_small()
+        if query.startswith("count="):
+            words = f"{tests.count(query[len('count='):])}\n".encode()
+            self._answer(200, words, {"Content-Type": "text/plain; charset=utf-8"})
+        elif self.server.state >= self.server.DRAINING:
+            raise Aborted("The server is shutting down.")
+        else:
+            place = network_of(self.who) if self.who != "unix" else "unix"
+            self.stream = stream = tests.enter(place, parse_test(query), self)
+            stream.begin()
+
     def get_root(self) -> None:
         """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
         if not self._wants_events():
@@ -4339,10 +4372,10 @@ class Exchange:
 
     def refuse(self, failure: ProxyError) -> None:
         """Tell the client that its request failed."""
-        client, body, self.failure = self.client, self.request.body, failure.bare()
-        over = failure.status in (408, 426) or isinstance(failure, Aborted)
-        small = body.left is not None and body.left <= MAX_DISCARDED and "expect" not in self.request.fields
-        client.keeps_alive = client.keeps_alive and not over and (body.complete or small)
+        self.failure = failure.bare()
+        if failure.status in (408, 426) or isinstance(failure, Aborted):
+            self.client.keeps_alive = False
+        self._keep_if_small()
         fields = {"Content-Type": "application/json", **failure.fields}
         if self.request.path.startswith("/v1/messages"):
             fields.setdefault("Request-Id", self.id)  # where Anthropic's SDKs look for it
@@ -4352,6 +4385,12 @@ class Exchange:
         elif failure.status in (429, 503):
             fields.setdefault("Retry-After", "1")
         self._answer(failure.status, encode_error(failure, self.request.path), fields)
+
+    def _keep_if_small(self) -> None:
+        """Keep the connection, behind an answer that comes before the body is there, only where little of that is left."""
+        body = self.request.body
+        small = body.left is not None and body.left <= MAX_DISCARDED and "expect" not in self.request.fields
+        self.client.keeps_alive = self.client.keeps_alive and (body.complete or small)
 
     def drop(self, failure: ProxyError) -> None:
         """End at once: nobody is there, or able, to take what is left of the answer."""
@@ -4456,10 +4495,11 @@ class Exchange:
         now, client = self.client.loop.clock(), self.server.hub.metrics.client(self.name)
         metrics.count("requests_total", 1, route_of(self.request.path, self.server.settings), str(self.status), *client)
         metrics.count("endings_total", 1, failure.ending if failure else "complete")
-        metrics.observe("request_duration_seconds", now - self.began_at)
+        if self.request.path not in _OPEN_PATHS:  # nobody waits for what looks how we are
+            metrics.observe("request_duration_seconds", now - self.began_at)
         if isinstance(failure, RequestError):
             metrics.refused(failure)
-        if stream:
+        if isinstance(stream, Stream):
             metrics.take_notes(stream.answer.notes, client)
             first = stream.first_text_at
             if first is not None:
@@ -4484,7 +4524,7 @@ class Exchange:
             error=failure.logged if failure else None,
             seconds=round(self.client.loop.clock() - self.began_at, 3),
         )
-        if stream:
+        if isinstance(stream, Stream):
             notes, first = stream.answer.notes, stream.first_text_at
             entry.update(
                 upstream=self.server.hub.upstream.target.address,
@@ -4503,6 +4543,7 @@ def _get(function: Callable[[Exchange], None]) -> dict[str, Callable[[Exchange],
 _ROUTES: dict[str, dict[str, Callable[[Exchange], None]]] = {
     "/": {**_get(Exchange.get_root), "POST": Exchange.post_prompt},
     "/healthz": _get(Exchange.get_health),
+    "/healthz/stream": {"GET": Exchange.get_test, "POST": Exchange.get_test, "OPTIONS": Exchange.answer_preflight},
     "/readyz": _get(Exchange.get_ready),
     "/metrics": _get(Exchange.get_metrics),
 }
@@ -4519,7 +4560,7 @@ def route_of(path: str, settings: Settings) -> str:
 # RFC 9110 section 15.5.22: what is spoken instead.
 _UPGRADE = {"Upgrade": "HTTP/1.1", "Connection": "Upgrade, close"}
 
-_OPEN_PATHS = ("/healthz", "/readyz")  # those that answer under any name
+_OPEN_PATHS = ("/healthz", "/healthz/stream", "/readyz")  # those that answer under any name
 
 # What keeps nginx, proxies that compress, and whoever knows RFC 10036 from holding text back.
 STREAM_FIELDS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform", "Incremental": "?1"}
@@ -4628,13 +4669,14 @@ def _needs_no_proxy(host: str, port: int, rules: str) -> bool:
 class Target:
     """One upstream and key, and the proxy on the way to it."""
 
-    def __init__(self, settings: Settings, proxy: Proxy | None = None) -> None:
+    def __init__(self, settings: Settings, proxy: Proxy | None = None, coding: str = "identity") -> None:
+        """coding: how an answer may be compressed."""
         base = urllib.parse.urlsplit(settings.upstream)
         self.url, self.scheme, self.host = settings.upstream, base.scheme, base.hostname or ""
         self.address = join_address(self.host, base.port or _PORTS[base.scheme])
         self.proxy = proxy
         self.key = (base.scheme, self.address, proxy and (proxy.scheme, proxy.address))  # of a connection to it
-        fields = {"Host": base.netloc, "Accept-Encoding": "identity"}
+        fields = {"Host": base.netloc, "Accept-Encoding": coding}
         if settings.api_key:
             name, _, template = settings.auth_header.partition(":")
             fields[name] = template.strip().replace("{key}", settings.api_key)
@@ -5017,6 +5059,12 @@ class TlsConnection(Connection):
             self._push()
         self._inner.close()
 
+    @property
+    def issuer(self) -> str:
+        """Who says whose certificate it is."""
+        issuer = (self._tls.getpeercert() or {}).get("issuer", ())
+        return " ".join(str(value) for pairs in issuer for _, value in pairs)  # type: ignore[str-unpack]
+
     def _take(self, data: bytes) -> None:
         if data:
             self._incoming.write(data)
@@ -5164,13 +5212,13 @@ class DialHandler(urllib.request.BaseHandler):
 class Upstream:
     """The API, whose connections are opened by urllib, so that the proxies of the environment count."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises SettingsError for certificates that cannot be read, and a proxy that cannot be used."""
+    def __init__(self, settings: Settings, coding: str = "identity") -> None:
+        """coding: see Target.  Raises SettingsError for certificates that cannot be read, and a proxy that cannot be used."""
         proxies, proxy = urllib.request.getproxies(), None
         # Other systems than those of variables have rules of their own.
         if proxies and not urllib.request.proxy_bypass(urllib.parse.urlsplit(settings.upstream).netloc):
             proxy = find_proxy(settings.upstream, proxies)
-        self.target = Target(settings, proxy)
+        self.target = Target(settings, proxy, coding)
         self._timeout = settings.connect_timeout + DIAL_GRACE if settings.connect_timeout else FOREVER
         # Neither redirects nor file: addresses: handlers that are not there.
         self._opener = urllib.request.OpenerDirector()
@@ -5184,7 +5232,7 @@ class Upstream:
         Blocks until it is there, its time is over, or lifeline is cut.  Raises UpstreamError.
         """
         try:
-            return self._open(Deadline(lifeline, self._timeout))
+            return self.open(Deadline(lifeline, self._timeout))
         except (OSError, ValueError) as error:  # the last for a name like a..b
             reason = str(error) if isinstance(error, Refused) else reason_of(error)
             status = 504 if isinstance(error, socket.timeout) else 502
@@ -5192,7 +5240,8 @@ class Upstream:
             kind = next((kind for type, kind in kinds if isinstance(error, type)), "connect")
         raise UpstreamError(f"Upstream cannot be reached: {reason}.", status, reason=kind)  # here: it keeps no frames of error's
 
-    def _open(self, deadline: Deadline) -> Connection:
+    def open(self, deadline: Deadline) -> Connection:
+        """Return a new connection.  Blocks.  Raises OSError, and ValueError for a name that cannot be one."""
         request = urllib.request.Request(self.target.url)
         request.deadline = deadline  # type: ignore[attr-defined]
         return self._opener.open(request)  # type: ignore[no-any-return]
@@ -5786,6 +5835,173 @@ class Stream:
         self._exchange.on_stream_over()
 
 
+class TestAsked:
+    """What is asked of a test stream, in the query of /healthz/stream."""
+
+    def __init__(self, id: str, events: int, size: int, every: int, ping: int, sse: int, cut: int) -> None:
+        """id: under which its client asks whether it goes on; "": none.  size: bytes of an event's text.  every, ping:
+        milliseconds between two events, and of silence before a ping; 0: none.  sse: 1: server-sent events, 0: text.
+        cut: 1: it ends as an answer that is cut off.
+        """
+        self.id, self.events, self.size, self.every = id, events, size, every
+        self.ping, self.sse, self.cut = ping, sse, cut
+
+
+# What each may be, and is where it is not given.
+_TEST_LIMITS = {
+    "events": (1, 1000, 10), "size": (48, 16384, 64), "every": (1, 600_000, 100), "ping": (0, 60_000, 0),
+    "sse": (0, 1, 0), "cut": (0, 1, 0),
+}  # fmt: skip
+_TEST_ID = re.compile("[0-9a-f]{32}")
+MAX_TEST_SIZE = 256 * 1024  # of the text of one, in bytes
+MAX_TEST_TIME = 660.0  # of one, in seconds: for a look at ten minutes of silence
+TEST_STREAMS = {"max_streams": 64, "max_streams_per_client": 24, "requests_per_minute": 240}
+
+
+def parse_test(query: str) -> TestAsked:
+    """Return what a query asks of a test stream.  Raises RequestError."""
+    given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    id = given.pop("id", "")
+    if id and not _TEST_ID.fullmatch(id):
+        raise RequestError('"id" must be 32 hexadecimal digits, lower case.')
+    unknown = given.keys() - _TEST_LIMITS.keys()
+    if unknown:
+        raise RequestError(f"There is no {min(unknown)[:50]!a}; there are id, {', '.join(_TEST_LIMITS)}.")
+    values = {}
+    for name, (low, high, default) in _TEST_LIMITS.items():
+        text = given.get(name, str(default))
+        if not (re.fullmatch("[0-9]{1,6}", text) and low <= int(text) <= high):
+            raise RequestError(f'"{name}" must be a number from {low} to {high}.')
+        values[name] = int(text)
+    asked = TestAsked(id, **values)
+    if asked.events * asked.size > MAX_TEST_SIZE:
+        raise RequestError(f'"events" times "size" must be at most {MAX_TEST_SIZE}.')
+    if asked.events * asked.every > MAX_TEST_TIME * 1000:
+        raise RequestError(f'"events" times "every" must be at most {MAX_TEST_TIME * 1000:.0f}.')
+    return asked
+
+
+class TestStream:
+    """An answer of numbered events that costs nothing, for whoever looks what the way to here does to streams.
+
+    To its exchange it is a Stream; its text comes from a clock.  An event says its number, the milliseconds after which
+    it has left, and which HTTP the request came in; what fills it up cannot be compressed, nor guessed by a cache.
+    """
+
+    paid = False
+
+    def __init__(self, tests: TestStreams, place: str, asked: TestAsked, exchange: Exchange) -> None:
+        """place: as the limits know the client."""
+        self.asked, self.place = asked, place
+        self.failure: ProxyError | None = None
+        self.answer = EventAnswer(exchange.id) if asked.sse else TextAnswer()
+        self.viewer = Viewer(Record(), exchange.client, exchange.begin_stream)
+        self._sent = 0  # events
+        self._tests, self._exchange, self._loop = tests, exchange, exchange.client.loop
+        self._began_at = self._loop.now
+        self._alarm = Alarm(self._loop, self._on_alarm)
+
+    @property
+    def over(self) -> bool:
+        return self.viewer.state == Viewer.OVER
+
+    def begin(self) -> None:
+        """Have the head leave, and the first event."""
+        self.viewer.open()
+        self._on_alarm()
+
+    def fail(self, failure: ProxyError) -> None:
+        """End so that the client can tell that the answer is not complete."""
+        if self.viewer.state < Viewer.LAST:
+            self.failure = failure
+            self._finish(self.answer.encode("error", error=failure.message))
+
+    def drop(self, failure: ProxyError) -> None:
+        """End at once: nobody is there, or able, to take what is left."""
+        if not self.over:
+            self.failure = failure
+            self.viewer.cut()
+            self._end()
+
+    def on_drained(self) -> None:
+        """The client has taken all that was sent: go on."""
+        self.viewer.more()
+        if self.over:
+            self._end()
+
+    def on_fault(self, error: Exception) -> None:
+        self._exchange.on_fault(error)
+
+    def _next_due(self) -> float:
+        return self._began_at + self._sent * self.asked.every / 1000
+
+    def _ping_due(self) -> float:
+        return self.viewer.since + self.asked.ping / 1000 if self.asked.ping and self.asked.sse else math.inf
+
+    def _on_alarm(self) -> None:
+        """Do what is due, then wait for what comes next."""
+        now = self._loop.now
+        if self.viewer.state >= Viewer.LAST:
+            return
+        if self._next_due() > now:
+            if self._ping_due() <= now:
+                self.viewer.ping(PING)
+        elif self._sent < self.asked.events:
+            self._send_event(now)
+        else:
+            self._finish(b"" if self.asked.cut else self.answer.end(), intact=not self.asked.cut)
+        if self.viewer.state < Viewer.LAST:
+            self._alarm.by(min(self._next_due(), self._ping_due()))
+
+    def _send_event(self, now: float) -> None:
+        self._sent += 1
+        http = "1.1" if self._exchange.request.http11 else "1.0"
+        head = f"{self._sent} {1000 * (now - self._began_at):.0f} {http} "
+        text = (head + os.urandom(self.asked.size // 2).hex())[: self.asked.size - 2] + ";\n"
+        self.viewer.record.append(self.answer.encode("message", text=text))
+        self.viewer.more()
+
+    def _finish(self, last: bytes, intact: bool = False) -> None:
+        """End with last: that of a whole body, or of one that says what went wrong, else of one that is cut."""
+        self.viewer.record.append(last)
+        self.viewer.last(intact or bool(last))
+        if self.over:
+            self._end()
+
+    def _end(self) -> None:
+        self._alarm.close()
+        self._tests.leave(self)
+        self._exchange.on_stream_over()
+
+
+class TestStreams:
+    """The test streams that are on their way, and how many there may be."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._limits = Limits(settings.replace(**TEST_STREAMS))
+        self._streams: set[TestStream] = set()
+
+    def enter(self, place: str, asked: TestAsked, exchange: Exchange) -> TestStream:
+        """Return a new one.  Raises RequestError where there is no place."""
+        self._limits.enter(place)
+        stream = TestStream(self, place, asked, exchange)
+        self._streams.add(stream)
+        return stream
+
+    def leave(self, stream: TestStream) -> None:
+        self._limits.leave(stream.place)
+        self._streams.remove(stream)
+
+    def count(self, id: str) -> int:
+        """Return how many of this id are on their way."""
+        return sum(stream.asked.id == id for stream in self._streams)
+
+    def abort(self) -> None:
+        """End all: a drain waits for none."""
+        for stream in list(self._streams):
+            stream.fail(Aborted("The server is shutting down."))
+
+
 class Hub:
     """What all streams share: the loop, threads, warm connections and settings."""
 
@@ -6195,6 +6411,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.clients: set[Client] = set()
         self.limits = Limits(settings)
         self._shutdown = Shutdown(self._is_empty)
+        self.tests = TestStreams(settings)
         with contextlib.ExitStack() as stack:
             self.settings = stack.enter_context(demo_upstream(settings))
             self.access = Access(settings)
@@ -6320,6 +6537,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._pause.by(self.hub.loop.now + pause)
         else:
             self._stop_listening()
+        self.tests.abort()
         for client in list(self.clients):
             client.drain()
 
@@ -6480,7 +6698,474 @@ def stream_text(asked: str | Iterable[Mapping[str, Any]], settings: Settings) ->
     return TextStream({"prompt": asked} if isinstance(asked, str) else {"messages": list(asked)}, settings)
 
 
-# 22 ------------------------------------------------------------------ Command line
+# 22 ------------------------------------------------------------------ Check
+
+TEST_EVENTS, TEST_PACE = 10, 0.1  # of the streams by which the forms are judged: how many, and how many seconds apart
+CHECK_TIMEOUT = 20.0  # seconds of a test stream, beyond what it should take
+BLOCK_EVENTS, BLOCK_SIZE = 256, 512  # of the one that measures in which blocks text comes: 128 KiB
+MAX_REDIRECTS = 5
+LEAVE_LOOKS = 10  # at most, whether a stream goes on, before its client leaves, and then
+
+# Fields by which hops can be told: what they leave, a part of its value, and who leaves that; the outermost first.
+HOPS = (
+    ("cf-ray", "", "Cloudflare"), ("x-amz-cf-id", "", "CloudFront"), ("x-azure-ref", "", "Azure Front Door"),
+    ("x-served-by", "cache-", "Fastly"), ("via", "1.1 google", "Google Cloud"), ("server", "awselb", "AWS ALB"),
+    ("apigw-requestid", "", "API Gateway"), ("x-amz-apigw-id", "", "API Gateway"),
+    ("server", "microsoft-azure-application-gateway", "Azure Application Gateway"),
+    ("request-context", "appid=", "Azure API Management"), ("x-varnish", "", "Varnish"), ("via", "varnish", "Varnish"),
+    ("via", "squid", "Squid"), ("server", "envoy", "Envoy"), ("x-envoy-upstream-service-time", "", "Envoy"),
+    ("x-powered-by", "next.js", "Next.js"), ("x-powered-by", "express", "Express"), ("x-powered-by", "arr", "IIS"),
+    ("server", "microsoft-iis", "IIS"), ("server", "nginx", "nginx"), ("server", "openresty", "nginx"),
+    ("server", "apache", "Apache"), ("server", "caddy", "Caddy"), ("via", "caddy", "Caddy"),
+    ("issuer", "kaspersky", "antivirus"), ("issuer", "avast", "antivirus"), ("issuer", "eset", "antivirus"),
+    ("issuer", "bitdefender", "antivirus"), ("issuer", "zscaler", "antivirus"),
+)  # fmt: skip
+
+# What can be found.
+PIECES, BEHIND, BURSTS, HELD, CUT = "piece by piece", "always one behind", "in bursts", "held back", "cut off"
+TEXT_HELD, GET_HELD, COMPRESSED, CACHED = "text held", "GET held", "compressed", "cached"
+NO_PINGS, IDLE, WHOLE, STAYS, HTTP10 = "no pings", "silence", "cut as whole", "goes on", "HTTP/1.0"
+REFUSED, GUARDED, ABSENT, UNREACHED = "refused", "guarded", "not streamproxy", "not reached"
+
+# What to change where, by who was met and what was found; "" is whoever leaves no trace.
+CURES = {
+    ("nginx", HELD): "In nginx' location, set \"proxy_buffering off;\", or take X-Accel-Buffering out of proxy_ignore_headers.",
+    ("nginx", COMPRESSED): "In nginx' location, set \"gzip off;\" and \"proxy_buffering off;\".",
+    ("nginx", CACHED): "In nginx' location, set \"proxy_cache off;\", or take Cache-Control out of proxy_ignore_headers.",
+    ("nginx", HTTP10): "In nginx' location, set \"proxy_http_version 1.1;\" and 'proxy_set_header Connection \"\";'.",
+    ("nginx", WHOLE): "In nginx' location, set \"proxy_http_version 1.1;\": a cut answer of HTTP/1.0 can look whole.",
+    ("nginx", IDLE): "In nginx' location, set \"proxy_read_timeout 130s;\": more than the longest silence of the model.",
+    ("nginx", STAYS): "In nginx' location, set \"proxy_ignore_client_abort off;\" and \"proxy_buffering off;\".",
+    ("Apache", HELD): "In Apache's VirtualHost, set flushpackets=on in ProxyPass, and \"SetEnv no-gzip 1\"; with mod_proxy_fcgi, too.",
+    ("Apache", COMPRESSED): "In Apache's VirtualHost, set \"SetEnv no-gzip 1\": mod_deflate holds text back.",
+    ("Apache", CACHED): "In Apache's VirtualHost, set \"CacheDisable /\".",
+    ("Apache", IDLE): "In Apache's VirtualHost, set \"ProxyTimeout 130\".",
+    ("Cloudflare", TEXT_HELD): "Cloudflare's tunnel passes only event streams at once: ask with Accept: text/event-stream.",
+    ("Cloudflare", GET_HELD): "Cloudflare's quick tunnels hold event streams that are asked for by GET: ask with POST, or name the tunnel.",
+    ("Cloudflare", HELD): "In Cloudflare, turn off what rewrites answers for this address (Rocket Loader, Email Obfuscation), and caching.",
+    ("Cloudflare", IDLE): "Cloudflare ends what is silent for 100 to 125 s: ask with Accept: text/event-stream, which has pings.",
+    ("CloudFront", CACHED): "In CloudFront, set the cache policy CachingDisabled for this path.",
+    ("CloudFront", COMPRESSED): "In CloudFront, turn \"Compress objects automatically\" off for this path.",
+    ("CloudFront", IDLE): "In CloudFront, raise the origin's response timeout (30 s), or ask for event streams, which have pings.",
+    ("AWS ALB", IDLE): "In the load balancer's attributes, raise idle_timeout.timeout_seconds (60 s).",
+    ("API Gateway", HELD): "API Gateway holds answers: set the integration's response transfer mode to STREAM, or go around it.",
+    ("API Gateway", IDLE): "API Gateway ends an integration after 29 s: raise its timeout, or go around it.",
+    ("Azure Application Gateway", HELD): "In Application Gateway's global configuration, set enableResponseBuffering to false.",
+    ("Azure API Management", HELD): "In API Management's policy, set buffer-response=\"false\" in <forward-request>, and log no bodies.",
+    ("Azure Front Door", COMPRESSED): "In Front Door's route, turn compression off.",
+    ("Azure Front Door", CACHED): "In Front Door's route, turn caching off.",
+    ("Google Cloud", IDLE): "In the backend service, raise timeoutSec (30 s): it bounds the whole answer.",
+    ("Google Cloud", COMPRESSED): "In the backend service, set compressionMode to DISABLED.",
+    ("Google Cloud", CACHED): "In the backend service, turn Cloud CDN off for this path.",
+    ("Envoy", IDLE): "In Envoy's route, set \"timeout: 0s\", and stream_idle_timeout above the model's longest silence (default 300 s).",
+    ("Envoy", HELD): "In Envoy, take the buffer and compressor filters off this route.",
+    ("Envoy", COMPRESSED): "In Envoy, take the compressor filter off this route.",
+    ("Next.js", HELD): "Next.js' rewrites and compression hold text: set \"compress: false\" in next.config.js, or let the page ask directly.",
+    ("Next.js", COMPRESSED): "In next.config.js, set \"compress: false\".",
+    ("Express", HELD): "The compression middleware (webpack's dev server: \"compress: false\") holds text: take it off this path.",
+    ("Express", COMPRESSED): "Take the compression middleware (webpack's dev server: \"compress: false\") off this path.",
+    ("IIS", HELD): "In IIS' ARR, set the response buffer threshold (responseBufferLimit) to 0, and turn dynamic compression off.",
+    ("IIS", COMPRESSED): "In IIS, turn dynamic compression off for this path.",
+    ("IIS", IDLE): "In IIS' ARR, raise the proxy's time-out (120 s).",
+    ("Varnish", HELD): "In Varnish' vcl_backend_response, set \"set beresp.do_stream = true;\" and \"set beresp.uncacheable = true;\".",
+    ("Varnish", CACHED): "In Varnish' vcl_recv, set \"return (pass);\" for this path.",
+    ("Varnish", IDLE): "Raise Varnish' between_bytes_timeout (60 s).",
+    ("Fastly", HELD): "In Fastly's vcl_fetch, set \"set beresp.do_stream = true;\" and \"return (pass);\".",
+    ("Fastly", CACHED): "In Fastly's vcl_recv, set \"return (pass);\" for this path.",
+    ("Squid", HELD): "In squid.conf, set \"read_ahead_gap 0\" and no content adaptation for this address.",
+    ("Squid", CACHED): "In squid.conf, set \"cache deny all\" for this address.",
+    ("Caddy", HELD): "In Caddy's reverse_proxy, set \"flush_interval -1\".",
+    ("Caddy", WHOLE): "Caddy ends a cut answer as if it were whole: ask for event streams, whose event: error tells.",
+    ("Caddy", COMPRESSED): "In the Caddyfile, take \"encode\" off this path.",
+    ("antivirus", HELD): "A program on this machine or in its network scans TLS: exempt this address from it.",
+    ("", HELD): "Somebody who leaves no trace collects the answer: an AWS load balancer with Lambda, a development proxy (Vite, webpack), a scanner of TLS; ask from nearer to the server, hop by hop.",
+    ("", BEHIND): "Somebody sends each piece only with the next: often code that reads ahead by one, or compresses; ask hop by hop.",
+    ("", BURSTS): "Somebody waits for more before it sends; HAProxy: set \"option http-no-delay\" in defaults, frontend and backend.",
+    ("", TEXT_HELD): "Only event streams pass at once: ask with Accept: text/event-stream.",
+    ("", GET_HELD): "What is asked for by GET is held: ask with POST.",
+    ("", COMPRESSED): "Somebody compresses, and holds text back for it: turn that off for this address.",
+    ("", CACHED): "Somebody answers from a cache: turn that off for this address.",
+    ("", CUT): "The answer ended early: see whose log tells of this request, and its time-outs.",
+    ("", REFUSED): "Somebody refuses what streamproxy takes: see whose log has this status, and its limits.",
+    ("", GUARDED): "Give a token that is let in, in STREAMPROXY_CHECK_TOKEN, or a file of it in STREAMPROXY_CHECK_TOKEN_FILE.",
+    ("", ABSENT): "Give the address below which a streamproxy is that can be checked, and have whoever is in front pass /healthz/stream on.",
+    ("", UNREACHED): "See that the name, the port and the certificate are right, and that something listens.",
+    ("", NO_PINGS): "Somebody drops the comments of event streams: then silence looks like a dead connection, see --check-idle.",
+    ("", IDLE): "Raise the time-out for silence: after 30 s Google's, after 60 s AWS' balancer or nginx (proxy_read_timeout); HAProxy: \"timeout server\".",
+    ("", WHOLE): "Somebody ends an answer properly that was cut off: let it speak HTTP/1.1 to streamproxy, unbuffered.",
+    ("", STAYS): "Somebody goes on reading when the client has left, and the model is paid for: turn buffering off there.",
+    ("", HTTP10): "Somebody asks streamproxy in HTTP/1.0: a connection for each request; let it speak HTTP/1.1.",
+}  # fmt: skip
+
+
+def hops_in(fields: Mapping[str, str]) -> list[str]:
+    """Return who is met on the way, as fields of an answer's head tell it, the outermost first."""
+    return list(dict.fromkeys(hop for name, part, hop in HOPS if name in fields and part in fields[name].lower()))
+
+
+def cure_of(hops: Sequence[str], found: str) -> str:
+    """Return what to change where: at the outermost hop that is known for what was found."""
+    kinds = (found, HELD) if found in (BEHIND, BURSTS, TEXT_HELD, GET_HELD) else (found,)
+    for hop in hops:
+        for kind in kinds:
+            if (hop, kind) in CURES:
+                return CURES[hop, kind]
+    return CURES["", found]
+
+
+class Reply:
+    """What came of a test stream."""
+
+    def __init__(self) -> None:
+        self.status, self.fields = 0, {}  # type: int, dict[str, str]
+        self.pieces: list[tuple[float, bytes]] = []  # of the body, and when each came: seconds since it was asked for
+        self.ended_at = 0.0
+        self.whole = False  # it ended as a body does that is whole
+        self.error = ""  # why it did not
+
+    @property
+    def body(self) -> bytes:
+        return b"".join([piece for _, piece in self.pieces])
+
+
+_TEST_EVENT = re.compile(rb"([0-9]+) ([0-9]+) (1\.[01]) [0-9a-f]*;")
+
+
+class TestEvent:
+    """An event of a test stream, and when it came: seconds since the stream was asked for."""
+
+    def __init__(self, match: re.Match[bytes], at: float) -> None:
+        self.number, self.left, self.http, self.at = int(match[1]), int(match[2]) / 1000, match[3].decode(), at
+
+
+def events_in(reply: Reply) -> list[TestEvent]:
+    """Return the events that came whole."""
+    seen, events = b"", []  # type: bytes, list[TestEvent]
+    for at, piece in reply.pieces:
+        seen += piece
+        matches = list(_TEST_EVENT.finditer(seen))
+        events += [TestEvent(match, at) for match in matches]
+        seen = seen[matches[-1].end() :] if matches else seen
+    return events
+
+
+def judge(reply: Reply, count: int, pace: float) -> str:
+    """Return what became on the way of a stream of so many events, so many seconds apart.
+
+    Clocks differ, and so does the distance: what counts is by how much later than the quickest an event came, of which
+    the end is one, since nobody can hold that back.
+    """
+    events = events_in(reply)
+    if len(events) < count or not reply.whole:
+        return CUT
+    lags = [event.at - event.left for event in events]
+    quickest = min(*lags, reply.ended_at - count * pace)
+    late = [lag - quickest for lag in lags if lag - quickest > pace / 2]
+    if len(late) < 0.4 * count:
+        return PIECES
+    if sum(reply.ended_at - event.at < pace / 2 for event in events) >= 0.8 * count:
+        return HELD
+    return BEHIND if sum(lag < 1.5 * pace for lag in late) >= 0.7 * count else BURSTS
+
+
+def block_size(reply: Reply, pace: float) -> int:
+    """Return how many bytes mostly came at a time; 0: all of them."""
+    sizes, last_at = [0], -math.inf
+    for at, piece in reply.pieces:
+        if at - last_at > pace / 2 and sizes[-1]:
+            sizes.append(0)
+        sizes[-1] += len(piece)
+        last_at = at
+    return sorted(sizes)[len(sizes) // 2] if len(sizes) > 2 else 0
+
+
+class Form:
+    """A way to ask for a test stream."""
+
+    def __init__(self, method: str, sse: bool = False, packed: bool = False) -> None:
+        """packed: as browsers do, it allows to compress."""
+        self.method, self.sse, self.packed = method, sse, packed
+
+    def __str__(self) -> str:
+        return f"{self.method} {'events' if self.sse else 'text'}{', gzip allowed' if self.packed else ''}"
+
+
+PLAIN = Form("POST")
+FORMS = [Form(method, sse, packed) for method in ("POST", "GET") for sse in (False, True) for packed in (False, True)]
+
+
+class Look:
+    """What was seen of one thing."""
+
+    def __init__(self, name: str, words: str, found: str = "", form: Form | None = None, coding: str = "") -> None:
+        """found: what is wrong, of CURES.  form: by which it was asked, where it is one of FORMS."""
+        self.name, self.words, self.found, self.form, self.coding = name, words, found, form, coding
+
+
+def found_in(looks: Iterable[Look]) -> list[str]:
+    """Return what is wrong, each once: of the forms, what they have in common; then the rest."""
+    others = [look.found for look in looks if look.found and not look.form]
+    forms = [look for look in looks if look.form and not (CACHED in others and look.form.method == "GET")]
+    good = {(form.method, form.sse) for form in (look.form for look in forms if not look.found) if form}
+    found: dict[str, None] = {}
+    for kind in dict.fromkeys(look.found for look in forms if look.found):
+        of_kind = [(look.form, look.coding) for look in forms if look.form and look.found == kind]
+        if all(coding and (form.method, form.sse) in good for form, coding in of_kind):
+            kind = COMPRESSED  # since the same passes that is not
+        elif kind == HELD and not any(form.sse for form, _ in of_kind):
+            kind = TEXT_HELD
+        elif kind == HELD and all(form.method == "GET" for form, _ in of_kind):
+            kind = GET_HELD
+        found[kind] = None
+    return [*found, *others]
+
+
+class Visitor:
+    """Asks for test streams at an address, each on a connection of its own, and waits for none longer than it says."""
+
+    def __init__(self, settings: Settings, url: str) -> None:
+        """Raises SettingsError."""
+        given = {"upstream": url, "api_key": settings.check_token, "auth_header": "Authorization: Bearer {key}"}
+        self._ways = [Upstream(settings.replace(**given), coding) for coding in ("identity", "gzip, deflate")]
+        self.url = url
+
+    def ask(self, query: str, form: Form, timeout: float = CHECK_TIMEOUT, lifeline: Lifeline | None = None) -> Reply:
+        """Return what comes of it within so many seconds, in all, and until lifeline is cut."""
+        lifeline = lifeline or Lifeline()
+        reply, way, connection = Reply(), self._ways[form.packed], None
+        accept = {"Accept": "text/event-stream" if form.sse else "*/*", "User-Agent": f"streamproxy/{__version__}"}
+        call = Call("/healthz/stream", b"", accept, form.method, query + "&sse=1" * form.sse)
+        began_at = time.monotonic()
+        try:
+            deadline = Deadline(lifeline, timeout)
+            connection = way.open(deadline)
+            lifeline.hold(connection, functools.partial(connection.sock.shutdown, socket.SHUT_RDWR))
+            if isinstance(connection, TlsConnection):
+                reply.fields["issuer"] = connection.issuer
+            began_at = time.monotonic()
+            connection.write(way.target.encode_head(call))
+            for data in self._read(connection, deadline, reply):
+                reply.pieces.append((time.monotonic() - began_at, data))
+        except (OSError, ValueError, zlib.error) as error:
+            reply.error = getattr(error, "verify_message", "") or reason_of(error)
+        finally:
+            reply.ended_at = time.monotonic() - began_at
+            if connection:
+                lifeline.drop(connection)
+                connection.close()
+        return reply
+
+    @staticmethod
+    def _read(connection: Connection, deadline: Deadline, reply: Reply) -> Iterator[bytes]:
+        """Take the head, and yield what comes of the body, not compressed any more."""
+        data, parsed = b"", None
+        while not parsed or parsed[0] < 200:  # 100 to 199 come before the answer
+            data = parsed[2] if parsed else data
+            parsed = parse_answer_head(data)
+            if not parsed:
+                more = receive(connection, deadline)
+                if not more:
+                    raise ConnectionResetError(errno.ECONNRESET, "closed")
+                data += more
+        reply.status, fields, data = parsed
+        reply.fields.update(fields)
+        body = body_decoder(fields, BodyDecoder(), lenient=True)
+        packed = fields.get("content-encoding", "").lower() in ("gzip", "deflate")
+        unpack = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress if packed else bytes
+        while not (body.complete or body.broken):
+            if data:
+                yield unpack(body.feed(data))
+            if not body.complete:
+                data = receive(connection, deadline)
+            if not data:
+                body.close()
+                break
+        reply.whole = body.complete
+
+
+def together(jobs: Sequence[Callable[[], Any]], tell: Callable[[float], object] = lambda seconds: None) -> list[Any]:
+    """Return what each of jobs returns; each has a thread.  tell takes the seconds for which they have been waited for.
+
+    Raises what one raises.
+    """
+    box: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    results: dict[int, Any] = {}
+
+    def work(index: int) -> None:
+        try:
+            box.put((index, jobs[index](), None))
+        except Exception as error:  # noqa: BLE001
+            box.put((index, None, error))
+
+    began_at = time.monotonic()
+    for index in range(len(jobs)):
+        threading.Thread(target=work, args=(index,), daemon=True).start()
+    while len(results) < len(jobs):
+        try:
+            index, results[index], error = box.get(timeout=TELL_INTERVAL)
+        except queue.Empty:
+            tell(time.monotonic() - began_at)
+            continue
+        if error:
+            raise error
+    return [results[index] for index in range(len(jobs))]
+
+
+class Check:
+    """Looks what becomes of streams on their way from a streamproxy to here, and tells what to change."""
+
+    def __init__(self, settings: Settings, pace: float = TEST_PACE) -> None:
+        """pace: seconds between two events of a test stream.  Raises SettingsError."""
+        self.settings, self.pace = settings, pace
+        self.url = settings.check.rstrip("/")
+        self.looks: list[Look] = []
+        self.found: list[str] = []
+        self.hops: list[str] = []
+        self.notes: list[str] = []
+        self._visitor = Visitor(settings, self.url)
+
+    def run(self, tell: Callable[[float], object] = lambda seconds: None) -> None:
+        """Fill looks, found, hops and notes.  Blocks, for a minute and check_idle at most."""
+        reply = self._enter()
+        if not reply:
+            return
+        looks = [self._look_at_pings, self._look_at_cut, self._look_at_leaving, self._look_at_cache]
+        if self.settings.check_idle:
+            looks.append(self._look_at_silence)
+        self.looks = together([*(functools.partial(self._look_at, form) for form in FORMS), *looks], tell)
+        self.found = found_in(self.looks)
+        if events_in(reply)[0].http == "1.0":
+            self.found.append(HTTP10)
+        lost = [name for name, value in STREAM_FIELDS.items() if value not in reply.fields.get(name.lower(), "")]
+        if "nginx" in self.hops and "X-Accel-Buffering" in lost:
+            lost.remove("X-Accel-Buffering")  # it is nginx who reads it
+        if lost:
+            self.notes.append(f"Lost on the way, so that hops before here do not see them: {', '.join(lost)}.")
+
+    def document(self) -> dict[str, Any]:
+        """Return what was seen, as JSON has it."""
+        return {
+            "url": self.url, "ok": not self.found, "hops": self.hops, "notes": self.notes,
+            "looks": {look.name: look.words for look in self.looks},
+            "found": [{"what": found, "change": cure_of(self.hops, found)} for found in self.found],
+        }  # fmt: skip
+
+    def text(self) -> str:
+        """Return the same for a person."""
+        lines = [f"{self.url}, by way of {', then '.join(self.hops) or 'nobody who leaves a trace'}", ""]
+        lines += [f"  {look.name:28}{look.words}" for look in self.looks]
+        lines += ["", *self.notes] if self.notes else []
+        lines += ["", *(f"{found[:1].upper()}{found[1:]}: {cure_of(self.hops, found)}" for found in self.found)]
+        return "\n".join(lines if self.found else [*lines, "Nothing holds the text back."])
+
+    def _enter(self) -> Reply | None:
+        """Find the server, and who is on the way to it; None where it is not there."""
+        for _ in range(MAX_REDIRECTS):
+            reply = self._visitor.ask("events=1", FORMS[-1])
+            self.hops = hops_in(reply.fields)
+            if reply.status == 200 and events_in(reply):
+                return reply
+            place = urllib.parse.urljoin(f"{self.url}/healthz/stream", reply.fields.get("location", "")).partition("?")[0]
+            if not (300 <= reply.status < 400 and place.endswith("/healthz/stream")):
+                break
+            self.url = place[: -len("/healthz/stream")]
+            self.notes.append(f"It redirects to {self.url}, with what browsers send: give that address to whoever asks.")
+            self._visitor = Visitor(self.settings, self.url)
+        self.found, words = [ABSENT], "is not streamproxy, or one that is too old to be checked"
+        if not reply.status:
+            self.found, words = [UNREACHED], f"cannot be reached: {reply.error}"
+        elif reply.status in (401, 403):
+            self.found, words = [GUARDED], f"answers {reply.status} to whoever has no token"
+        elif reply.status != 200:
+            where = f" to {reply.fields['location'][:200]}" if "location" in reply.fields else ""
+            words = f"answers {reply.status}{where} instead of streamproxy"
+        self.looks = [Look("the address", words, self.found[0])]
+        return None
+
+    def _ask(self, form: Form, events: int = TEST_EVENTS, pace: float = 0, size: int = 64, more: str = "") -> Reply:
+        pace = pace or self.pace
+        query = f"events={events}&every={1000 * pace:.0f}&size={size}{more}"
+        return self._visitor.ask(query, form, events * pace + CHECK_TIMEOUT)
+
+    def _look_at(self, form: Form) -> Look:
+        """Judge a form; what is bad is asked once more, for it may have been the moment."""
+        for _ in range(2):
+            reply = self._ask(form)
+            coding = reply.fields.get("content-encoding", "")
+            words = found = judge(reply, TEST_EVENTS, self.pace)
+            if reply.status not in (0, 200):
+                found, words = REFUSED, f"refused with status {reply.status}"
+            if found == PIECES:
+                break
+        if found == HELD:
+            size = block_size(self._ask(form, BLOCK_EVENTS, self.pace / 10, BLOCK_SIZE), self.pace / 10)
+            words = f"in blocks of {size / 1024:.0f} KiB" if size else "all at the end"
+        elif found == CUT:
+            words = f"cut off after {reply.ended_at:.1f} s" if not reply.whole else "another answer than was asked for"
+        words += f", compressed ({coding})" if coding else ""
+        return Look(str(form), words, "" if found == PIECES else found, form, coding)
+
+    def _look_at_pings(self) -> Look:
+        reply = self._ask(Form("POST", sse=True), 2, 5 * self.pace, more=f"&ping={1500 * self.pace:.0f}")
+        if len(events_in(reply)) < 2:
+            return Look("pings", "not seen: no events came")
+        lost = PING not in reply.body
+        return Look("pings", "lost" if lost else "pass", NO_PINGS if lost else "")
+
+    def _look_at_cut(self) -> Look:
+        reply, name = self._ask(PLAIN, 3, more="&cut=1"), "an answer that is cut"
+        if not events_in(reply):
+            return Look(name, "not seen: no events came")
+        return Look(name, *(("looks whole", WHOLE) if reply.whole else ("can be told",)))
+
+    def _look_at_cache(self) -> Look:
+        first, second = (self._ask(Form("GET"), 1).body for _ in range(2))
+        cached = bool(first) and first == second
+        return Look("an answer to GET", *(("comes from a cache", CACHED) if cached else ("is always new",)))
+
+    def _look_at_leaving(self) -> Look:
+        """Leave, and ask the server if it goes on; of several processes, some other may have been asked."""
+        name, id = "a client that leaves", os.urandom(16).hex()
+        query = f"id={id}&events=200&every={1000 * self.pace:.0f}"
+        lifelines = [Lifeline() for _ in range(4)]  # so that each of a few processes has one
+
+        def look() -> bool:
+            seen = any(self._goes_on(id, 1) for _ in range(LEAVE_LOOKS))
+            for lifeline in lifelines:
+                lifeline.cut()
+            return seen
+
+        leave = [functools.partial(self._visitor.ask, query, PLAIN, CHECK_TIMEOUT, lifeline) for lifeline in lifelines]
+        if not together([*leave, look])[-1]:
+            return Look(name, "not seen: another process answers")
+        if any(not self._goes_on(id, 4) for _ in range(LEAVE_LOOKS)):
+            return Look(name, "ends its stream")
+        return Look(name, "does not end its stream", STAYS)
+
+    def _goes_on(self, id: str, times: int) -> bool:
+        """Tell whether a stream of this id goes on, as each process says that is asked at once, after a while."""
+        time.sleep(2 * self.pace)
+        replies = together([functools.partial(self._visitor.ask, f"count={id}", PLAIN)] * times)
+        return any(reply.status == 200 and reply.body.strip() not in (b"", b"0") for reply in replies)
+
+    def _look_at_silence(self) -> Look:
+        seconds = self.settings.check_idle
+        reply, name = self._ask(PLAIN, 1, seconds), f"{seconds:g} s of silence"
+        if reply.whole and events_in(reply):
+            return Look(name, "pass")
+        return Look(name, f"cut off after {reply.ended_at:.1f} s", IDLE)
+
+
+def check(settings: Settings) -> int:
+    """Check an address, and say what was seen; return the exit status: 1 where something is held back or lost."""
+    checked = Check(settings)
+    checked.run(lambda seconds: _complain(f"still looking, after {seconds:.0f} s"))
+    told = json.dumps(checked.document()) if settings.log_format == "json" else checked.text()
+    _write_all(sys.stdout.fileno(), f"{told}\n".encode("utf-8", "backslashreplace"))
+    return 1 if checked.found else 0
+
+
+# 23 ------------------------------------------------------------------ Command line
 
 
 class _ArgumentParser(argparse.ArgumentParser):
@@ -6493,7 +7178,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _ArgumentParser(
         prog="streamproxy.py",
         description="A streaming proxy between web pages and an OpenAI-compatible API.",
-        epilog="The API key comes from OPENAI_API_KEY, or from a file that OPENAI_API_KEY_FILE names."
+        epilog="The API key comes from OPENAI_API_KEY, or from a file that OPENAI_API_KEY_FILE names; so does the token that"
+        " --check sends from STREAMPROXY_CHECK_TOKEN or STREAMPROXY_CHECK_TOKEN_FILE."
         f" Example: OPENAI_API_KEY=sk-... python3 streamproxy.py --model {DEFAULT_MODEL}",
         allow_abbrev=False,
     )
@@ -6570,6 +7256,8 @@ def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] |
         if flags["print_settings"]:
             _say("".join(setting_lines(settings, found)))
             return 0, None
+        if settings.check:
+            return check(settings), None
         with contextlib.ExitStack() as stack:
             signals = Signals()
             stack.callback(signals.close)
@@ -6833,7 +7521,7 @@ def _tune_process() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-# 23 ------------------------------------------------------------------ Chat page
+# 24 ------------------------------------------------------------------ Chat page
 
 _PAGE = r"""<!doctype html>
 <html lang="en">

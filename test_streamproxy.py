@@ -53,7 +53,7 @@ import pytest
 import streamproxy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Self
 
 HERE = Path(__file__).resolve().parent
@@ -2495,6 +2495,7 @@ def test_settings_key_from_a_file_or_the_environment_not_both(tmp_path: Path) ->
     for environ, words in [
         ({"OPENAI_API_KEY_FILE": str(file), "OPENAI_API_KEY": KEY}, "both"),
         ({"OPENAI_API_KEY_FILE": str(tmp_path / "none")}, "no such file"),
+        ({"OPENAI_API_KEY": KEY, "STREAMPROXY_CHECK_TOKEN": "t", "STREAMPROXY_CHECK_TOKEN_FILE": str(file)}, "both"),
         ({"OPENAI_API_KEY": KEY + " " + KEY}, "OPENAI_API_KEY: this value is not allowed"),
         ({}, "OPENAI_API_KEY"),
     ]:
@@ -2596,7 +2597,7 @@ def test_what_is_in_force_is_shown_with_where_it_is_from_and_without_secrets(tmp
         "--system": ("--system", r"'a\nb'"), "--allow-host": ("--allow-host", "a, b"),
         "--demo": ("STREAMPROXY_DEMO", "on"),
     }  # fmt: skip
-    defaults = {row.flag: row.shown for row in streamproxy.Settings.TABLE}
+    defaults = {row.flag or row.variable: row.shown for row in streamproxy.Settings.TABLE}
     assert all(value == defaults[name] for name, (source, value) in shown.items() if source == "default")
     assert run("--print-settings") == run()  # as for serving, there has to be a key
 
@@ -9108,7 +9109,7 @@ def test_metrics_reason_of_a_failure_of_upstream(said: dict[int, bytes | None], 
 ])  # fmt: skip
 def test_metrics_reason_of_a_dial_that_fails(error: Exception, reason: str) -> None:
     upstream = streamproxy.Upstream(streamproxy.Settings(api_key=KEY))
-    patched = unittest.mock.patch.object(upstream, "_open", side_effect=error)
+    patched = unittest.mock.patch.object(upstream, "open", side_effect=error)
     with patched, pytest.raises(streamproxy.ProxyError) as seen:
         upstream.dial(streamproxy.Lifeline())
     assert seen.value.reason == reason and reason in streamproxy.FAILURES
@@ -10996,7 +10997,8 @@ def test_documents_name_no_flag_or_variable_that_does_not_exist() -> None:
     flags = {flag for command in ours for flag in re.findall(r"--[a-z][a-z-]+", command)}
     others = {"--help", "--version", "--print-settings"}
     assert flags - {setting.flag for setting in streamproxy.Settings.TABLE} <= others
-    names = {setting.variable for setting in streamproxy.Settings.TABLE} | {"OPENAI_API_KEY_FILE"}
+    names = {setting.variable for setting in streamproxy.Settings.TABLE}
+    names |= {setting.file_variable for setting in streamproxy.Settings.TABLE if setting.secret}
     assert set(re.findall(r"\b(?:STREAMPROXY|OPENAI)_[A-Z_]+", text)) <= names
     tests, script = Path(__file__).read_text(encoding="utf-8"), (HERE / ".ci/run").read_text(encoding="utf-8")
     told = set(re.findall(r"\bTEST_[A-Z]+(?:_[A-Z]+)*", text + script))
@@ -14127,3 +14129,401 @@ def test_codex_starts_with_websocket_and_goes_on_with_post(
                 upstream.start(*RESPONSE_EVENTS)
                 upstream.send(b"0\r\n\r\n")
                 assert client.head().status == 200 and client.body() == b"".join(RESPONSE_EVENTS)
+
+
+# ----------------------------------------------------------------------- Test streams
+
+
+def get(server: streamproxy.Server | Front, target: str, method: str = "GET", body: bytes = b"") -> tuple[int, bytes]:
+    place = urllib.parse.urlsplit(server.url)
+    link = http.client.HTTPConnection(place.hostname or "", place.port, timeout=DEADLINE)
+    with contextlib.closing(link):
+        link.request(method, target, body or None, {"Host": "elsewhere.example"})  # open under any name
+        answer = link.getresponse()
+        return answer.status, answer.read()
+
+
+def test_test_stream_tells_its_events_in_each_form() -> None:
+    with running(None) as server:
+        for query, method in [(query, method) for query in ("", "&sse=1") for method in ("GET", "POST")]:
+            body = b"x" if method == "POST" else b""
+            status, text = get(server, f"/healthz/stream?events=3&every=1&size=100{query}", method, body)
+            events = re.findall(rb"([0-9]+) [0-9]+ 1.1 ([0-9a-f]+);", text)
+            assert status == 200 and [number for number, _ in events] == [b"1", b"2", b"3"], query
+            assert len({filling for _, filling in events}) == 3 and (b"event: done" in text) is bool(query)
+            assert query or len(text) == 300
+        with pytest.raises(http.client.IncompleteRead):
+            get(server, "/healthz/stream?events=2&every=1&cut=1")
+        assert get(server, "/healthz/stream?events=1&every=50&ping=1&sse=1")[1].count(streamproxy.PING) > 1
+        wait_for(lambda: not server.tests._streams)  # a client sees the end of its stream before
+        assert server.snapshot()["streams"] == 0
+        told = server.hub.metrics.encode()
+        assert b'requests_total{route="/healthz/stream",status="200"} 6' in told
+        for name in (b"time_to_first_token", b"request_duration"):  # which are those of models
+            assert not re.search(rb"(?m)^streamproxy_%b_seconds_count.* [1-9]" % name, told)
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("events=0", b"from 1 to 1000"), ("events=1001", b"from 1 to 1000"), ("size=47", b"from 48 to 16384"),
+        ("every=0", b"from 1 to 600000"), ("every=-1", b"from 1"), ("sse=2", b"from 0 to 1"), ("ping=", b"from 0 to"),
+        ("x=1", b"'x'"), ("id=A", b"32 hexadecimal"), ("events=100&size=16384", b"at most 262144"),
+        ("events=100&every=10000", b"at most 660000"),
+    ],
+)  # fmt: skip
+def test_test_stream_refuses_what_is_out_of_bounds(query: str, words: bytes) -> None:
+    with running(None) as server:
+        status, text = get(server, f"/healthz/stream?{query}")
+        assert status == 400 and words in text
+
+
+def test_test_stream_ends_with_its_client_is_bounded_in_number_and_ended_by_a_drain() -> None:
+    id = "0123456789abcdef" * 2
+    with running(None, drain_timeout=600.0) as server, contextlib.ExitStack() as stack:
+        links = []
+        for _ in range(streamproxy.TEST_STREAMS["max_streams_per_client"]):
+            link = http.client.HTTPConnection(*server.server_address[:2], timeout=DEADLINE)
+            stack.callback(link.close)
+            link.request("GET", f"/healthz/stream?every=9999&id={id}")
+            links.append((link, link.getresponse()))
+        assert get(server, f"/healthz/stream?count={id}", "POST") == (200, b"%d\n" % len(links))
+        assert get(server, "/healthz/stream")[0] == 429
+        for ended in links[0]:
+            ended.close()
+        wait_for(lambda: get(server, f"/healthz/stream?count={id}") == (200, b"%d\n" % (len(links) - 1)))
+        stop = threading.Thread(target=server.stop)
+        stop.start()
+        for _, answer in links[1:]:
+            with pytest.raises(http.client.IncompleteRead):
+                answer.read()
+        stop.join(DEADLINE)
+        assert not stop.is_alive()
+
+
+# ----------------------------------------------------------------------- Check
+
+
+def reply_of(*pieces: tuple[float, int], ends: float = 1.0, whole: bool = True) -> streamproxy.Reply:
+    """What comes of a test stream with an event each 0.1 s: when so many of them came."""
+    reply, number = streamproxy.Reply(), 0
+    for at, count in pieces:
+        events = [b"%d %d 1.1 0a;\n" % (index + 1, 100 * index) for index in range(number, number + count)]
+        number += count
+        reply.pieces.append((at, b"".join(events)))
+    reply.ended_at, reply.whole = ends, whole
+    return reply
+
+
+@pytest.mark.parametrize(("reply", "found"), [
+    (reply_of(*[(index / 10, 1) for index in range(10)]), streamproxy.PIECES),
+    (reply_of(*[(5 + index / 10, 1) for index in range(10)], ends=6), streamproxy.PIECES),  # the way is long
+    (reply_of((0, 1), (0.1, 1), (0.4, 3), *[(index / 10, 1) for index in range(5, 10)]), streamproxy.PIECES),  # a jolt
+    (reply_of((1.02, 10), ends=1.02), streamproxy.HELD),
+    (reply_of((0, 1), (1, 9)), streamproxy.HELD),  # with the head came the first
+    (reply_of(*[(index / 10, 1) for index in range(1, 11)]), streamproxy.BEHIND),
+    (reply_of((0.2, 3), (0.5, 3), (0.8, 3), (1, 1)), streamproxy.BURSTS),
+    (reply_of((0.1, 2), (0.3, 2), (0.5, 2), (0.7, 2), (0.9, 2)), streamproxy.BURSTS),
+    (reply_of((0, 9)), streamproxy.CUT),
+    (reply_of(*[(index / 10, 1) for index in range(10)], whole=False), streamproxy.CUT),
+])  # fmt: skip
+def test_judge_goes_by_intervals(reply: streamproxy.Reply, found: str) -> None:
+    assert streamproxy.judge(reply, 10, 0.1) == found
+
+
+def test_events_are_found_however_they_are_cut() -> None:
+    whole, reply = reply_of((0, 3)).body, streamproxy.Reply()
+    reply.pieces = [(float(index), whole[index : index + 1]) for index in range(len(whole))]
+    assert [(event.number, event.at) for event in streamproxy.events_in(reply)] == [(1, 10), (2, 24), (3, 38)]
+
+
+def test_block_size_is_what_mostly_comes_at_a_time() -> None:
+    reply = streamproxy.Reply()
+    reply.pieces = [(at + part / 10000, b"x" * 1024) for at in range(9) for part in range(4)] + [(9.0, b"x" * 90)]
+    assert streamproxy.block_size(reply, 0.01) == 4096
+    reply.pieces = [(1.0, b"x" * 1024)] * 128
+    assert streamproxy.block_size(reply, 0.01) == 0
+
+
+HELD = streamproxy.HELD
+
+
+@pytest.mark.parametrize(("seen", "found"), [
+    (lambda form: "", []),
+    (lambda form: HELD, [HELD]),
+    (lambda form: HELD * (not form.sse), [streamproxy.TEXT_HELD]),
+    (lambda form: HELD * (form.method == "GET" and form.sse), [streamproxy.GET_HELD]),
+    (lambda form: HELD * (form.sse and form.method == "POST"), [HELD]),
+    (lambda form: HELD * form.packed, [streamproxy.COMPRESSED]),
+    (lambda form: streamproxy.BURSTS if form.sse else streamproxy.BEHIND, [streamproxy.BEHIND, streamproxy.BURSTS]),
+])  # fmt: skip
+def test_found_in_tells_what_forms_have_in_common(seen: Any, found: list[str]) -> None:
+    looks = [streamproxy.Look(str(form), "", seen(form), form, "gzip" * form.packed) for form in streamproxy.FORMS]
+    assert streamproxy.found_in(looks) == found
+    assert streamproxy.found_in([*looks, streamproxy.Look("", "", streamproxy.WHOLE)]) == [*found, streamproxy.WHOLE]
+
+
+def test_whatever_is_found_has_a_cure_and_each_hop_is_known_by_a_field() -> None:
+    kinds = {kind for _, kind in streamproxy.CURES}
+    known = {hop for *_, hop in streamproxy.HOPS}
+    assert all(("", kind) in streamproxy.CURES for kind in kinds)
+    assert {hop for hop, _ in streamproxy.CURES} <= known | {""}
+    for name, part, hop in streamproxy.HOPS:
+        assert streamproxy.hops_in({name: f"1 {part.title()}/2", "date": "x"}) == [hop]
+    assert streamproxy.hops_in({"server": "cloudflare", "cf-ray": "1", "via": "1.1 Caddy"}) == ["Cloudflare", "Caddy"]
+    assert streamproxy.cure_of(["Cloudflare", "nginx"], streamproxy.HTTP10).startswith("In nginx")
+    assert streamproxy.cure_of(["nginx"], streamproxy.BEHIND) == streamproxy.CURES["nginx", HELD]
+
+
+PACE = 0.05
+
+
+@pytest.fixture
+def many_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many test streams as are asked for: all the checks of a test come from one client, at once."""
+    for limit in streamproxy.TEST_STREAMS:
+        monkeypatch.setitem(streamproxy.TEST_STREAMS, limit, 0)
+
+
+def checked(url: str, found: Sequence[str] = (), **settings: Any) -> streamproxy.Check:
+    """A check, at a slower pace if what it finds is not that: on a machine that has other things to do, events jolt."""
+    for pace in (PACE, 4 * PACE, 10 * PACE):
+        check = streamproxy.Check(streamproxy.Settings(check=url, **settings), pace)
+        check.run()
+        if check.found == list(found):
+            break
+    return check
+
+
+BAD_NGINX = """
+error_log /var/log/nginx/error.log;
+events { }
+http { access_log off; proxy_cache_path /run/streamproxy/cache keys_zone=one:1m;
+    server { listen 80; location / { proxy_http_version 1.1; proxy_pass http://unix:/run/streamproxy/1.sock; } }
+"""
+IGNORED = "proxy_ignore_headers X-Accel-Buffering Cache-Control;"
+CACHE = "proxy_cache one; proxy_cache_valid 1m;"
+# What nginx is told, what that does, and what is to be changed.
+BAD_LINES = [
+    (f"proxy_http_version 1.0; {IGNORED}", [HELD, streamproxy.WHOLE, streamproxy.HTTP10], "proxy_buffering off;"),
+    (f"proxy_http_version 1.1; {IGNORED} {GZIP}", [streamproxy.COMPRESSED], "gzip off;"),
+    ("proxy_http_version 1.0;", [streamproxy.WHOLE, streamproxy.HTTP10], "proxy_http_version 1.1;"),
+    (f"proxy_http_version 1.1; {IGNORED} {CACHE}", [streamproxy.CACHED], "proxy_cache off;"),
+    (f"proxy_http_version 1.1; {IGNORED} {CACHE} proxy_cache_key x$uri;", [streamproxy.CACHED], "proxy_cache off;"),
+    ("proxy_http_version 1.1; proxy_read_timeout 1s;", [streamproxy.IDLE], "proxy_read_timeout 130s;"),
+    (f"proxy_http_version 1.1; {GZIP}", [], ""),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("many_checks")
+def test_check_names_what_nginx_does_and_the_line_to_change(tmp_path: Path) -> None:
+    ports = [free_port() for _ in BAD_LINES]
+    servers = [
+        f"server {{ listen 127.0.0.1:{port}; location / {{ {lines} proxy_pass http://unix:{tmp_path}/1.sock; }} }}"
+        for port, (lines, *_) in zip(ports, BAD_LINES)
+    ]
+    config = BAD_NGINX + "\n".join(servers) + "}"
+    with running(None, bind=f"unix:{tmp_path}/1.sock"), nginx(tmp_path, config):
+        looks = [
+            functools.partial(checked, f"http://127.0.0.1:{port}", found, check_idle=2 * ("read_timeout" in lines))
+            for port, (lines, found, _) in zip(ports, BAD_LINES)
+        ]
+        for check, (lines, found, change) in zip(streamproxy.together(looks), BAD_LINES):
+            assert (check.hops, check.found) == (["nginx"], found), lines
+            assert not found or change in streamproxy.cure_of(check.hops, found[0])
+            if lines == BAD_LINES[0][0]:
+                shown = readme_block("https://chat.example.com, by way of nginx")
+                assert check.text().replace(check.url, "https://chat.example.com") + "\n" == shown
+
+
+OTHER_SERVERS = """
+error_log /var/log/nginx/error.log;
+events { }
+http { access_log off; proxy_http_version 1.1;
+    server { listen 80; location / { return 200 hello; } }
+    server { listen 127.0.0.1:%d; location / { return 302 /login; } }
+    server { listen 127.0.0.1:%d; location /chat/ { if ($http_authorization != "Bearer letmein") { return 401; }
+        proxy_pass http://unix:/run/streamproxy/1.sock:/; } 
+        location /old/ { rewrite ^/old/(.*) https://localhost:%d/chat/$1 permanent; } }
+    server { listen 127.0.0.1:%d ssl; ssl_certificate %s; ssl_certificate_key %s;
+        location /chat/ { proxy_pass http://unix:/run/streamproxy/1.sock:/; } }
+}
+"""
+
+
+def test_check_says_who_is_there_instead_and_follows_redirects(tmp_path: Path, certificate: Path) -> None:
+    login, guard, tls = free_port(), free_port(), free_port()
+    config = OTHER_SERVERS % (login, guard, tls, tls, certificate, certificate)
+    trusted = str(certificate.parent / "cert.pem")
+    with running(None, bind=f"unix:{tmp_path}/1.sock"), nginx(tmp_path, config) as front:
+        for url, found, words in (
+            (front.url, streamproxy.ABSENT, "is not streamproxy"),
+            (f"http://127.0.0.1:{login}", streamproxy.ABSENT, "/login instead of streamproxy"),
+            (f"http://127.0.0.1:{guard}/chat", streamproxy.GUARDED, "answers 401"),
+            (f"https://localhost:{tls}/chat", streamproxy.UNREACHED, "self-signed certificate"),
+            (f"http://127.0.0.1:{guard}/old", streamproxy.UNREACHED, "self-signed certificate"),
+            (f"http://127.0.0.1:{free_port()}", streamproxy.UNREACHED, "connection refused"),
+            ("http://nowhere.invalid", streamproxy.UNREACHED, "its name was not found"),
+        ):
+            check = checked(url, [found])
+            assert check.found == [found] and words in check.looks[0].words.replace("self signed", "self-signed"), url
+        check = checked(f"http://127.0.0.1:{guard}/old/", ca_file=trusted)
+        assert (check.found, check.url) == ([], f"https://localhost:{tls}/chat")
+        assert "redirects to https://localhost" in check.notes[0]
+        assert checked(f"http://127.0.0.1:{guard}/chat", check_token="letmein").found == []
+
+
+def test_check_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "token").write_text("letmein\n")
+    seen = []
+    with running(None) as server:
+        with Hop(server, lambda head: seen.append(head) or (lambda data: data or b"")) as hop:  # type: ignore[arg-type, func-returns-value]
+            monkeypatch.setattr(streamproxy, "TELL_INTERVAL", 0.5)
+            monkeypatch.setenv("STREAMPROXY_CHECK_TOKEN_FILE", str(tmp_path / "token"))
+            assert streamproxy.main(["--check", hop.url, "--log-format", "json"]) == 0
+    out, err = capfd.readouterr()
+    told = json.loads(out)
+    assert (told["url"], told["ok"], told["hops"], told["found"]) == (hop.url, True, [], [])
+    assert told["looks"]["POST text"] == "piece by piece" and told["looks"]["pings"] == "pass"
+    assert all(b"\r\nAuthorization: Bearer letmein\r\n" in head for head in seen) and len(seen) < 40
+    assert "streamproxy: still looking, after 0 s\n" in err or "after 1 s" in err
+    status, out, err = run("--check", f"http://127.0.0.1:{free_port()}")
+    assert status == 1 and "cannot be reached: connection refused" in out and not err
+    for flags in (["--check", "chat.example.com"], ["--check-idle", "601"]):
+        status, out, err = run(*flags)
+        assert status == 2 and flags[0] in err and not out
+
+
+@pytest.mark.usefixtures("many_checks")
+def test_check_passes_the_examples(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        for number in (1, 2):
+            stack.enter_context(running(None, bind=f"unix:{tmp_path}/{number}.sock"))
+        server = stack.enter_context(running(None))
+        fronts = {"": server, "nginx": stack.enter_context(nginx(tmp_path, EXAMPLE.read_text()))}
+        for name in FRONTS:
+            (tmp_path / name).mkdir()
+            fronts[name] = stack.enter_context(other_front(name, tmp_path / name, server))
+        expected = {name: [streamproxy.WHOLE] * (name == "Caddy") for name in fronts}  # as README says of it
+        looks = [functools.partial(checked, front.url, expected[name], check_idle=1) for name, front in fronts.items()]
+        checks = streamproxy.together(looks)
+        for name, check in zip(fronts, checks):
+            assert check.found == expected[name], name
+            words = {look.name: look.words for look in check.looks}
+            assert words["a client that leaves"] == "ends its stream" and words["1 s of silence"] == "pass", name
+            assert check.hops == [name] * (name in ("nginx", "Apache", "Caddy"))
+        assert any("compressed (gzip)" in look.words for look in checks[2].looks)  # Apache's, which holds nothing
+
+
+def test_check_tells_that_haproxy_waits_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = README.read_text(encoding="utf-8").replace("option http-no-delay", "").replace("option abortonclose", "")
+    (tmp_path / "README.md").write_text(text)
+    monkeypatch.setitem(globals(), "README", tmp_path / "README.md")
+    with running(None) as server, other_front("HAProxy", tmp_path, server) as front:
+        check = checked(front.url, [streamproxy.BURSTS])
+        assert check.found == [streamproxy.BURSTS]
+        assert "http-no-delay" in streamproxy.cure_of(check.hops, check.found[0])
+
+
+class Hop:
+    """A proxy that changes what comes from the server."""
+
+    def __init__(self, server: streamproxy.Server, change: Callable[[bytes], Callable[[bytes | None], bytes]]) -> None:
+        """change takes the head of a request, and returns what takes each read of its answer, and None at its end."""
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self._server, self._change = server, change
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._pass, args=(self.listener.accept()[0],), daemon=True).start()
+
+    def _pass(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self._server.server_address[:2]) as upstream:
+            with contextlib.suppress(OSError):
+                head = client.recv(65536)
+                change = self._change(head)
+                upstream.sendall(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+                for data in iter(functools.partial(upstream.recv, 65536), b""):
+                    client.sendall(change(data))
+                client.sendall(change(None))
+
+
+class Holding:
+    """What is done to an answer: keep what came until ready(what is kept) says how many of its bytes may go."""
+
+    def __init__(self, ready: Callable[[list[bytes]], int]) -> None:
+        self._kept: list[bytes] = []
+        self._ready = ready
+
+    def __call__(self, data: bytes | None) -> bytes:
+        self._kept += [data] if data else []
+        kept = b"".join(self._kept)
+        size = len(kept) if data is None else self._ready(self._kept)
+        self._kept = [kept[size:]] if data is None or size else self._kept
+        return kept[:size]
+
+
+def one_behind(head: bytes) -> Callable[[bytes | None], bytes]:
+    return Holding(lambda kept: len(kept[0]) if len(kept) > 1 else 0)
+
+
+def in_blocks(head: bytes) -> Callable[[bytes | None], bytes]:
+    return Holding(lambda kept: sum(map(len, kept)) // 8192 * 8192)
+
+
+def until_the_end(head: bytes) -> Callable[[bytes | None], bytes]:
+    return Holding(lambda kept: 0)
+
+
+def text_held(head: bytes) -> Callable[[bytes | None], bytes]:
+    return until_the_end(head) if b"sse=1" not in head else lambda data: data or b""
+
+
+def get_held(head: bytes) -> Callable[[bytes | None], bytes]:
+    return until_the_end(head) if head.startswith(b"GET") else lambda data: data or b""
+
+
+def without_pings(head: bytes) -> Callable[[bytes | None], bytes]:
+    return lambda data: re.sub(rb"[0-9a-f]+\r\n: ping\n\r\n", b"", data or b"")
+
+
+def without_fields(head: bytes) -> Callable[[bytes | None], bytes]:
+    return lambda data: re.sub(rb"(Incremental|Cache-Control): [^\r]*\r\n", b"", data or b"")
+
+
+def refused_post(head: bytes) -> Callable[[bytes | None], bytes]:
+    words = b"HTTP/1.1 405 No\r\nContent-Length: 0\r\n\r\n"
+    return lambda data: (words if head.startswith(b"POST") else data or b"") if data else b""
+
+
+# What a hop does to text, what is found, what was seen in one form, what is to be changed or noted.
+HOPS_AND_FINDINGS = [
+    (one_behind, [streamproxy.BEHIND], "always one behind", "each piece only with the next"),
+    (in_blocks, [HELD, streamproxy.STAYS], "in blocks of 8 KiB", "who leaves no trace"),
+    (until_the_end, [HELD, streamproxy.STAYS], "all at the end", "who leaves no trace"),
+    (text_held, [streamproxy.TEXT_HELD, streamproxy.STAYS], "all at the end", "Accept: text/event-stream"),
+    (get_held, [streamproxy.GET_HELD], "piece by piece", "ask with POST"),
+    (without_pings, [streamproxy.NO_PINGS], "piece by piece", "comments of event streams"),
+    (without_fields, [], "piece by piece", "Cache-Control, Incremental"),
+    (refused_post, [streamproxy.REFUSED], "refused with status 405", "whose log has this status"),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("many_checks")
+def test_check_tells_what_each_kind_of_hop_does() -> None:
+    with running(None) as server, contextlib.ExitStack() as stack:
+        hops = [stack.enter_context(Hop(server, change)) for change, *_ in HOPS_AND_FINDINGS]
+        looks = [functools.partial(checked, hop.url, found) for hop, (_, found, *_) in zip(hops, HOPS_AND_FINDINGS)]
+        checks = streamproxy.together(looks)
+        for check, (change, found, seen, words) in zip(checks, HOPS_AND_FINDINGS):
+            assert (check.found, check.looks[0].words) == (found, seen), change
+            assert words in (streamproxy.cure_of(check.hops, found[0]) if found else check.notes[0]), change
