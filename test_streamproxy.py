@@ -11112,6 +11112,17 @@ def test_readme_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> Non
     assert told.returncode == 0 and f"SUCCESS: {len(rules)} rules found" in told.stdout, told.stdout + told.stderr
 
 
+def test_readme_table_of_what_is_wrong_has_the_words_of_the_program() -> None:
+    source = PROGRAM.read_text(encoding="utf-8")
+    found = {f"{words[:1].upper()}{words[1:]}:" for _, words in streamproxy.CURES}
+    told = set()
+    for seen, _, said in readme_table("| what is seen | why | `--check` says |"):
+        sentences = [words for words in re.findall("`([^`=]+)`", seen) if " " in words]
+        assert all(part in source for words in sentences for part in words.split(" ... ")), seen
+        told |= {words for words in re.findall("`([^`]+)`", said) if words[:2] != "--"}
+    assert told and told <= found
+
+
 def test_readme_links_lead_to_its_sections() -> None:
     text = README.read_text(encoding="utf-8")
     sections = re.findall(r"^#+ (.+)$", re.sub(r"(?ms)^```.*?^```$", "", text), re.MULTILINE)
