@@ -7656,7 +7656,7 @@ form button { padding: .4rem .9rem; border-radius: 1rem; border-color: transpare
 // entities, indented code and reference links stay text.  A long block is cut, so that each is drawn at once.
 
 // Characters of a block, and of a line, a list item or a quote; levels of the last two.
-const CUT = 8000, LONGEST = 4 * CUT, DEEPEST = 8;
+const CUT = 4000, LONGEST = 8 * CUT, DEEPEST = 8;
 const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)(.{0,500})$/, UNDERLINE = /^ {0,3}(=+|-+)[ \t]*$/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/, QUOTE = /^ {0,3}> ?/;
 const FENCE = /^( {0,3})(`{3,}(?=[^`]*$)|~{3,})[ \t]*([^\s`]*)/, ITEM = /^ {0,3}([-+*]|\d{1,9}[.)])(?:([ \t]+)|$)/;
@@ -7970,9 +7970,9 @@ function placeAbove(block, above) {
   return block.more && above?.querySelector({code: "code", table: "tbody"}[block.type] || "none") || null;
 }
 
-// Draw a block below the one above, or in it.  Returns the element of the two, and a function to which the block is
-// told as it has grown meanwhile, and which says whether that is drawn now.  open: more of it may come.
-function drawBlock(parent, block, above, open, depth) {
+// Make room for a block below the one above, or in it.  Returns the element of the two, and a function that draws the
+// block there, and again as it has grown meanwhile; it says whether it could.  open: more of it may come.
+function drawBlock(parent, block, above, depth) {
   const {type} = block, place = placeAbove(block, above);
   if (type === "blank") return {element: above};
   if (type === "item") {
@@ -7983,8 +7983,10 @@ function drawBlock(parent, block, above, open, depth) {
   if (type === "table") return drawTable(parent, block, place, above);
   const tag = {heading: `h${Math.min(6, block.level + 2)}`, rule: "hr", quote: "blockquote", paragraph: "p"}[type];
   const element = make(parent, tag, block.more ? "more" : "");
-  if (type === "quote") element.dir = "auto";
-  if (type === "quote") return {element, grow: growNested(element, depth)};
+  if (type === "quote") {
+    element.dir = "auto";
+    return {element, grow: growNested(element, depth)};
+  }
   return {element, grow: type === "rule" ? null : growInline(element)};
 }
 
@@ -8000,7 +8002,9 @@ function growInline(element) {
   };
 }
 
-const isAlike = (one, other) => one === other || JSON.stringify(one) === JSON.stringify(other);
+const isAlike = (one, other) => one === other || Boolean(one.type) && one.type === other?.type
+  && one.address === other.address && one.children?.length === other.children?.length
+  && (one.children || []).every((child, index) => isAlike(child, other.children[index]));
 
 function growNested(element, depth) {
   const inner = growingText(element, depth + 1);
@@ -8036,7 +8040,7 @@ function drawCode(parent, {language}, place, above) {
     place = make(scrollable(element, "", "Code"), "code");
     button(bar, "Copy", self => copy(self, place.textContent)).ariaLabel = "Copy code";
   }
-  const shown = place.appendChild(new Text());   // it grows in place, so that what was selected stays so
+  const shown = place.appendChild(new Text());
   return {element, grow: ({text}) => { shown.appendData(text.slice(shown.length)); return true; }};
 }
 
@@ -8085,7 +8089,7 @@ function growingText(element, depth = 0) {
   }
   function drawLast(block, last, open) {
     const kept = [element, placeAbove(block, last)].filter(Boolean).map(place => [place, place.childNodes.length]);
-    const drawn = drawBlock(element, block, last, open, depth);
+    const drawn = drawBlock(element, block, last, depth);
     drawn.grow?.(block, open);
     return {...drawn, block, kept};
   }
@@ -8113,8 +8117,8 @@ function growingText(element, depth = 0) {
 // The conversation: turns of a question and its answer, kept for this tab.
 
 const store = `streamproxy ${location.pathname}`, model = $("#model").textContent;
-let turns = [], stop = null, draft = null;   // stop: ends the answer that is arriving; null when none is
-                                            // draft: what stood in the box where the last question is edited now
+// stop ends the answer that is arriving; draft is what stood in the box in which the last question is edited.
+let turns = [], stop = null, draft = null;
 
 // What is said of answers that did not end by themselves.
 const ENDINGS = {length: "The answer reached the token limit.", content_filter: "A content filter ended the answer.",

@@ -12940,7 +12940,7 @@ def test_page_draws_what_is_new_and_no_more(page: WebDriver, kind: str) -> None:
         }
         return costs"""
     begin, more = GROWING[kind]
-    pieces, size = 200, 160  # as much as the longest item or quote, and four times the longest paragraph
+    pieces, size = 200, 160  # as much as the longest item or quote, and eight times the longest paragraph
     one, two, three, four = page.run(script, begin, more * (3 * pieces * size // len(more) + 9), pieces, size)
     for name, *at in zip(("characters", "lines", "nodes"), one, two, three, four):
         early, late = at[1] - at[0], at[3] - at[2]
