@@ -7273,6 +7273,8 @@ def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] |
     except RuntimeError:
         _complain(_NO_THREAD)
         return 1, None
+    except KeyboardInterrupt:  # of who has seen enough of a check
+        return 130, None
     output = _Output(sys.stderr)
     output.setFormatter(_LogFormatter(settings.log_format))
     log.addHandler(output)

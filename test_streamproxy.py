@@ -14403,6 +14403,12 @@ def test_check_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], m
     for flags in (["--check", "chat.example.com"], ["--check-idle", "601"]):
         status, out, err = run(*flags)
         assert status == 2 and flags[0] in err and not out
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        command = [sys.executable, str(PROGRAM), "--check", f"http://127.0.0.1:{silent.getsockname()[1]}"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        with silent.accept()[0]:  # and somebody does not wait until it has said all
+            process.send_signal(signal.SIGINT)
+            assert process.communicate() == (b"", b"") and process.returncode == 130
 
 
 @pytest.mark.usefixtures("many_checks")
