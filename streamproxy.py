@@ -30,6 +30,7 @@ Life of a request.  The numbers are sections of this file; what is pure knows no
                     Answer       events to what the client asked for                         (pure: 3, 5 to 7)
     18  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
     19  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
+    20  KeptAnswer  stands between a Stream and the Viewers of its clients, where the answer is to outlive them
                     Metrics      what is counted on the way, for /metrics                    (pure: 12)
 
 One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
@@ -41,8 +42,8 @@ only what may block:
     the token file  the worker that looks at it; the loop reads the last version, which is replaced whole
     a line of log   the log's thread, once it is queued
 
-A client that leaves is closed, and costs upstream nothing more.  Where it waits for an answer, a line of log says
-so, with the status that it was told, or 499:
+A client that leaves is closed, and costs upstream nothing more, but for a KeptAnswer, which goes on for a while.
+Where it waits for an answer, a line of log says so, with the status that it was told, or 499:
 
     Client IDLE, LINGERING       nothing is under way: it has not asked, or was answered
     Client HEAD, BODY            upstream was not asked
@@ -106,11 +107,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
     from typing import Any, ClassVar, NoReturn, Protocol, Self, TextIO, dataclass_transform
 
+    class Taker(Protocol):
+        """Whoever a stream is sent to."""
+
+        loop: Loop
+        lost: bool
+
+        @property
+        def pending(self) -> object: ...
+        def send(self, data: bytes) -> None: ...
+
     class Asker(Protocol):
         """Whoever asks for a stream."""
 
         @property
-        def client(self) -> Peer: ...
+        def client(self) -> Taker: ...
         def begin_stream(self) -> tuple[bytes, bool]: ...
         def tell(self, step: str, **facts: object) -> None: ...
         def on_stream_over(self) -> None: ...
@@ -149,6 +160,8 @@ MAX_TRAILER_SIZE = 16 * 1024
 MAX_TOKEN_FILE_SIZE = 4 * 1024 * 1024
 MAX_PAGE_SIZE = 1024 * 1024
 MAX_RECORD_SIZE = 5 + 16 * 1024 + 2048  # of TLS, as sent; RFC 5246 section 6.2.3, RFC 8446 section 5.2
+MAX_KEPT_SIZE = 4 * 1024 * 1024  # of an answer that outlives its client: what came before may be forgotten
+RECORD_COST = 12 * 1024  # of such an answer, beside its bytes
 MAX_DISCARDED = 64 * 1024  # of a refused request's body, read for the sake of the connection
 # Of the next request while an answer is on its way: unless they are read, the end behind them is not seen.
 MAX_PIPELINED = 64 * 1024
@@ -160,6 +173,7 @@ IDLE_GRACE = 1.0  # for a request that is on its way to a process that drains, o
 HANDSHAKE_PAUSE = 0.2  # for a connection that is being made to be there, before its listening socket is closed
 TELL_INTERVAL = 5.0  # before it is told again what a process that ends waits for
 NOTIFY_TIMEOUT = 1.0  # for systemd to take what it is told
+STOP_TIMEOUT = 60.0  # for a request to come whose stop has overtaken it
 ABORT_GRACE = 5.0  # for aborted streams to end truthfully once the drain is over
 KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
 STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
@@ -191,6 +205,7 @@ MAX_WORKERS = 4  # threads that are parked; more of them starve the loop of the 
 MAX_BEGINNINGS = 8  # new connections, requests, and clients that leave, of a turn of the loop
 MAX_ALARMS = 64  # that go off in a turn
 MAX_READY = 1024  # sockets seen to in a turn
+MAX_STOPS = 1000  # that are remembered for requests that they have overtaken
 MAX_LOG_LINES = 4000  # that wait to be written
 MAX_NAMED_CLIENTS = 100  # whose names are labels of metrics; the rest are "other"
 MAX_USAGE = 1 << 40  # tokens of an answer; more is nonsense, and would spoil a sum
@@ -211,6 +226,7 @@ class ProxyError(Exception):
     +-- UpstreamError          upstream is unreachable, unwilling, too slow or cut off
     |   +-- Garbled            it sent what its protocol does not have
     +-- Aborted                we cut the stream: drain, stalled client
+    |   +-- Stopped            as its owner asked
     +-- Disconnected           the client left
     """
 
@@ -260,6 +276,10 @@ class Garbled(UpstreamError):
 class Aborted(ProxyError):
     status = 503
     ending = "aborted"
+
+
+class Stopped(Aborted):
+    status = 410
 
 
 class Disconnected(ProxyError):
@@ -1074,6 +1094,11 @@ class Answer:
         """What the client's answer is; "": it is not said."""
         return self.head.content_type
 
+    def client_head(self) -> tuple[int, dict[str, str]]:
+        """Return the status and the fields of the client's answer."""
+        type = {"Content-Type": self.content_type} if self.content_type else {}
+        return self.status, {**self.fields, **type}
+
     @property
     def pings(self) -> bool:
         """Whether heartbeats make sense."""
@@ -1351,15 +1376,26 @@ class EventAnswer(TextAnswer):
         super().__init__(redact)
         self._id = request_id
         self._tell_id = reconnects
+        self._count = -1  # of events so far, where each has its number
+
+    def number(self, id: str) -> None:
+        """Give each event an id of its own, ID.N, with N from 1 on, so that a client can come back to any."""
+        self._id, self._tell_id, self._count = id, True, 0
 
     def ping(self) -> bytes:
         # One that is cut off after a ping must know an id already, or it would pay again.  A block
         # of id alone sets it and is no event (WHATWG HTML section 9.2.6).
         tell, self._tell_id = self._tell_id, False
-        return b"id: %b\n\n" % self._id.encode() + PING if tell else PING
+        id = f"{self._id}.0" if self._count == 0 else self._id
+        return b"id: %b\n\n" % id.encode() + PING if tell else PING
 
     def encode(self, type: str, **payload: Any) -> bytes:
-        last_event_id, self._id, self._tell_id = self._id, "", False
+        last_event_id, self._tell_id = self._id, False
+        if self._count < 0:
+            self._id = ""
+        else:
+            self._count += 1
+            last_event_id = f"{self._id}.{self._count}"
         return encode_event(_encode_json(payload), "" if type == "message" else type, last_event_id)
 
 
@@ -2216,6 +2252,13 @@ class Settings(_Rows):
         30.0, _read_seconds, "SECONDS", "for a client to send its request, and for each stalled write; 0: no limit")
     keep_alive_timeout: float = _row(
         75.0, _read_seconds, "SECONDS", "for a client's idle connection, between two requests; 0: no limit")
+    resume: float = _row(
+        0.0, _read_seconds, "SECONDS",
+        "of an answer without a client, and that it is kept after its end, for clients that come back; 0: never")
+    resume_memory: int = _row(64 * 1024 * 1024, _read_size, "BYTES", "for all answers that are kept so")
+    instance: str = _row(
+        "", _matching("[0-9A-Za-z_]{0,32}", "up to 32 letters, digits and _"), "NAME",
+        "put before the Stream-Id, for a proxy to find the process that has the answer")
     heartbeat: float = _row(15.0, _read_seconds, "SECONDS", "of silence before a ping, in event streams; 0: never")
     max_body: int = _row(1024 * 1024, _read_size, "BYTES", "largest request body")
     max_streams: int = _row(1024, _read_count, "COUNT", "streams at a time; 0: no limit")
@@ -2970,7 +3013,7 @@ _FORWARDED = re.compile(r'"?(?:\[([0-9A-Fa-f:.%\w]+)\]|([0-9.]+)(?=[:"]|$))(?::[
 
 # Fields of answers that pages of an allowed origin may read.  "*" would do for most browsers, not for all.
 _EXPOSED = ", ".join((
-    "X-Request-Id", "Request-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry", "OpenAI-Processing-Ms", "OpenAI-Version",
+    "X-Request-Id", "Request-Id", "Stream-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry", "OpenAI-Processing-Ms", "OpenAI-Version",
     *(f"X-RateLimit-{what}-{of}" for what in ("Limit", "Remaining", "Reset") for of in ("Requests", "Tokens")),
     *(f"Anthropic-RateLimit-{of}-{what}" for of in ("Requests", "Tokens", "Input-Tokens", "Output-Tokens")
       for what in ("Limit", "Remaining", "Reset")),
@@ -3122,6 +3165,11 @@ METRICS = (
     Family("counter", "streamproxy_endings_total", "Requests that ended, by how.", ("ending",), ENDINGS),
     Family("gauge", "streamproxy_streams", "Answers on their way."),
     Family("gauge", "streamproxy_connections", "Connections of clients."),
+    Family("gauge", "streamproxy_kept_answers", "Answers that outlive their clients, by what they are: watched, "
+           "without a client, ended.", ("state",)),
+    Family("gauge", "streamproxy_kept_bytes", "What they take of --resume-memory."),
+    Family("counter", "streamproxy_kept_events_total", "Clients that came back to such an answer; answers to "
+           "which none did, and that were stopped.", ("event",), ("attached", "abandoned", "stopped")),
     Family("gauge", "streamproxy_threads", "Threads that may block."),
     Family("gauge", "streamproxy_warm_connections", "Connections to upstream that wait for a request."),
     Family("histogram", "streamproxy_time_to_first_token_seconds", "From a request to its first text.", buckets=_FIRST_TOKEN),
@@ -4087,7 +4135,6 @@ class Exchange:
 
     def __init__(self, client: Client, request: Request) -> None:
         self.client, self.request = client, request
-        self.server = client.server
         given = request.fields.get("x-request-id", "")
         self.id = given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
         self.began_at = client.loop.now
@@ -4098,9 +4145,14 @@ class Exchange:
         self.cors: dict[str, str] = {}
         self.status = 0  # as told to the client
         self.failure: ProxyError | None = None
-        self.stream: Stream | TestStream | None = None
+        self.stream: Stream | Watch | TestStream | None = None
         self.received = bytearray()  # of the body
+        self.claim: Claim | None = None  # where answers outlive their clients
         self._then: Callable[[], None] | None = None  # once what it waits for is there: the body, a look, ...
+
+    @property
+    def server(self) -> Server:
+        return self.client.server
 
     # What is asked.
 
@@ -4142,7 +4194,8 @@ class Exchange:
         routes = api_routes(self.request.path, self.server.settings)
         if not routes:
             lost = self.cors and self.request.method == "OPTIONS"  # a page is to read that there is nothing
-            return _ROUTES.get(self.request.path, {"OPTIONS": Exchange.answer_preflight} if lost else {})
+            pattern = route_of(self.request.path, self.server.settings)
+            return _ROUTES.get(pattern, {"OPTIONS": Exchange.answer_preflight} if lost else {})
         answer = Exchange.get_models if self.request.path.startswith("/v1/models") else Exchange.pass_on
         return {**dict.fromkeys(routes, answer), "OPTIONS": Exchange.answer_preflight}
 
@@ -4176,10 +4229,13 @@ class Exchange:
         fields, settings = self.request.fields, self.server.settings
         self._identify()
         place = self.name or (network_of(self.who) if self.who != "unix" else "unix")
-        self.server.limits.enter(place, counts)
+        self._then, answers = then, self.server.answers
+        if answers.on:
+            self.claim = Claim(self.request, place, self.name, self._wants_events(), counts)
+        if not self.claim or (self.claim.begins and not answers.find(self.claim)):
+            self._take_place(place, counts)
         self.tell("let in", client=self.who)
-        self.place, self._then = place, then
-        if self.request.method != "POST":
+        if self.request.method != "POST" or (self.claim and self.claim.id):
             self.go_on()
             return
         if "transfer-encoding" not in fields and "content-length" not in fields:
@@ -4191,6 +4247,10 @@ class Exchange:
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.lead += self.client.loop.clock()
         self.client.expect_body()
+
+    def _take_place(self, name: str, counts: bool) -> None:
+        self.server.limits.enter(name, counts)
+        self.place = name
 
     def on_body(self, part: bytes) -> bool:
         """Take a part of the body; tell if it is whole, and good."""
@@ -4243,6 +4303,7 @@ class Exchange:
         if job.failure:
             raise job.failure
         hub, counts = self.server.hub, self.server.snapshot()
+        self.server.answers.count_into(hub.metrics)
         for name, value in {**counts, **job.result, "log_lines_dropped_total": hub.log.lost}.items():
             hub.metrics.set(name.replace(" ", "_"), value)
         self._answer(200, hub.metrics.encode(), {"Content-Type": METRICS_TYPE})
@@ -4252,7 +4313,7 @@ class Exchange:
 
         A body says nothing: its end is not waited for.
         """
-        tests, query = self.server.tests, self.request.query
+        tests, query = self.server.hub.tests, self.request.query
         self._keep_if_small()
         if query.startswith("count="):
             words = f"{tests.count(query[len('count='):])}\n".encode()
@@ -4268,8 +4329,8 @@ class Exchange:
         """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
         if not self._wants_events():
             self._look(self.server.front.look, self._answer_page)
-        elif "last-event-id" in self.request.fields:  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
-            self._answer(204, b"", {})
+        elif "last-event-id" in self.request.fields and not self.server.answers.on:
+            self._answer(204, b"", {})  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
         else:
             self._admit(self._ask_query)
 
@@ -4277,6 +4338,9 @@ class Exchange:
         self._answer(200, *self.server.front.shown)
 
     def _ask_query(self) -> None:
+        if self.claim and not self.claim.begins:
+            self._attach()
+            return
         try:
             # curl sends bytes that should be escaped as they are.
             query = re.sub("[\x80-\xff]", lambda byte: f"%{ord(byte[0]):02X}", self.request.query)
@@ -4292,7 +4356,8 @@ class Exchange:
         self._admit(self._ask_prompt)
 
     def _ask_prompt(self) -> None:
-        if self._wants_events() and "last-event-id" in self.request.fields:  # see get_root
+        key = self.claim and self.claim.key
+        if self._wants_events() and "last-event-id" in self.request.fields and not key:  # see get_root
             self._answer(204, b"", {})
         else:
             self._ask_by(self._prompted)
@@ -4350,11 +4415,18 @@ class Exchange:
         body, self.received = self.received, bytearray()
         if self.request.method == "POST":  # its body had to come
             self.lead -= self.client.loop.clock()
+        claim = self.claim
+
+        def work() -> tuple[Call, Answer]:
+            if claim and claim.key:
+                claim.take_body(body)
+            return make(bytes(body))
+
         if len(body) <= MAX_PARSED:
-            self._ask(*make(bytes(body)))
+            self._ask(*work())
         else:
             hub = self.server.hub
-            job = Job(hub.loop, lambda: make(bytes(body)), self.go_on)
+            job = Job(hub.loop, work, self.go_on)
             self._then = functools.partial(self._on_made, job)
             hub.workers.run(job.run)
 
@@ -4364,9 +4436,53 @@ class Exchange:
         self._ask(*job.result)
 
     def _ask(self, call: Call, answer: Answer) -> None:
-        self.stream = self.server.hub.stream(call, answer, self)
-        self.stream.ask()
+        claim, answers = self.claim, self.server.answers
+        if claim and (not claim.begins or answers.find(claim)):
+            self._attach()
+            return
+        if claim and not self.place:  # the answer that was there when this was let in has gone
+            self._take_place(claim.owner, claim.counts)
+        kept = answers.keep(claim, call, answer, self._told()) if claim and claim.keeps else None
+        if claim and kept:
+            self.place = ""  # which is the answer's now
+            self.stream = kept.watch(self, claim, attached=False)
+            kept.stream.ask()
+        else:
+            self.stream = self.server.hub.stream(call, answer, self)
+            self.stream.ask()
         self.lead += self.client.loop.clock()
+
+    def get_answer(self) -> None:
+        """Go on with an answer, by its ID."""
+        self._admit(self._attach)
+
+    def _attach(self) -> None:
+        """Send the rest of an answer, live in the end; 204 tells an EventSource to stop (WHATWG HTML section 9.2.3)."""
+        claim, answers = self.claim, self.server.answers
+        assert claim
+        kept = answers.find(claim)
+        if not kept and not claim.reconnects:
+            raise RequestError("There is no such answer (any more).", 410 if claim.key else 404)
+        if not kept or (claim.reconnects and claim.place and not kept.has_more(claim)):
+            self._answer(204, b"", {})
+            return
+        if claim.key and claim.asked != kept.claim.asked:
+            raise RequestError("This Idempotency-Key was used for another request.", 422)
+        self.server.hub.metrics.count("kept_events_total", 1, "attached")
+        self.stream = kept.watch(self, claim, attached=True)
+        self._leave_place()  # it had one where the answer was not there yet when this was let in
+        self.stream.advance()
+
+    def stop_answer(self) -> None:
+        """Stop an answer by its ID or its key, or one that is yet to be asked for by its key."""
+        self._admit(self._stop)
+
+    def _stop(self) -> None:
+        assert self.claim
+        if not (self.claim.id or self.claim.key):
+            raise RequestError("DELETE /streams needs an Idempotency-Key.")
+        self.server.answers.stop(self.claim)
+        self._answer(204, b"", {})
 
     # How it is answered.
 
@@ -4457,16 +4573,14 @@ class Exchange:
     def begin_stream(self) -> tuple[bytes, bool]:
         """Return the head of the stream's answer, and whether its body is chunked."""
         assert self.stream
-        answer = self.stream.answer
-        fields = {**STREAM_FIELDS, **answer.fields}
-        if answer.content_type:
-            fields["Content-Type"] = answer.content_type
-        chunked = self.request.http11 and "Content-Length" not in fields and answer.status not in (204, 304)
+        status, more = self.stream.head()
+        fields = {**STREAM_FIELDS, **more}
+        chunked = self.request.http11 and "Content-Length" not in fields and status not in (204, 304)
         if chunked:
             fields["Transfer-Encoding"] = "chunked"
         if not self.request.http11:  # its body ends where the connection does, be it that we are killed
             self.client.reset(True)
-        return self._begin_answer(answer.status, fields), chunked
+        return self._begin_answer(status, fields), chunked
 
     def _answer(self, status: int, body: bytes, fields: Mapping[str, str]) -> None:
         length = {"Content-Length": str(len(body))} if body else {}
@@ -4499,12 +4613,23 @@ class Exchange:
             metrics.observe("request_duration_seconds", now - self.began_at)
         if isinstance(failure, RequestError):
             metrics.refused(failure)
-        if isinstance(stream, Stream):
+        if isinstance(stream, Stream):  # what is kept is counted once, when it ends
             metrics.take_notes(stream.answer.notes, client)
+        if isinstance(stream, (Stream, Watch)) and not stream.attached:
             first = stream.first_text_at
             if first is not None:
                 metrics.observe("time_to_first_token_seconds", first - self.began_at)
                 metrics.observe("overhead_seconds", max(0.0, self.lead) + (stream.first_sent_at or now) - first)
+
+    def _told(self) -> dict[str, object]:
+        """What the log says of the request itself."""
+        return {
+            "time": "",
+            "id": self.id,
+            "client": self.who,
+            "method": self.request.method,
+            "path": self.request.path[:200],  # the query may hold a prompt
+        }
 
     def _is_logged(self) -> bool:
         wanted = self.server.settings.access_log
@@ -4514,43 +4639,57 @@ class Exchange:
     def _log(self) -> None:
         now, failure, stream = time.time(), self.failure, self.stream
         entry = LogEntry(
+            self._told(),
             time=log_time(now),
-            id=self.id,
-            client=self.who,
-            method=self.request.method,
-            path=self.request.path[:200],  # the query may hold a prompt
             status=self.status,
             ending=failure.ending if failure else "complete",
             error=failure.logged if failure else None,
             seconds=round(self.client.loop.clock() - self.began_at, 3),
         )
-        if isinstance(stream, Stream):
-            notes, first = stream.answer.notes, stream.first_text_at
-            entry.update(
-                upstream=self.server.hub.upstream.target.address,
-                ttft=None if first is None else round(first - self.began_at, 3),
-                model=notes.model, finish_reason=notes.finish_reason, pieces=notes.pieces, bytes=notes.size,
-                usage=notes.usage, upstream_id=notes.request_id,
-            )  # fmt: skip
+        if isinstance(stream, (Stream, Watch)):
+            first = stream.first_text_at
+            entry["upstream"] = self.server.hub.upstream.target.address
+            entry["ttft"] = None if first is None else round(first - self.began_at, 3)
+            entry.update(notes_of(stream))
+        if isinstance(stream, Watch):
+            entry.update({"stream": stream.kept.id, "from": stream.start if stream.attached else None})
         self.server.hub.log.info(entry)
+
+
+def notes_of(stream: Stream | Watch) -> dict[str, object]:
+    """What the log says of an answer."""
+    notes = stream.answer.notes
+    return {
+        "model": notes.model, "finish_reason": notes.finish_reason, "pieces": notes.pieces, "bytes": notes.size,
+        "usage": notes.usage, "upstream_id": notes.request_id,
+    }  # fmt: skip
 
 
 def _get(function: Callable[[Exchange], None]) -> dict[str, Callable[[Exchange], None]]:
     return {"GET": function, "HEAD": function, "OPTIONS": Exchange.answer_preflight}  # HEAD: the same without the body
 
 
-# Path, then method.
+# Route, then method.
 _ROUTES: dict[str, dict[str, Callable[[Exchange], None]]] = {
     "/": {**_get(Exchange.get_root), "POST": Exchange.post_prompt},
     "/healthz": _get(Exchange.get_health),
     "/healthz/stream": {"GET": Exchange.get_test, "POST": Exchange.get_test, "OPTIONS": Exchange.answer_preflight},
     "/readyz": _get(Exchange.get_ready),
     "/metrics": _get(Exchange.get_metrics),
-}
+    # Where answers are kept:
+    "/streams": {"DELETE": Exchange.stop_answer, "OPTIONS": Exchange.answer_preflight},
+    "/streams/{id}": {
+        "GET": Exchange.get_answer, "DELETE": Exchange.stop_answer, "OPTIONS": Exchange.answer_preflight,
+    },
+    "/streams/{id}/stop": {"POST": Exchange.stop_answer, "OPTIONS": Exchange.answer_preflight},
+}  # fmt: skip
 
 
 def route_of(path: str, settings: Settings) -> str:
     """Return the name of a path in metrics: of all that there are, there is a bounded number."""
+    if path.startswith("/streams"):
+        pattern = re.sub("^/streams/[^/]+", "/streams/{id}", path)
+        return pattern if settings.resume and pattern in _ROUTES else "other"
     if path in _ROUTES:
         return path
     routes = api_routes(path, settings)
@@ -5610,7 +5749,7 @@ class Viewer(Stateful):
 
     SILENT, OPEN, LAST, OVER = range(4)
 
-    def __init__(self, record: Record, client: Peer, begin: Callable[[], tuple[bytes, bool]]) -> None:
+    def __init__(self, record: Record, client: Taker, begin: Callable[[], tuple[bytes, bool]]) -> None:
         """begin tells, when the first bytes leave, the head that goes before them, and whether the body is chunked."""
         self.record, self.client = record, client
         self.state = self.SILENT
@@ -5680,6 +5819,8 @@ class Viewer(Stateful):
 class Stream:
     """One answer on its way: its source, its record, its viewer; and whether a failure is tried again."""
 
+    attached = False  # see Watch
+
     def __init__(self, hub: Hub, call: Call, answer: Answer, exchange: Asker) -> None:
         """exchange is told, by on_stream_over, when all has been sent, or nothing more can be."""
         self.hub, self.call, self.answer = hub, call, answer
@@ -5690,7 +5831,7 @@ class Stream:
         self.first_text_at: float | None = None
         self.first_sent_at: float | None = None  # None: with its end
         self._source: Source | None = None
-        self._began_at = hub.loop.now
+        self.began_at = hub.loop.now
         self._exchange = exchange
         self.tell = exchange.tell
         self._alarm = Alarm(hub.loop, self._on_alarm)
@@ -5750,6 +5891,10 @@ class Stream:
         refused = isinstance(refusal, Refusal) and (refusal.refused < 500 or refusal.refused in PASSED_STATUSES)
         return self.asked and not refused
 
+    def head(self) -> tuple[int, dict[str, str]]:
+        """Return the status and the fields of the client's answer."""
+        return self.answer.client_head()
+
     def on_head(self) -> None:
         """Upstream has taken the request, or refused it."""
         if self.call.adapted and not isinstance(self.answer, Refusal):
@@ -5794,7 +5939,7 @@ class Stream:
         self._alarm.by(due)
 
     def _total_due(self) -> float:
-        return self._began_at + (self.hub.settings.total_timeout or math.inf)
+        return self.began_at + (self.hub.settings.total_timeout or math.inf)
 
     def _ping_due(self) -> float:
         return self.viewer.since + (self.answer.pings and self.hub.settings.heartbeat or math.inf)
@@ -5904,6 +6049,10 @@ class TestStream:
     @property
     def over(self) -> bool:
         return self.viewer.state == Viewer.OVER
+
+    def head(self) -> tuple[int, dict[str, str]]:
+        """Return the status and the fields of the client's answer."""
+        return self.answer.client_head()
 
     def begin(self) -> None:
         """Have the head leave, and the first event."""
@@ -6015,6 +6164,7 @@ class Hub:
         self.loop = Loop(report=self.log.error)
         self.workers = Workers(self.loop, self.log.error, start)
         self.pool = Pool(self.loop)
+        self.tests = TestStreams(settings)
         self.metrics = Metrics(names_clients=bool(settings.token_file))
         self._probe = Alarm(self.loop, self._on_probe)  # goes off late, where the loop is
         self._probe_at, self._probed = 0.0, 0.0
@@ -6054,7 +6204,438 @@ class Hub:
         self.log.close(CLOSE_TIMEOUT)
 
 
-# 20 ------------------------------------------------------------------ Demo upstream
+# 20 ------------------------------------------------------------------ Kept answers
+
+
+class Claim:
+    """Which answer a request means: one that there is, to go on with, or a new one that shall outlive its client."""
+
+    _KEY = re.compile("[!-~]{1,255}")
+    _PLACE = re.compile(r"([^.]+)\.([0-9]{1,15})")
+
+    def __init__(self, request: Request, owner: str, name: str, events: bool, counts: bool) -> None:
+        """owner, counts: see Limits.  name: of the client's token.  events: they are wanted.  Raises RequestError."""
+        fields, path = request.fields, request.path
+        named = path.startswith("/streams")  # an answer is, or shall be, by whoever asks
+        ours = not path.startswith("/v1/")
+        key = fields.get("idempotency-key", "")
+        if "idempotency-key" in fields and not self._KEY.fullmatch(key):
+            raise RequestError("An Idempotency-Key is one value of 1 to 255 visible characters.")
+        self.owner, self.name, self.counts = owner, name, counts
+        self.place = fields.get("last-event-id", "")  # the last that has come
+        self.reconnects = events and ours and request.method == "GET"  # as an EventSource does
+        self.counts_events = events and ours  # in its places, not bytes
+        self.id = path.split("/")[2] if path.startswith("/streams/") else self.position()[0] if self.reconnects else ""
+        self.key = key if not self.id and (request.method == "POST" or named) else ""
+        self.keeps = bool(self.key) or self.reconnects
+        self.begins = not named and not (self.keeps and self.place)  # a new answer, where there is none
+        self.asked = b""  # a digest of the request
+        self._head = f"{request.method} {path}?{request.query} {events}".encode()
+
+    def take_body(self, body: bytes | bytearray) -> None:
+        """Know the request from another."""
+        self.asked = hashlib.sha256(self._head + b"\n" + body).digest()
+
+    def position(self) -> tuple[str, int]:
+        """Return the ID of the answer that was begun, and how much of it has come; "" for none that can be read."""
+        match = self._PLACE.fullmatch(self.place)
+        return (match[1], int(match[2])) if match else ("", 0)
+
+
+class Cursor(Record):
+    """What of a kept answer one client has not been sent: a record that is shared, from a place in it on."""
+
+    def __init__(self, kept: KeptAnswer, at: int) -> None:
+        self.kept, self.at = kept, at
+
+    def take(self) -> bytes:
+        data = self.kept.read(self.at)
+        self.at += len(data)
+        return data
+
+
+class Watch:
+    """One client's sight of a kept answer, which is to its Exchange what a Stream is to one that has its own."""
+
+    def __init__(self, kept: KeptAnswer, exchange: Asker, start: int, attached: bool) -> None:
+        """attached: the answer was there before."""
+        self.kept, self.start, self.attached = kept, start, attached
+        self.cursor = Cursor(kept, start)
+        self.viewer = Viewer(self.cursor, exchange.client, exchange.begin_stream)
+        self.failure: ProxyError | None = None
+        self._exchange = exchange
+        self._began_at = kept.loop.now
+
+    @property
+    def over(self) -> bool:
+        return self.viewer.state == Viewer.OVER
+
+    @property
+    def answer(self) -> Answer:
+        return self.kept.stream.answer
+
+    @property
+    def paid(self) -> bool:
+        return self.kept.stream.paid
+
+    @property
+    def first_text_at(self) -> float | None:
+        """When the first text came; None: it has not, or before this client."""
+        first = self.kept.stream.first_text_at
+        return first if first is not None and first >= self._began_at else None
+
+    @property
+    def first_sent_at(self) -> float | None:
+        return self.kept.stream.first_sent_at
+
+    def head(self) -> tuple[int, dict[str, str]]:
+        """Return the status and the fields of the answer, as those of Stream; its length is that of what is left."""
+        status, fields = self.kept.head or self.kept.stream.head()
+        if "Content-Length" in fields:
+            fields = {**fields, "Content-Length": str(int(fields["Content-Length"]) - self.start)}
+        return status, {**fields, "Stream-Id": self.kept.id}
+
+    def advance(self) -> None:
+        """Send what there is, as long as the client takes it."""
+        kept, viewer, client = self.kept, self.viewer, self.viewer.client
+        if kept.head and viewer.state == Viewer.SILENT:
+            viewer.open()
+        while viewer.state == Viewer.OPEN and not (client.pending or client.lost):
+            left = kept.end - self.cursor.at
+            if kept.over and left <= READ_SIZE:
+                viewer.last(kept.stream.viewer.intact)
+            elif left:
+                viewer.more()
+            else:
+                break
+        if self.over or (kept.over and viewer.state == Viewer.SILENT):
+            self._leave(kept.stream.failure)
+        else:
+            kept.make_room()  # it may have waited for this client to come, or to read
+
+    def on_drained(self) -> None:
+        self.viewer.more()
+        self.advance()
+
+    def fail(self, failure: ProxyError) -> None:
+        """End for this client alone, so that it can tell that there is more; what is left of an ended answer leaves."""
+        if self.kept.stream.viewer.state < Viewer.LAST:
+            self.drop(failure)
+
+    def drop(self, failure: ProxyError) -> None:
+        """End at once, for this client alone."""
+        if not self.over:
+            self._leave(failure)
+
+    def on_fault(self, error: Exception) -> None:
+        self._exchange.on_fault(error)
+
+    def _leave(self, failure: ProxyError | None) -> None:
+        self.failure = failure
+        if not self.over:
+            self.viewer.cut()
+        self.kept.leave(self)
+        self._exchange.on_stream_over()
+
+
+class KeptAnswer:
+    """An answer that outlives its clients: the one client of its stream, from whose record they are served.
+
+    The slowest of those who watch may be as far behind as the record is long; then upstream has to wait (back-
+    pressure), as it has to where nobody watches.  What all who watch have had is forgotten only to make room, and
+    the older half of the record before the other.  Heartbeats are recorded: each client is sent the same bytes.
+    """
+
+    def __init__(self, answers: KeptAnswers, id: str, claim: Claim, told: dict[str, object]) -> None:
+        """told: what the log says of the request that began it."""
+        self.answers, self.id, self.claim, self.told = answers, id, claim, told
+        self.loop = answers.hub.loop
+        self.pending = False  # as of a Peer: its stream has to wait
+        self.head: tuple[int, dict[str, str]] | None = None  # once it is known
+        self.watches: list[Watch] = []
+        self._data = bytearray()
+        self._forgotten = 0  # bytes before those
+        self._due = math.inf  # when it has been without a client for too long
+        self._alarm = Alarm(self.loop, self._on_alarm)
+
+    stream: Stream
+    lost = False
+
+    # To its stream, it is an Asker, and its client.
+
+    @property
+    def client(self) -> Taker:
+        return self
+
+    def begin_stream(self) -> tuple[bytes, bool]:
+        self.head = self.stream.head()
+        self.loop.begin(self._advance)  # with the first bytes, mostly; else without
+        return b"", False
+
+    def send(self, data: bytes) -> None:
+        self._data += data
+        answers = self.answers
+        answers.used += len(data)
+        for watch in self.watches:
+            if watch.viewer.state == Viewer.OPEN and len(data) < READ_SIZE:  # mostly, it has had all that came before
+                watch.viewer.more()
+            else:
+                watch.advance()
+        if len(self._data) >= answers.most or answers.used >= answers.memory:
+            self.make_room(full=True)
+
+    def tell(self, step: str, **facts: object) -> None:
+        self.answers.hub.tell(str(self.told["id"]), step, facts)
+
+    def on_fault(self, error: Exception) -> None:
+        self.stream.fail(internal_error(error))
+
+    def on_stream_over(self) -> None:
+        self.pending = False
+        self.answers.on_over(self)
+        metrics = self.answers.hub.metrics
+        metrics.take_notes(self.stream.answer.notes, metrics.client(self.claim.name))
+        if not self.watches:
+            self._log()
+        self._advance()
+        if self.head or self.stream.paid or self.stopped:
+            self._set_alarm()
+        else:
+            self.answers.forget(self)  # it has cost nothing, and whoever asks again may have more luck
+
+    # To those who watch.
+
+    @property
+    def over(self) -> bool:
+        return self.stream.over
+
+    @property
+    def stopped(self) -> bool:
+        return isinstance(self.stream.failure, Stopped)
+
+    @property
+    def end(self) -> int:
+        """How many bytes it has, as yet."""
+        return self._forgotten + len(self._data)
+
+    @property
+    def size(self) -> int:
+        """What it takes of the memory for all."""
+        return RECORD_COST + len(self._data)
+
+    def read(self, at: int) -> bytes:
+        """Return some of what there is from byte at on."""
+        begin = at - self._forgotten
+        return bytes(self._data[begin : begin + READ_SIZE])
+
+    def watch(self, exchange: Asker, claim: Claim, attached: bool) -> Watch:
+        """Have a client be sent what follows the place that it has reached.  Raises RequestError."""
+        if self.stopped:
+            raise RequestError("This answer was stopped.", 410)
+        watch = Watch(self, exchange, self._find(claim), attached)
+        self.watches.append(watch)
+        self._due = math.inf
+        self.answers.ended.pop(self.id, None)
+        return watch
+
+    def leave(self, watch: Watch) -> None:
+        self.watches.remove(watch)
+        if not self.watches:
+            self._set_alarm()
+        self.make_room()
+
+    def has_more(self, claim: Claim) -> bool:
+        """Tell whether anything is left for an EventSource, which would ask for ever."""
+        return not self.over or self._find(claim) < self.end
+
+    def stop(self) -> None:
+        """End it, as its owner wants: nothing more is paid for."""
+        if not self.over:
+            self.stream.fail(Stopped("The answer was stopped."))
+
+    def make_room(self, full: bool = False) -> None:
+        """Let the stream go on, or wait, as there is room; full: there may be none."""
+        if self.over or not (full or self.pending):
+            return
+        answers = self.answers
+        answers.evict(1)
+        if self._is_full and self.watches:
+            taken = min(watch.cursor.at for watch in self.watches) - self._forgotten
+            excess = max(len(self._data) - answers.most, answers.used - answers.memory) + 1
+            gone = min(taken, max(len(self._data) // 2, excess))
+            del self._data[:gone]
+            self._forgotten += gone
+            answers.release(gone)
+        # Who has had all of it is not held up by what others have.
+        waited, self.pending = self.pending, self._is_full and bool(self._data or not self.watches)
+        if self.pending and len(self._data) < answers.most:
+            answers.waiting.add(self)
+        elif waited and not self.pending:
+            answers.waiting.discard(self)
+            self.stream.on_drained()
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._data) >= self.answers.most or self.answers.used >= self.answers.memory
+
+    def _advance(self) -> None:
+        for watch in tuple(self.watches):
+            watch.advance()
+
+    def _find(self, claim: Claim) -> int:
+        """Return the byte that follows the place which a client has reached."""
+        id, count = claim.position() if claim.place else (self.id, 0)
+        at = count
+        if self.claim.counts_events and count:
+            mark = self._data.find(b"id: %b.%d\n" % (self.id.encode(), count))
+            at = self._data.find(b"\n\n", mark) + 2 + self._forgotten if mark >= 0 else -1
+        if id != self.id or not self._forgotten <= at <= self.end:
+            raise RequestError("What follows this Last-Event-ID is not there (any more).", 410)
+        return at
+
+    def _set_alarm(self) -> None:
+        if not self.watches:
+            self._due = self.loop.now + self.answers.hub.settings.resume
+            self._alarm.by(self._due)
+            if self.over:
+                self.answers.ended[self.id] = self
+                self.answers.release(0)
+
+    def _on_alarm(self) -> None:
+        if self.loop.now < self._due:
+            if not self.watches:
+                self._alarm.by(self._due)
+        elif not self.over:
+            self.answers.hub.metrics.count("kept_events_total", 1, "abandoned")
+            self.stream.drop(Aborted("No client came back for the answer.", ending="abandoned"))
+        else:
+            self.answers.forget(self)
+
+    def close(self) -> None:
+        """Be of no more use."""
+        self._alarm.close()
+        self.answers.waiting.discard(self)
+
+    def _log(self) -> None:
+        """Say how it ended, where no client's line does."""
+        failure, now = self.stream.failure, time.time()
+        entry = LogEntry(self.told, time=log_time(now), status=self.head[0] if self.head else 0)
+        entry.update(
+            ending=failure.ending if failure else "complete", error=failure.logged if failure else None,
+            seconds=round(self.loop.clock() - self.stream.began_at, 3),
+            upstream=self.answers.hub.upstream.target.address, stream=self.id, **notes_of(self.stream),
+        )  # fmt: skip
+        self.answers.hub.log.info(entry)
+
+
+class KeptAnswers:
+    """The answers that outlive their clients, by ID, and by owner and key; and the memory that they share."""
+
+    def __init__(self, hub: Hub, on_over: Callable[[str, bool], object]) -> None:
+        """on_over is told of each end, with the owner and whether it was cut: the place in the limits is free."""
+        self.hub, self.memory = hub, hub.settings.resume_memory
+        self.on = hub.settings.resume > 0
+        self.most = min(MAX_KEPT_SIZE, self.memory)  # bytes of one
+        self.used = 0  # bytes of all
+        self.running = 0  # that upstream works for
+        self.ended: dict[str, KeptAnswer] = {}  # that nobody watches, the oldest first
+        self.waiting: set[KeptAnswer] = set()  # for room
+        self._by_id: dict[str, KeptAnswer] = {}
+        self._by_key: dict[tuple[str, str], KeptAnswer] = {}
+        self._stops: dict[tuple[str, str], float] = {}  # that came before what they stop, and until when they count
+        self._on_over = on_over
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def count_into(self, metrics: Metrics) -> None:
+        """Say what there is now."""
+        if self.on:
+            alone = sum(not (kept.over or kept.watches) for kept in self._by_id.values())
+            states = {"watched": self.running - alone, "alone": alone, "ended": len(self) - self.running}
+            for state, number in states.items():
+                metrics.set("kept_answers", number, state)
+            metrics.set("kept_bytes", self.used)
+
+    def find(self, claim: Claim) -> KeptAnswer | None:
+        """Return the answer that is claimed; None as well where it is another's."""
+        if claim.key:
+            return self._by_key.get((claim.owner, claim.key))
+        kept = self._by_id.get(claim.id)
+        return kept if kept and kept.claim.owner == claim.owner else None
+
+    def keep(self, claim: Claim, call: Call, answer: Answer, told: dict[str, object]) -> KeptAnswer | None:
+        """Return a new answer that outlives its clients; None where there is no room.
+
+        Raises RequestError where its stop was here first.
+        """
+        if self._stops.get((claim.owner, claim.key), 0.0) > self.hub.loop.now:  # and so is each that is sent again
+            raise RequestError("This answer was stopped.", 410)
+        if not self.evict(RECORD_COST + READ_SIZE):
+            return None
+        prefix = f"{self.hub.settings.instance}-" if self.hub.settings.instance else ""
+        kept = KeptAnswer(self, prefix + os.urandom(16).hex(), claim, told)
+        if isinstance(answer, EventAnswer):
+            answer.number(kept.id)
+        kept.stream = self.hub.stream(call, answer, kept)
+        self._by_id[kept.id] = kept
+        if claim.key:
+            self._by_key[claim.owner, claim.key] = kept
+        self.used += kept.size
+        self.running += 1
+        return kept
+
+    def stop(self, claim: Claim) -> None:
+        """Stop the answer that is claimed; one that is not there, but has a key, may be about to be asked for."""
+        kept = self.find(claim)
+        if kept and not kept.over:
+            self.hub.metrics.count("kept_events_total", 1, "stopped")
+            kept.stop()
+        elif not kept and claim.key:
+            self._stops.pop((claim.owner, claim.key), None)
+            self._stops[claim.owner, claim.key] = self.hub.loop.now + STOP_TIMEOUT
+            if len(self._stops) > MAX_STOPS:
+                del self._stops[next(iter(self._stops))]
+
+    def evict(self, size: int) -> bool:
+        """Forget ended answers that nobody watches, the oldest first, until size bytes more have room, if they can."""
+        while self.used + size > self.memory and self.ended:
+            self.forget(next(iter(self.ended.values())))
+        return self.used + size <= self.memory
+
+    def forget(self, kept: KeptAnswer) -> None:
+        if self._by_id.pop(kept.id, None):
+            self.ended.pop(kept.id, None)
+            if kept.claim.key:
+                del self._by_key[kept.claim.owner, kept.claim.key]
+            kept.close()
+            self.release(kept.size)
+
+    def release(self, size: int) -> None:
+        """Give back so many bytes, or what can be forgotten now, to those that wait for room."""
+        self.used -= size
+        waiting, self.waiting = self.waiting, set()  # where those come back that still have none
+        for kept in waiting:
+            self.hub.loop.begin(kept.make_room)
+
+    def on_over(self, kept: KeptAnswer) -> None:
+        self.running -= 1
+        self._on_over(kept.claim.owner, isinstance(kept.stream.failure, Aborted))
+        self.waiting.discard(kept)
+
+    def abort(self, failure: ProxyError) -> None:
+        """End all that are under way, truthfully."""
+        for kept in tuple(self._by_id.values()):
+            if not kept.over:
+                kept.stream.fail(failure)
+
+    def close(self) -> None:
+        for kept in tuple(self._by_id.values()):
+            kept.stream.drop(Aborted("The server is shutting down."))
+            kept.close()
+
+
+# 21 ------------------------------------------------------------------ Demo upstream
 
 DEMO_PAUSE = 0.05  # seconds between two words: a human pace
 DEMO_ANSWER = (
@@ -6134,7 +6715,7 @@ def demo_upstream(settings: Settings) -> Iterator[Settings]:
             server.shutdown()
 
 
-# 21 ------------------------------------------------------------------ Server
+# 22 ------------------------------------------------------------------ Server
 
 
 class Lookout(Stateful):
@@ -6384,6 +6965,7 @@ class Shutdown:
         """Take the end of a stream."""
         self.cut += cut
         self.ended += not cut
+        self.notify()
 
     def __str__(self) -> str:
         return f"shut down: {self.ended} stream{'s' * (self.ended != 1)} ended, {self.cut} cut off"
@@ -6411,12 +6993,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.clients: set[Client] = set()
         self.limits = Limits(settings)
         self._shutdown = Shutdown(self._is_empty)
-        self.tests = TestStreams(settings)
         with contextlib.ExitStack() as stack:
             self.settings = stack.enter_context(demo_upstream(settings))
             self.access = Access(settings)
             self.hub = Hub(self.settings, self._start_thread)
             stack.callback(self.hub.close)
+            self.answers = KeptAnswers(self.hub, self.on_stream_over)
             self.lookout = Lookout(self.access.file, self.hub)
             self.front = FrontPage(self.settings, self.hub)
             self._pause = Alarm(self.hub.loop, self._on_pause)
@@ -6498,7 +7080,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _is_empty(self) -> bool:
         """Tell whether nobody is connected, and none can connect any more."""
-        return not (self.clients or self.listener.is_open)
+        return not (self.clients or self.listener.is_open or self.answers.running)
 
     def _waited_for(self) -> str:
         streams, others = self.limits.total, len(self.clients)
@@ -6537,7 +7119,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._pause.by(self.hub.loop.now + pause)
         else:
             self._stop_listening()
-        self.tests.abort()
+        self.hub.tests.abort()
         for client in list(self.clients):
             client.drain()
 
@@ -6554,12 +7136,14 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _abort(self) -> None:
         self.state = self.ABORTING
+        self.answers.abort(Aborted("The server is shutting down."))
         for client in list(self.clients):
             client.abort(Aborted("The server is shutting down."))
 
     def _close_clients(self) -> None:
         for client in list(self.clients):
             client.drop(Aborted("The server is shutting down."))
+        self.answers.close()
 
     def _listen(self) -> None:
         if self.listener.is_open:
@@ -6698,7 +7282,7 @@ def stream_text(asked: str | Iterable[Mapping[str, Any]], settings: Settings) ->
     return TextStream({"prompt": asked} if isinstance(asked, str) else {"messages": list(asked)}, settings)
 
 
-# 22 ------------------------------------------------------------------ Check
+# 23 ------------------------------------------------------------------ Check
 
 TEST_EVENTS, TEST_PACE = 10, 0.1  # of the streams by which the forms are judged: how many, and how many seconds apart
 CHECK_TIMEOUT = 20.0  # seconds of a test stream, beyond what it should take
@@ -7165,7 +7749,7 @@ def check(settings: Settings) -> int:
     return 1 if checked.found else 0
 
 
-# 23 ------------------------------------------------------------------ Command line
+# 24 ------------------------------------------------------------------ Command line
 
 
 class _ArgumentParser(argparse.ArgumentParser):
@@ -7523,7 +8107,7 @@ def _tune_process() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-# 24 ------------------------------------------------------------------ Chat page
+# 25 ------------------------------------------------------------------ Chat page
 
 _PAGE = r"""<!doctype html>
 <html lang="en">
