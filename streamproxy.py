@@ -6550,12 +6550,11 @@ class KeptAnswers:
 
     def count_into(self, metrics: Metrics) -> None:
         """Say what there is now."""
-        if self.on:
-            alone = sum(not (kept.over or kept.watches) for kept in self._by_id.values())
-            states = {"watched": self.running - alone, "alone": alone, "ended": len(self) - self.running}
-            for state, number in states.items():
-                metrics.set("kept_answers", number, state)
-            metrics.set("kept_bytes", self.used)
+        alone = sum(not (kept.over or kept.watches) for kept in self._by_id.values())
+        states = {"watched": self.running - alone, "alone": alone, "ended": len(self) - self.running}
+        for state, number in states.items():
+            metrics.set("kept_answers", number, state)
+        metrics.set("kept_bytes", self.used)
 
     def find(self, claim: Claim) -> KeptAnswer | None:
         """Return the answer that is claimed; None as well where it is another's."""

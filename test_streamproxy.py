@@ -10942,7 +10942,8 @@ def test_kept_answer_that_an_eventsource_has_had_is_204_for_it() -> None:
         assert stage.plain("GET", f"/streams/{name}", **field, **EVENTS).status == 204 and not stage.jobs
 
 
-def test_kept_answers_that_were_abandoned_leave_no_memory_behind() -> None:
+def test_kept_answers_that_were_abandoned_leave_no_memory_behind(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="streamproxy")  # of steps, it would keep each
     with KeptStage(max_streams=0, idle_timeout=0.0) as stage:
         tracemalloc = pytest.importorskip("tracemalloc")  # which PyPy has not
 
@@ -10962,7 +10963,7 @@ def test_kept_answers_that_were_abandoned_leave_no_memory_behind() -> None:
             stage.lines.requests.clear()
             assert len(stage.server.answers) == stage.server.answers.used == stage.server.limits.total == 0
 
-        many(20)
+        many(400)  # which fills what keeps the last few lines of heads
         gc.collect()
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
@@ -12270,6 +12271,21 @@ def test_readme_lines_for_openai_s_sdk_ask_through_the_proxy(provider: Provider,
             upstream.start(A)
             upstream.finish()
         assert told.result() == "a"
+
+
+def test_readme_lines_for_a_key_of_the_sdks_ask_upstream_once(provider: Provider, tmp_path: Path) -> None:
+    asked = 'model="gpt-6-luna", messages=[{"role": "user", "content": "Hi"}], max_tokens=9'
+    lines = readme_block("key = str(uuid").replace("...", asked).replace("(base_url", '(api_key="none", base_url')
+    python = sdk_python("openai and anthropic")
+    with running(provider, resume=60.0) as server, concurrent.futures.ThreadPoolExecutor() as pool:
+        key, *calls = lines.replace("http://127.0.0.1:8000", server.url).splitlines()
+        script = "import uuid\nfrom anthropic import Anthropic\nfrom openai import OpenAI\n"
+        script += "".join(f"{key}\nprint(len(list({call})) == len(list({call})) > 1)\n" for call in calls)
+        told = pool.submit(run_script, [python, "-"], script, tmp_path)
+        for events in (CHAT_EVENTS, MESSAGE_EVENTS):
+            with provider.take() as upstream:
+                upstream.send(streamed(*events))
+        assert told.result().split() == ["True", "True"]
 
 
 # ----------------------------------------------------------------------- nginx
