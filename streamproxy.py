@@ -4481,6 +4481,7 @@ class Exchange:
         assert self.claim
         if not (self.claim.id or self.claim.key):
             raise RequestError("DELETE /streams needs an Idempotency-Key.")
+        self._keep_if_small()
         self.server.answers.stop(self.claim)
         self._answer(204, b"", {})
 
@@ -6247,9 +6248,10 @@ class Cursor(Record):
 
     def __init__(self, kept: KeptAnswer, at: int) -> None:
         self.kept, self.at = kept, at
+        self.fresh = b""  # what was recorded last, if that is what comes next: it need not be looked up
 
     def take(self) -> bytes:
-        data = self.kept.read(self.at)
+        data, self.fresh = self.fresh or self.kept.read(self.at), b""
         self.at += len(data)
         return data
 
@@ -6373,15 +6375,17 @@ class KeptAnswer:
         return b"", False
 
     def send(self, data: bytes) -> None:
-        self._data += data
-        answers = self.answers
-        answers.used += len(data)
+        answers, kept, size = self.answers, self._data, len(data)
+        at = self._forgotten + len(kept)
+        kept += data
+        answers.used += size
         for watch in self.watches:
-            if watch.viewer.state == Viewer.OPEN and len(data) < READ_SIZE:  # mostly, it has had all that came before
+            if watch.cursor.at == at and watch.viewer.state == Viewer.OPEN and size < READ_SIZE:  # mostly
+                watch.cursor.fresh = data
                 watch.viewer.more()
             else:
                 watch.advance()
-        if len(self._data) >= answers.most or answers.used >= answers.memory:
+        if len(kept) >= answers.most or answers.used >= answers.memory:
             self.make_room(full=True)
 
     def tell(self, step: str, **facts: object) -> None:

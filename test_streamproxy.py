@@ -14030,7 +14030,7 @@ const kinds = error => {
     if (Object.hasOwn(of, "constructor")) names.push(of.constructor.name);
   return names;
 };
-const ask = async ({name, sdk, call, args, params, url, retries, then, final}) => {
+const ask = async ({name, sdk, call, args, params: {extra_headers: headers, ...params}, url, retries, then, final}) => {
   const given = [], defaultHeaders = {"X-Client-Request-Id": name};
   const options = {apiKey: "theirs", maxRetries: retries, dangerouslyAllowBrowser: true, defaultHeaders};
   const client = sdk === "openai" ? new OpenAI({...options, baseURL: url})
@@ -14039,6 +14039,7 @@ const ask = async ({name, sdk, call, args, params, url, retries, then, final}) =
     const names = call.split(".").map(camel), method = names.pop();
     const resource = names.reduce((of, name) => of[name], client);
     if (Object.keys(params).length) args.push(params);
+    if (headers) args.push({headers});
     if (final) return await resource[method](...args)[camel(final.replace("get_", ""))]();
     const result = await resource[method](...args);
     if (!params.stream && method !== "list") return result;
@@ -14851,8 +14852,9 @@ def test_codex_starts_with_websocket_and_goes_on_with_post(
                 assert client.head().status == 200 and client.body() == b"".join(RESPONSE_EVENTS)
 
 
+@pytest.mark.parametrize("where", ["python", "node"])
 def test_sdks_that_are_cut_before_the_head_raise_nothing_and_pay_once(
-    tmp_path: Path, request: pytest.FixtureRequest
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     kinds: dict[str, Any] = {
         "chat": (CHATS, ASKED_CHAT, whole(COMPLETION), COMPLETION),
@@ -14881,7 +14883,7 @@ def test_sdks_that_are_cut_before_the_head_raise_nothing_and_pay_once(
                 for name, (call, params, *_) in kinds.items()
             ]
             (tmp_path / "asked.json").write_text(json.dumps(asked))
-            told = json.loads(run_script(*script_for("python", request.getfixturevalue), tmp_path / "asked.json"))
+            told = json.loads(run_script(*script_for(where, request.getfixturevalue), tmp_path / "asked.json"))
             assert kept_events(server, "attached") == len(kinds)
     assert told == {name: expected for name, (*_, expected) in kinds.items()}
     assert {name: len(heads) for name, heads in scripted.heads.items()} == dict.fromkeys(kinds, 1)
