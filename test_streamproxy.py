@@ -1462,6 +1462,21 @@ def test_usage_stands_where_it_likes(payload: dict[str, Any]) -> None:
         assert answer.notes.usage == {"total_tokens": 3} and answer.state == answer.DONE
 
 
+@pytest.mark.parametrize(("usage", "told"), [
+    ({"total_tokens": 3, "details": {"cached": None}}, {"total_tokens": 3, "details": {"cached": None}}),
+    ({KEY: 3}, {streamproxy.HIDDEN: 3}),
+    ({"details": {"a": {f"x{KEY}": 3}}}, {"details": {"a": {"x" + streamproxy.HIDDEN: 3}}}),
+    ({"details": [{KEY: 3}], "cost": 0.5}, {"details": [{streamproxy.HIDDEN: 3}], "cost": 0.5}),
+    ({"total_tokens": 3, "plan": KEY}, {"total_tokens": 3, "plan": streamproxy.HIDDEN}),
+    ({"total_tokens": float("inf")}, None),
+    ({"details": {"cost": float("nan")}}, None),
+])  # fmt: skip
+def test_usage_is_told_without_secrets_wherever_they_stand(usage: dict[str, Any], told: object) -> None:
+    notes = streamproxy.Notes(streamproxy.redactor(KEY))
+    notes.take({"usage": usage})
+    assert notes.usage == told
+
+
 def typed_payload(type: str, **members: object) -> bytes:
     return event({"type": type, **members})
 
