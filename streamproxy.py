@@ -8189,6 +8189,7 @@ details p { padding: .5rem 0 0 1rem; border-inline-start: 2px solid var(--line);
 .ending { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .75rem; margin-top: .75rem;
   color: var(--quiet); font-size: .9rem; }
 .error { color: var(--wrong); }
+#status { padding: .5rem .6rem; font-size: .9rem; color: var(--quiet); }
 .tools { display: flex; flex-wrap: wrap; align-items: center; min-height: 1.9rem; margin: .35rem -.5rem 0; }
 .tools .stats { padding-inline: .5rem; font-size: .8rem; color: var(--quiet); }
 #end { position: absolute; inset: -3rem 0 auto 0; width: fit-content; margin: auto; background: var(--paper); }
@@ -8214,7 +8215,7 @@ form button { padding: .4rem .9rem; border-radius: 1rem; border-color: transpare
   <span id="model">{{model}}</span>
   <button id="new" hidden>New chat</button>
 </header>
-<main>
+<main data-resume="{{resume}}">
   <section id="greeting">
     <h2>What would you like to know?</h2>
     <button>Explain in five sentences how a fridge cools</button>
@@ -8765,25 +8766,38 @@ function drawEnd(turn, view) {
 }
 
 function statsOf(turn, {began, first, pieces, usage}) {
-  if (!first) return "";
+  if (!first || !began) return "";
   const count = usage?.completion_tokens || pieces, seconds = (performance.now() - first) / 1000;
   const unit = usage?.completion_tokens ? "tokens" : "pieces";
   const rate = seconds > .05 && count > 1 ? `${Math.round(count / seconds)} ${unit} a second` : "";
   return [`${((first - began) / 1000).toFixed(1)} s to the first token`, rate, model].filter(Boolean).join(" · ");
 }
 
+// Answers.  With --resume, one goes on without us for so many milliseconds, and is kept for as long, so that we can
+// come back for the rest.  A turn has a key, sent with the question; a stream, the server's name for the answer (null:
+// it is not kept); and a place, the last event that has come.
+
+const resume = 1000 * $("main").dataset.resume, base = location.origin + location.pathname.replace(/[^/]*$/, "");
+const newKey = () => Array.from(crypto.getRandomValues(new Uint32Array(4)), each => each.toString(16)).join("-");
+const credentials = () => token.value && {"Authorization": `Bearer ${token.value}`};
+// Once nothing has come of it, a question that is asked again after that time would be paid for again.
+const isKept = (turn, since) => resume && turn.stream !== null && Date.now() - since < resume;
+
 // The events of an event stream, wherever its bytes were cut on the way.
 async function* readEvents(body) {
   const reader = body.getReader(), decoder = new TextDecoder();
   let rest = "", begun = performance.now();
+  // On a new network, what began on another may be silent for ever.
+  if (resume) addEventListener("online", () => reader.cancel(), {once: true});
   for (;;) {
     const {value, done} = await reader.read();
     if (done) return;
     const events = (rest + decoder.decode(value, {stream: true})).split("\n\n");
     rest = events.pop();
     for (const event of events) {
-      const [, type = "message", data] = /(?:event: (\w+)\n)?data: (.*)/s.exec(event) || [];
-      if (data) yield [type, JSON.parse(data)];
+      const fields = event.split("\n").map(line => line.split(/: (.*)/));
+      const {id, event: type = "message", data} = Object.fromEntries(fields);
+      yield {id, type, data: JSON.parse(data || "{}")};
       if (performance.now() - begun > SLICE) {
         await pause();
         begun = performance.now();
@@ -8793,43 +8807,92 @@ async function* readEvents(body) {
 }
 
 function request(turn) {
+  const headers = {"Accept": "text/event-stream", ...credentials()}, {signal} = stop;
+  if (turn.place) headers["Last-Event-ID"] = turn.place;
+  if (turn.stream) return fetch(`${base}streams/${turn.stream}`, {signal, headers});
   const answered = turns.slice(0, turns.indexOf(turn)).filter(each => each.answer);
   const messages = answered.flatMap(({question, answer}) =>
     [{role: "user", content: question}, {role: "assistant", content: answer}]);
   messages.push({role: "user", content: turn.question});
-  return fetch(location.origin + location.pathname, {
-    method: "POST", signal: stop.signal, body: JSON.stringify({messages}),
-    headers: {"Content-Type": "application/json", "Accept": "text/event-stream",
-      ...token.value && {"Authorization": `Bearer ${token.value}`}}});
+  if (resume) headers["Idempotency-Key"] = turn.key;
+  headers["Content-Type"] = "application/json";
+  const body = JSON.stringify({messages});
+  return fetch(location.origin + location.pathname, {method: "POST", signal, headers, body});
 }
 
-// Take what arrives into the turn; take: called after each piece.  Returns the status of the answer.
-async function receive(turn, measured, take) {
+// An answer that is left goes on; one that is stopped must not.
+function tellStop({key}) {
+  const headers = {"Idempotency-Key": key, ...credentials()};
+  if (resume) fetch(`${base}streams`, {method: "DELETE", keepalive: true, headers}).catch(() => {});
+}
+
+// Take what one connection brings.  Returns the status of the answer; raises where it was lost.
+async function receivePart(turn, measured, take) {
   turn.error = "The server could not be reached.";
   const response = await request(turn);
   turn.error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
-  if (!response.ok) turn.error = (await response.json()).error || turn.error;
-  else for await (const [type, data] of readEvents(response.body)) {
-    if (type === "message" || type === "reasoning") {
+  if (!response.ok) {
+    const told = await response.json().catch(() => null);   // null: by something in front of the server
+    turn.error = told?.error || turn.error;
+    if (told || response.status < 500) return response.status;
+    throw Error(turn.error);
+  }
+  if (response.status === 204) {
+    turn.error = "The rest of the answer is not kept any more.";
+    return response.status;
+  }
+  measured.arrived = true;
+  turn.stream = response.headers.get("Stream-Id");
+  tell("Answering");
+  for await (const {id, type, data} of readEvents(response.body)) {
+    turn.place = id || turn.place;
+    if (type === "message" && data.text || type === "reasoning") {
       measured.first ||= performance.now();
       measured.pieces++;
       take(type, data.text);
     }
-    if (type === "error") turn.error = data.error;
-    if (type === "done") turn.error = "";
     measured.usage = data.usage || measured.usage;
     turn.note = ENDINGS[data.finish_reason] || turn.note;
+    if (type !== "error" && type !== "done") continue;
+    turn.error = data.error || "";
+    measured.settled = true;
   }
+  if (!measured.settled) throw Error(turn.error);
   return response.status;
 }
 
-async function ask(question) {
-  const turn = {question, answer: "", reasoning: "", note: ""}, view = drawTurn(turn);
-  const measured = {began: performance.now(), first: 0, pieces: 0, usage: null};
-  let frame = 0, status = 0;
+// Take what arrives into the turn, and come back for what a lost connection has left; take: called after each piece.
+// Returns the status of the answer, 0 where its connection was lost at last.
+async function receive(turn, measured, take) {
+  let since = turn.stream ? Date.now() : turn.asked;
+  for (let tries = 0;; tries++) {
+    measured.arrived = false;
+    try { return await receivePart(turn, measured, take); } catch {}
+    if (measured.arrived) [tries, since] = [0, Date.now()];
+    if (measured.settled || stop.signal.aborted || !isKept(turn, since)) return 0;
+    tell("No connection. The answer goes on when it is back.", true);
+    await new Promise(goOn => {
+      setTimeout(goOn, Math.min(10000, 250 * 2 ** tries));
+      addEventListener("online", goOn, {once: true});
+      stop.signal.addEventListener("abort", goOn);
+    });
+  }
+}
+
+function ask(question) {
+  const turn = {question, answer: "", reasoning: "", note: "", key: newKey(), asked: Date.now()};
   turns.push(turn);
+  save();
+  fillIn(turn, drawTurn(turn), performance.now());
+}
+
+// Have a turn's answer come.  began: when it was asked; 0: on a page that was left since.
+async function fillIn(turn, view, began) {
+  const measured = {began, first: 0, pieces: 0, usage: null, arrived: false, settled: false};
+  let frame = 0;
   make(view.tools, "span", "dot");
   setRunning(true);
+  stop.signal.addEventListener("abort", () => tellStop(turn));
   view.assistant.classList.add("streaming");
   const draw = () => {
     frame = 0;
@@ -8837,16 +8900,14 @@ async function ask(question) {
     if (view.answer.draw(false)) frame = requestAnimationFrame(draw);
     follow();
   };
-  try {
-    status = await receive(turn, measured, (type, text) => {
-      if (type === "message") {
-        if (turn.reasoning) turn.thought ??= (performance.now() - measured.first) / 1000;
-        view.answer.add(text);
-      }
-      turn[type === "message" ? "answer" : "reasoning"] += text;
-      frame ||= requestAnimationFrame(draw);   // pieces are drawn together
-    });
-  } catch {}   // a lost connection or a body that is not JSON: error already says it
+  const status = await receive(turn, measured, (type, text) => {
+    if (type === "message") {
+      if (turn.reasoning) turn.thought ??= (performance.now() - measured.first) / 1000;
+      view.answer.add(text);
+    }
+    turn[type === "message" ? "answer" : "reasoning"] += text;
+    frame ||= requestAnimationFrame(draw);   // pieces are drawn together
+  });
   cancelAnimationFrame(frame);
   while (view.answer.draw(true)) await pause();
   if (stop.signal.aborted) [turn.error, turn.note] = ["", "Stopped."];
@@ -8857,7 +8918,7 @@ async function ask(question) {
   if (turns.includes(turn)) drawEnd(turn, view);
   save();
   setRunning(false);
-  $("#status").textContent = turn.error || turn.note || "The answer is whole.";
+  tell(turn.error || turn.note || "The answer is whole.");
 }
 
 // No token, or not one that is known: nothing was asked, so the question goes back to its box.
@@ -8889,7 +8950,7 @@ function edit() {
   draft = input.value;
   fill(turns.at(-1).question);
   log.lastElementChild.classList.add("editing");
-  $("#status").textContent = "Editing the last question. Escape leaves it as it was.";
+  tell("Editing the last question. Escape leaves it as it was.");
 }
 
 function leaveEditing() {
@@ -8897,7 +8958,7 @@ function leaveEditing() {
   fill(draft);
   draft = null;
   log.lastElementChild.classList.remove("editing");
-  $("#status").textContent = "";
+  tell("");
 }
 
 function clear() {
@@ -8920,6 +8981,12 @@ async function copy(self, text) {
   }
   self.textContent = "Copied";
   setTimeout(() => { self.textContent = "Copy"; }, 1500);
+}
+
+function tell(text, shown = false) {   // to screen readers, where others see it anyway
+  const status = $("#status");
+  status.className = shown ? "" : "label";
+  if (status.textContent !== text) status.textContent = text;   // or it is read out again
 }
 
 // The window: scrolling, the box, keys.
@@ -8961,7 +9028,7 @@ function setRunning(running) {
   $("#greeting").hidden = turns.length > 0;
   $("#new").hidden = !turns.length;
   log.ariaBusy = running;   // an answer is read out when it is whole
-  if (running) $("#status").textContent = "Answering";
+  if (running) tell("Answering");
   following ||= running;
   fit();
   follow();
@@ -9003,18 +9070,20 @@ $("#new").addEventListener("click", clear);
 $("#end").addEventListener("click", () => { following = true; follow(); input.focus(); });
 for (const example of document.querySelectorAll("#greeting button"))
   example.addEventListener("click", () => fill(example.textContent));
-addEventListener("pagehide", save);
+document.addEventListener("visibilitychange", save);   // the last that a page is told of before it may be gone
 addEventListener("resize", follow);
 
 token.value = restore("token") || "";   // kept for this tab
 turns = JSON.parse(restore(store) || "[]");
 for (const turn of turns) {
   const view = drawTurn(turn);
+  const goesOn = !turn.ended && isKept(turn, turn.stream ? Date.now() : turn.asked);
   view.answer.add(turn.answer);
-  while (view.answer.draw(true));
-  drawEnd(turn, view);
+  while (view.answer.draw(!goesOn));
+  if (goesOn) fillIn(turn, view, 0);
+  else drawEnd(turn, view);
 }
-setRunning(false);
+if (!stop) setRunning(false);
 </script>
 """
 
@@ -9035,8 +9104,8 @@ PAGE_FIELDS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Pol
 
 
 def chat_page(settings: Settings) -> bytes:
-    """Return the chat page with its title and the model's name, neither of which stands in its script or style."""
-    page = re.sub("{{(title|model)}}", lambda found: html.escape(getattr(settings, found[1])), _PAGE)
+    """Return the chat page with its title, the model's name and --resume, none of them in its script or style."""
+    page = re.sub("{{(title|model|resume)}}", lambda found: html.escape(str(getattr(settings, found[1]))), _PAGE)
     return page.encode("utf-8", "replace")
 
 

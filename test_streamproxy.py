@@ -13180,6 +13180,7 @@ def test_page_stop_closes_upstream(page: WebDriver, provider: Provider) -> None:
         page.element("#stop", "click")
         assert upstream.gone()
     conversation(page, ("user", "Hello"), ("assistant", "partial"), ("ending", "Stopped."))
+    assert page.run("return performance.getEntriesByType('resource').every(each => !each.name.includes('streams'))")
     assert page.run("return document.activeElement.id") == "prompt"
 
 
@@ -13231,13 +13232,13 @@ def test_page_tells_figures_below_an_answer(browser: WebDriver, provider: Provid
     with running(provider, model="some-model") as server:
         browser.call("POST", "/url", {"url": server.url})
         for last, rate in ((STOP, "1 pieces"), (usage, "42 tokens")):
-            browser.run("document.querySelector('#new').click(); window.now = 0; performance.now = () => now")
+            browser.run("document.querySelector('#new').click(); window.now = 1000; performance.now = () => now")
             say(browser)
             with provider.take() as upstream:
-                browser.run("now = 1250")
+                browser.run("now = 2250")
                 upstream.start(delta("a"))
                 growing(browser, "a")
-                browser.run("now = 3250")
+                browser.run("now = 4250")
                 upstream.event(delta("b"), STOP, last, DONE)
                 stats = browser.wait("return document.querySelector('.stats')?.textContent")
             assert stats == f"1.3 s to the first token · {rate} a second · some-model"
@@ -13657,6 +13658,88 @@ def test_page_markdown_of_a_hostile_upstream(page: WebDriver) -> None:
         assert page.run(OUTLINE + script) < 10_000, name  # milliseconds
     links = "[a](javascript:alert(1)) [b](data:text/html,x) [c](JaVaScript&colon;x) <javascript:x> [d]( vbscript:x)"
     assert page.run(OUTLINE + "return drawn(arguments[0], 1).querySelectorAll('a').length", links) == 0
+
+
+def cut_clients(server: streamproxy.Server) -> None:
+    """Cut the connections of all clients, as a network does."""
+    def cut() -> None:
+        for client in list(server.clients):
+            client.drop(streamproxy.Aborted("The test cuts it."))
+        done.set()
+
+    done = threading.Event()
+    server.hub.loop.post(cut)
+    assert done.wait(DEADLINE)
+
+
+def test_page_comes_back_for_what_it_has_not_had(browser: WebDriver, provider: Provider) -> None:
+    shown = ""
+    with running(provider, resume=60.0) as server:
+        browser.call("POST", "/url", {"url": server.url})
+        say(browser)
+        with provider.take() as upstream:
+            cut_clients(server)  # before it knows the answer's ID
+            upstream.start(delta(None, reasoning_content="Hm"))
+            for count, text in enumerate(f"{each} " for each in range(24)):
+                upstream.event(delta(text))
+                shown += text
+                if count % 3:
+                    growing(browser, shown.strip())
+                if count % 4 == 0:
+                    cut_clients(server)
+                elif count % 7 == 0:
+                    browser.call("POST", "/refresh", {})
+            upstream.finish()
+            conversation(browser, ("user", "Hello"), ("assistant", shown.strip()))
+            assert browser.run("return [turns[0].reasoning, turns[0].answer]") == ["Hm", shown]
+        browser.call("POST", "/refresh", {})
+        conversation(browser, ("user", "Hello"), ("assistant", shown.strip()))
+        browser.run("sessionStorage.clear(); turns = []")
+    assert provider.nobody_came()
+
+
+@pytest.mark.parametrize("where", ["connected", "cut off", "reloaded"])
+def test_page_stops_an_answer_that_would_go_on(browser: WebDriver, provider: Provider, where: str) -> None:
+    with running(provider, resume=60.0) as server:
+        browser.call("POST", "/url", {"url": server.url})
+        say(browser)
+        with provider.take() as upstream:
+            upstream.start(A)
+            growing(browser, "a")
+            if where == "cut off":
+                browser.run("""window.real = fetch;
+                    const refusal = () => new Response("<html>", {status: 502});   // by a proxy in front
+                    fetch = async (url, sent) => sent.method === "DELETE" ? real(url, sent) : refusal();""")
+                cut_clients(server)
+                said = browser.wait("return document.querySelector('#status:not(.label)')?.textContent")
+                assert said == "No connection. The answer goes on when it is back."
+            if where == "reloaded":
+                browser.call("POST", "/refresh", {})
+                growing(browser, "a")
+            browser.element("#stop", "click")
+            assert upstream.gone()
+        conversation(browser, ("user", "Hello"), ("assistant", "a"), ("ending", "Stopped."))
+        assert browser.run("return document.querySelector('#status').className") == "label"
+        browser.run("sessionStorage.clear(); turns = []")
+    assert provider.nobody_came()
+    browser.log()
+
+
+def test_page_asks_anew_for_nothing_that_was_paid_for(browser: WebDriver, provider: Provider) -> None:
+    """An answer that the server has forgotten, one that may be so, and one of a server that keeps none."""
+    lost = {"question": "Hello", "answer": "a", "reasoning": "", "note": "", "key": "k", "asked": 0}
+    gone, left = ("ending error", "The rest of the answer is not kept any more."), ("ending", "The answer was left.")
+    with running(provider, resume=60.0) as server, running(provider) as other:
+        for at, turn, ending in (
+            (server, {**lost, "stream": "0" * 32, "place": "0.1"}, gone), (server, lost, left),
+            (server, {**lost, "stream": None, "asked": 1e15}, left), (other, {**lost, "stream": "0" * 32}, left),
+        ):  # fmt: skip
+            browser.call("POST", "/url", {"url": at.url})
+            browser.run("turns = [arguments[0]]; save()", turn)
+            browser.call("POST", "/refresh", {})
+            conversation(browser, ("user", "Hello"), ("assistant", "a"), ending)
+            browser.run("sessionStorage.clear(); turns = []")
+    assert provider.nobody_came()
 
 
 def test_page_through_nginx_below_a_path(browser: WebDriver, provider: Provider, tmp_path: Path) -> None:
