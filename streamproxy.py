@@ -8,6 +8,7 @@ asks the API with "stream": true, and hands each piece of text on the moment it 
 
     OPENAI_API_KEY=sk-... python3 streamproxy.py    serve on http://127.0.0.1:8000
     python3 streamproxy.py --demo                   the same with a built-in API: no key, no network
+    python3 streamproxy.py --check URL              say what on the way to one holds text back
     python3 streamproxy.py --help                   every setting
 
     import streamproxy                              # does nothing by itself
@@ -4318,6 +4319,8 @@ class Exchange:
         if query.startswith("count="):
             words = f"{tests.count(query[len('count='):])}\n".encode()
             self._answer(200, words, {"Content-Type": "text/plain; charset=utf-8"})
+        elif self.client.surplus:
+            raise RequestError("Too many connections.", 503, reason="connections")
         elif self.server.state >= self.server.DRAINING:
             raise Aborted("The server is shutting down.")
         else:
@@ -6001,7 +6004,7 @@ _TEST_LIMITS = {
 _TEST_ID = re.compile("[0-9a-f]{32}")
 MAX_TEST_SIZE = 256 * 1024  # of the text of one, in bytes
 MAX_TEST_TIME = 660.0  # of one, in seconds: for a look at ten minutes of silence
-TEST_STREAMS = {"max_streams": 64, "max_streams_per_client": 24, "requests_per_minute": 240}
+TEST_STREAMS = {"max_streams": 64, "max_streams_per_client": 48, "requests_per_minute": 240}
 
 
 def parse_test(query: str) -> TestAsked:
@@ -7288,7 +7291,8 @@ def stream_text(asked: str | Iterable[Mapping[str, Any]], settings: Settings) ->
 # 23 ------------------------------------------------------------------ Check
 
 TEST_EVENTS, TEST_PACE = 10, 0.1  # of the streams by which the forms are judged: how many, and how many seconds apart
-CHECK_TIMEOUT = 20.0  # seconds of a test stream, beyond what it should take
+CHECK_TIMEOUT = 20.0  # of a test stream, in seconds, beyond what it should take
+COUNT_TIMEOUT = 5.0  # in seconds, of the question how many there are
 BLOCK_EVENTS, BLOCK_SIZE = 256, 512  # of the one that measures in which blocks text comes: 128 KiB
 MAX_REDIRECTS = 5
 LEAVE_LOOKS = 10  # at most, whether a stream goes on, before its client leaves, and then
@@ -7304,7 +7308,7 @@ HOPS = (
     ("x-powered-by", "next.js", "Next.js"), ("x-powered-by", "express", "Express"), ("x-powered-by", "arr", "IIS"),
     ("server", "microsoft-iis", "IIS"), ("server", "nginx", "nginx"), ("server", "openresty", "nginx"),
     ("server", "apache", "Apache"), ("server", "caddy", "Caddy"), ("via", "caddy", "Caddy"),
-    ("issuer", "kaspersky", "antivirus"), ("issuer", "avast", "antivirus"), ("issuer", "eset", "antivirus"),
+    ("issuer", "kaspersky", "antivirus"), ("issuer", "avast", "antivirus"), ("issuer", "eset ssl", "antivirus"),
     ("issuer", "bitdefender", "antivirus"), ("issuer", "zscaler", "antivirus"),
 )  # fmt: skip
 
@@ -7314,74 +7318,100 @@ TEXT_HELD, GET_HELD, COMPRESSED, CACHED = "text held", "GET held", "compressed",
 NO_PINGS, IDLE, WHOLE, STAYS, HTTP10 = "no pings", "silence", "cut as whole", "goes on", "HTTP/1.0"
 REFUSED, GUARDED, ABSENT, UNREACHED = "refused", "guarded", "not streamproxy", "not reached"
 
-# What to change where, by who was met and what was found; "" is whoever leaves no trace.
+# What to change, by who was met and what was found: where, and what.  "" is whoever leaves no trace.
 CURES = {
-    ("nginx", HELD): "In nginx' location, set \"proxy_buffering off;\", or take X-Accel-Buffering out of proxy_ignore_headers.",
-    ("nginx", COMPRESSED): "In nginx' location, set \"gzip off;\" and \"proxy_buffering off;\".",
-    ("nginx", CACHED): "In nginx' location, set \"proxy_cache off;\", or take Cache-Control out of proxy_ignore_headers.",
-    ("nginx", HTTP10): "In nginx' location, set \"proxy_http_version 1.1;\" and 'proxy_set_header Connection \"\";'.",
-    ("nginx", WHOLE): "In nginx' location, set \"proxy_http_version 1.1;\": a cut answer of HTTP/1.0 can look whole.",
-    ("nginx", IDLE): "In nginx' location, set \"proxy_read_timeout 130s;\": more than the longest silence of the model.",
-    ("nginx", STAYS): "In nginx' location, set \"proxy_ignore_client_abort off;\" and \"proxy_buffering off;\".",
-    ("Apache", HELD): "In Apache's VirtualHost, set flushpackets=on in ProxyPass, and \"SetEnv no-gzip 1\"; with mod_proxy_fcgi, too.",
-    ("Apache", COMPRESSED): "In Apache's VirtualHost, set \"SetEnv no-gzip 1\": mod_deflate holds text back.",
-    ("Apache", CACHED): "In Apache's VirtualHost, set \"CacheDisable /\".",
-    ("Apache", IDLE): "In Apache's VirtualHost, set \"ProxyTimeout 130\".",
-    ("Cloudflare", TEXT_HELD): "Cloudflare's tunnel passes only event streams at once: ask with Accept: text/event-stream.",
-    ("Cloudflare", GET_HELD): "Cloudflare's quick tunnels hold event streams that are asked for by GET: ask with POST, or name the tunnel.",
-    ("Cloudflare", HELD): "In Cloudflare, turn off what rewrites answers for this address (Rocket Loader, Email Obfuscation), and caching.",
-    ("Cloudflare", IDLE): "Cloudflare ends what is silent for 100 to 125 s: ask with Accept: text/event-stream, which has pings.",
-    ("CloudFront", CACHED): "In CloudFront, set the cache policy CachingDisabled for this path.",
-    ("CloudFront", COMPRESSED): "In CloudFront, turn \"Compress objects automatically\" off for this path.",
-    ("CloudFront", IDLE): "In CloudFront, raise the origin's response timeout (30 s), or ask for event streams, which have pings.",
-    ("AWS ALB", IDLE): "In the load balancer's attributes, raise idle_timeout.timeout_seconds (60 s).",
-    ("API Gateway", HELD): "API Gateway holds answers: set the integration's response transfer mode to STREAM, or go around it.",
-    ("API Gateway", IDLE): "API Gateway ends an integration after 29 s: raise its timeout, or go around it.",
-    ("Azure Application Gateway", HELD): "In Application Gateway's global configuration, set enableResponseBuffering to false.",
-    ("Azure API Management", HELD): "In API Management's policy, set buffer-response=\"false\" in <forward-request>, and log no bodies.",
-    ("Azure Front Door", COMPRESSED): "In Front Door's route, turn compression off.",
-    ("Azure Front Door", CACHED): "In Front Door's route, turn caching off.",
-    ("Google Cloud", IDLE): "In the backend service, raise timeoutSec (30 s): it bounds the whole answer.",
-    ("Google Cloud", COMPRESSED): "In the backend service, set compressionMode to DISABLED.",
-    ("Google Cloud", CACHED): "In the backend service, turn Cloud CDN off for this path.",
-    ("Envoy", IDLE): "In Envoy's route, set \"timeout: 0s\", and stream_idle_timeout above the model's longest silence (default 300 s).",
-    ("Envoy", HELD): "In Envoy, take the buffer and compressor filters off this route.",
-    ("Envoy", COMPRESSED): "In Envoy, take the compressor filter off this route.",
-    ("Next.js", HELD): "Next.js' rewrites and compression hold text: set \"compress: false\" in next.config.js, or let the page ask directly.",
-    ("Next.js", COMPRESSED): "In next.config.js, set \"compress: false\".",
-    ("Express", HELD): "The compression middleware (webpack's dev server: \"compress: false\") holds text: take it off this path.",
-    ("Express", COMPRESSED): "Take the compression middleware (webpack's dev server: \"compress: false\") off this path.",
-    ("IIS", HELD): "In IIS' ARR, set the response buffer threshold (responseBufferLimit) to 0, and turn dynamic compression off.",
-    ("IIS", COMPRESSED): "In IIS, turn dynamic compression off for this path.",
-    ("IIS", IDLE): "In IIS' ARR, raise the proxy's time-out (120 s).",
-    ("Varnish", HELD): "In Varnish' vcl_backend_response, set \"set beresp.do_stream = true;\" and \"set beresp.uncacheable = true;\".",
-    ("Varnish", CACHED): "In Varnish' vcl_recv, set \"return (pass);\" for this path.",
-    ("Varnish", IDLE): "Raise Varnish' between_bytes_timeout (60 s).",
-    ("Fastly", HELD): "In Fastly's vcl_fetch, set \"set beresp.do_stream = true;\" and \"return (pass);\".",
-    ("Fastly", CACHED): "In Fastly's vcl_recv, set \"return (pass);\" for this path.",
-    ("Squid", HELD): "In squid.conf, set \"read_ahead_gap 0\" and no content adaptation for this address.",
-    ("Squid", CACHED): "In squid.conf, set \"cache deny all\" for this address.",
-    ("Caddy", HELD): "In Caddy's reverse_proxy, set \"flush_interval -1\".",
-    ("Caddy", WHOLE): "Caddy ends a cut answer as if it were whole: ask for event streams, whose event: error tells.",
-    ("Caddy", COMPRESSED): "In the Caddyfile, take \"encode\" off this path.",
-    ("antivirus", HELD): "A program on this machine or in its network scans TLS: exempt this address from it.",
-    ("", HELD): "Somebody who leaves no trace collects the answer: an AWS load balancer with Lambda, a development proxy (Vite, webpack), a scanner of TLS; ask from nearer to the server, hop by hop.",
-    ("", BEHIND): "Somebody sends each piece only with the next: often code that reads ahead by one, or compresses; ask hop by hop.",
-    ("", BURSTS): "Somebody waits for more before it sends; HAProxy: set \"option http-no-delay\" in defaults, frontend and backend.",
-    ("", TEXT_HELD): "Only event streams pass at once: ask with Accept: text/event-stream.",
-    ("", GET_HELD): "What is asked for by GET is held: ask with POST.",
-    ("", COMPRESSED): "Somebody compresses, and holds text back for it: turn that off for this address.",
-    ("", CACHED): "Somebody answers from a cache: turn that off for this address.",
-    ("", CUT): "The answer ended early: see whose log tells of this request, and its time-outs.",
-    ("", REFUSED): "Somebody refuses what streamproxy takes: see whose log has this status, and its limits.",
-    ("", GUARDED): "Give a token that is let in, in STREAMPROXY_CHECK_TOKEN, or a file of it in STREAMPROXY_CHECK_TOKEN_FILE.",
-    ("", ABSENT): "Give the address below which a streamproxy is that can be checked, and have whoever is in front pass /healthz/stream on.",
-    ("", UNREACHED): "See that the name, the port and the certificate are right, and that something listens.",
-    ("", NO_PINGS): "Somebody drops the comments of event streams: then silence looks like a dead connection, see --check-idle.",
-    ("", IDLE): "Raise the time-out for silence: after 30 s Google's, after 60 s AWS' balancer or nginx (proxy_read_timeout); HAProxy: \"timeout server\".",
-    ("", WHOLE): "Somebody ends an answer properly that was cut off: let it speak HTTP/1.1 to streamproxy, unbuffered.",
-    ("", STAYS): "Somebody goes on reading when the client has left, and the model is paid for: turn buffering off there.",
-    ("", HTTP10): "Somebody asks streamproxy in HTTP/1.0: a connection for each request; let it speak HTTP/1.1.",
+    "Cloudflare": ("In Cloudflare", {
+        TEXT_HELD: "a tunnel passes only event streams at once: ask with Accept: text/event-stream.",
+        GET_HELD: "a quick tunnel holds what is asked for by GET: ask with POST, or give the tunnel a name.",
+        HELD: "turn off what rewrites answers of this address (Rocket Loader, Email Obfuscation), and caching.",
+        CACHED: "set a cache rule that bypasses the cache for this address.",
+        IDLE: "silence may last for 100 to 125 s: ask with Accept: text/event-stream, which has pings.",
+    }),
+    "CloudFront": ("In CloudFront's behavior of this path", {
+        CACHED: "set the cache policy CachingDisabled.",
+        COMPRESSED: "turn `Compress objects automatically` off.",
+        IDLE: "raise the origin's response timeout (30 s), or ask for event streams, which have pings.",
+    }),
+    "Azure Front Door": ("In Front Door's route", {COMPRESSED: "turn compression off.", CACHED: "turn caching off."}),
+    "Fastly": ("In Fastly's VCL", {
+        HELD: "`set beresp.do_stream = true;` in vcl_fetch, and `return (pass);` in vcl_recv.",
+        CACHED: "`return (pass);` in vcl_recv.",
+    }),
+    "Google Cloud": ("In the balancer's backend service", {
+        COMPRESSED: "set compressionMode to DISABLED.",
+        CACHED: "turn Cloud CDN off.",
+        IDLE: "raise timeoutSec (30 s), which bounds a whole answer.",
+    }),
+    "AWS ALB": ("In the balancer's attributes", {IDLE: "raise idle_timeout.timeout_seconds (60 s)."}),
+    "API Gateway": ("In API Gateway's integration", {
+        HELD: "set the response transfer mode to STREAM; a gateway that has none holds every answer: go around it.",
+        IDLE: "raise its timeout (29 s), or go around it.",
+    }),
+    "Azure Application Gateway": ("In its global configuration", {HELD: "set enableResponseBuffering to false."}),
+    "Azure API Management": ("In its policy", {HELD: '`<forward-request buffer-response="false" />`; log no bodies.'}),
+    "Varnish": ("In Varnish' VCL", {
+        HELD: "`return (pipe);` in vcl_recv for this path, or `set beresp.do_stream = true;` in vcl_backend_response.",
+        CACHED: "`return (pass);` in vcl_recv.",
+        IDLE: "raise between_bytes_timeout (60 s).",
+    }),
+    "Squid": ("In squid.conf", {
+        HELD: "`read_ahead_gap 0 KB`, and no adaptation of what comes from this address.",
+        CACHED: "`cache deny all`.",
+    }),
+    "Envoy": ("In Envoy's route", {
+        HELD: "take the buffer and compressor filters off.",
+        IDLE: "`timeout: 0s`, and stream_idle_timeout (300 s) above the longest silence of the model.",
+    }),
+    "Next.js": ("In next.config.js", {
+        HELD: "`compress: false`; where rewrites still hold text, let the page ask streamproxy itself.",
+    }),
+    "Express": ("In webpack's devServer, or the compression middleware", {HELD: "`compress: false`, or a filter."}),
+    "IIS": ("In IIS' ARR", {
+        HELD: "set the response buffer threshold (responseBufferLimit) to 0, and turn dynamic compression off.",
+        IDLE: "raise the proxy's time-out (120 s).",
+    }),
+    "nginx": ("In nginx' location", {
+        HELD: "`proxy_buffering off;`, or take X-Accel-Buffering out of proxy_ignore_headers.",
+        COMPRESSED: "`gzip off;`, and `proxy_buffering off;`.",
+        CACHED: "`proxy_cache off;`, or take Cache-Control out of proxy_ignore_headers.",
+        WHOLE: "`proxy_http_version 1.1;`: in HTTP/1.0 an answer that is cut can look whole.",
+        HTTP10: "`proxy_http_version 1.1;`, and `proxy_set_header Connection \"\";`.",
+        IDLE: "`proxy_read_timeout 130s;`: more than the longest silence of the model.",
+        STAYS: "`proxy_ignore_client_abort off;`, and `proxy_buffering off;`.",
+    }),
+    "Apache": ("In Apache's VirtualHost", {
+        HELD: "flushpackets=on in ProxyPass (mod_proxy_fcgi: in `<Proxy>`), and `SetEnv no-gzip 1`.",
+        COMPRESSED: "`SetEnv no-gzip 1`, for mod_deflate.",
+        CACHED: "`CacheDisable /`.",
+        IDLE: "`ProxyTimeout 130`.",
+    }),
+    "Caddy": ("In the Caddyfile", {
+        HELD: "`flush_interval -1` in reverse_proxy.",
+        COMPRESSED: "take `encode` off this path.",
+        WHOLE: "nothing helps: ask for event streams, whose `event: error` tells of a cut.",
+    }),
+    "antivirus": ("In the antivirus or gateway that opens TLS", {HELD: "exempt this address."}),
+    "": ("", {
+        HELD: "Somebody collects the answer who leaves no trace, like a development proxy (Vite), a Lambda behind a"
+              " balancer, a scanner of TLS: ask from nearer to the server, until it passes.",
+        BEHIND: "Somebody sends a piece only with the next, as what reads one ahead: ask from nearer to the server.",
+        BURSTS: "Somebody waits for more before it sends; in HAProxy's defaults: `option http-no-delay`.",
+        TEXT_HELD: "Only event streams pass at once: ask with Accept: text/event-stream.",
+        GET_HELD: "What is asked for by GET is held: ask with POST.",
+        COMPRESSED: "Somebody compresses, and holds text back for that: turn it off for this address.",
+        CACHED: "Somebody answers from a cache: turn it off for this address.",
+        CUT: "Somebody ends answers early: see whose log tells of this request, and its time-outs.",
+        REFUSED: "Somebody refuses what streamproxy takes: see whose log has this status, and its limits.",
+        GUARDED: "Give a token in STREAMPROXY_CHECK_TOKEN, or a file of it in STREAMPROXY_CHECK_TOKEN_FILE.",
+        ABSENT: "Give the address below which streamproxy is, and have /healthz/stream passed on to it.",
+        UNREACHED: "See that name, port and certificate are right, and that something listens.",
+        NO_PINGS: "Somebody drops the comments of event streams: a silence looks dead then (see --check-idle).",
+        IDLE: "Somebody ends silent answers: after 30 s Google's balancer, 60 s AWS' or nginx (`proxy_read_timeout"
+              " 130s;`), else maybe HAProxy (`timeout server 130s`).",
+        WHOLE: "Somebody ends an answer as whole that was cut: have it speak HTTP/1.1 to streamproxy, unbuffered.",
+        STAYS: "Somebody reads on when the client has left, and the model is paid for: turn buffering off there.",
+        HTTP10: "Somebody asks in HTTP/1.0, each time on a new connection: have it speak HTTP/1.1.",
+    }),
 }  # fmt: skip
 
 
@@ -7391,13 +7421,12 @@ def hops_in(fields: Mapping[str, str]) -> list[str]:
 
 
 def cure_of(hops: Sequence[str], found: str) -> str:
-    """Return what to change where: at the outermost hop that is known for what was found."""
-    kinds = (found, HELD) if found in (BEHIND, BURSTS, TEXT_HELD, GET_HELD) else (found,)
-    for hop in hops:
-        for kind in kinds:
-            if (hop, kind) in CURES:
-                return CURES[hop, kind]
-    return CURES["", found]
+    """Return what to change where: at the outermost hop of which that is known."""
+    kinds = (found, HELD) if found in (BEHIND, BURSTS, TEXT_HELD, GET_HELD, COMPRESSED) else (found,)
+    known = [(hop, kind) for hop in hops for kind in kinds if hop in CURES and kind in CURES[hop][1]]
+    hop, kind = known[0] if known else ("", found)
+    place, cures = CURES[hop]
+    return f"{place}, {cures[kind]}" if place else cures[kind]
 
 
 class Reply:
@@ -7415,14 +7444,14 @@ class Reply:
         return b"".join([piece for _, piece in self.pieces])
 
 
-_TEST_EVENT = re.compile(rb"([0-9]+) ([0-9]+) (1\.[01]) [0-9a-f]*;")
+_TEST_EVENT = re.compile(rb"[0-9]+ ([0-9]+) (1\.[01]) [0-9a-f]*;")
 
 
 class TestEvent:
-    """An event of a test stream, and when it came: seconds since the stream was asked for."""
+    """An event of a test stream: after how many seconds it left, and came."""
 
     def __init__(self, match: re.Match[bytes], at: float) -> None:
-        self.number, self.left, self.http, self.at = int(match[1]), int(match[2]) / 1000, match[3].decode(), at
+        self.left, self.http, self.at = int(match[1]) / 1000, match[2].decode(), at
 
 
 def events_in(reply: Reply) -> list[TestEvent]:
@@ -7456,14 +7485,14 @@ def judge(reply: Reply, count: int, pace: float) -> str:
 
 
 def block_size(reply: Reply, pace: float) -> int:
-    """Return how many bytes mostly came at a time; 0: all of them."""
+    """Return how many bytes came at a time, but for the rest; 0: all of them.  Some may have met on the way."""
     sizes, last_at = [0], -math.inf
     for at, piece in reply.pieces:
         if at - last_at > pace / 2 and sizes[-1]:
             sizes.append(0)
         sizes[-1] += len(piece)
         last_at = at
-    return sorted(sizes)[len(sizes) // 2] if len(sizes) > 2 else 0
+    return sorted(sizes[:-1])[len(sizes) // 4] if len(sizes) > 2 else 0
 
 
 class Form:
@@ -7533,6 +7562,8 @@ class Visitor:
             connection.write(way.target.encode_head(call))
             for data in self._read(connection, deadline, reply):
                 reply.pieces.append((time.monotonic() - began_at, data))
+                if sum(len(piece) for _, piece in reply.pieces) > 2 * MAX_TEST_SIZE:
+                    break  # it is none
         except (OSError, ValueError, zlib.error) as error:
             reply.error = getattr(error, "verify_message", "") or reason_of(error)
         finally:
@@ -7584,17 +7615,17 @@ def together(jobs: Sequence[Callable[[], Any]], tell: Callable[[float], object] 
         except Exception as error:  # noqa: BLE001
             box.put((index, None, error))
 
-    began_at = time.monotonic()
+    began_at = told_at = time.monotonic()
     for index in range(len(jobs)):
         threading.Thread(target=work, args=(index,), daemon=True).start()
     while len(results) < len(jobs):
-        try:
+        if time.monotonic() - told_at >= TELL_INTERVAL:
+            told_at = time.monotonic()
+            tell(told_at - began_at)
+        with contextlib.suppress(queue.Empty):
             index, results[index], error = box.get(timeout=TELL_INTERVAL)
-        except queue.Empty:
-            tell(time.monotonic() - began_at)
-            continue
-        if error:
-            raise error
+            if error:
+                raise error
     return [results[index] for index in range(len(jobs))]
 
 
@@ -7612,7 +7643,7 @@ class Check:
         self._visitor = Visitor(settings, self.url)
 
     def run(self, tell: Callable[[float], object] = lambda seconds: None) -> None:
-        """Fill looks, found, hops and notes.  Blocks, for a minute and check_idle at most."""
+        """Fill looks, found, hops and notes.  Blocks, but for no longer than its time-outs."""
         reply = self._enter()
         if not reply:
             return
@@ -7622,7 +7653,7 @@ class Check:
         self.looks = together([*(functools.partial(self._look_at, form) for form in FORMS), *looks], tell)
         self.found = found_in(self.looks)
         if events_in(reply)[0].http == "1.0":
-            self.found.append(HTTP10)
+            self.notes.append(f"{HTTP10}: {cure_of(self.hops, HTTP10)}")
         lost = [name for name, value in STREAM_FIELDS.items() if value not in reply.fields.get(name.lower(), "")]
         if "nginx" in self.hops and "X-Accel-Buffering" in lost:
             lost.remove("X-Accel-Buffering")  # it is nginx who reads it
@@ -7652,22 +7683,33 @@ class Check:
             self.hops = hops_in(reply.fields)
             if reply.status == 200 and events_in(reply):
                 return reply
-            place = urllib.parse.urljoin(f"{self.url}/healthz/stream", reply.fields.get("location", "")).partition("?")[0]
-            if not (300 <= reply.status < 400 and place.endswith("/healthz/stream")):
+            if not (300 <= reply.status < 400 and self._follow(reply.fields.get("location", ""))):
                 break
-            self.url = place[: -len("/healthz/stream")]
-            self.notes.append(f"It redirects to {self.url}, with what browsers send: give that address to whoever asks.")
-            self._visitor = Visitor(self.settings, self.url)
         self.found, words = [ABSENT], "is not streamproxy, or one that is too old to be checked"
         if not reply.status:
             self.found, words = [UNREACHED], f"cannot be reached: {reply.error}"
         elif reply.status in (401, 403):
             self.found, words = [GUARDED], f"answers {reply.status} to whoever has no token"
         elif reply.status != 200:
-            where = f" to {reply.fields['location'][:200]}" if "location" in reply.fields else ""
-            words = f"answers {reply.status}{where} instead of streamproxy"
+            where = f" with {reply.fields['location'][:200]!a}" if "location" in reply.fields else ""
+            words = f"answers {reply.status}{where} in place of streamproxy"
         self.looks = [Look("the address", words, self.found[0])]
         return None
+
+    def _follow(self, location: str) -> bool:
+        """Go to where a redirect leads, if a streamproxy can be there; the token does not go to another host."""
+        try:
+            place = urllib.parse.urljoin(f"{self.url}/healthz/stream", location).partition("?")[0]
+            url, is_ours = place[: -len("/healthz/stream")], place.endswith("/healthz/stream")
+            old, new = urllib.parse.urlsplit(self.url), urllib.parse.urlsplit(url)
+            is_safe = old.hostname == new.hostname and new.scheme in (old.scheme, "https")
+            self._visitor = Visitor(self.settings if is_safe else self.settings.replace(check_token=""), url)
+        except ValueError:  # it is none
+            return False
+        if is_ours:
+            self.url = url
+            self.notes.append(f"It redirects to {url}: ask that address, for on the way a POST becomes a GET.")
+        return is_ours
 
     def _ask(self, form: Form, events: int = TEST_EVENTS, pace: float = 0, size: int = 64, more: str = "") -> Reply:
         pace = pace or self.pace
@@ -7678,7 +7720,7 @@ class Check:
         """Judge a form; what is bad is asked once more, for it may have been the moment."""
         for _ in range(2):
             reply = self._ask(form)
-            coding = reply.fields.get("content-encoding", "")
+            coding = Head(reply.status, reply.fields).compression
             words = found = judge(reply, TEST_EVENTS, self.pace)
             if reply.status not in (0, 200):
                 found, words = REFUSED, f"refused with status {reply.status}"
@@ -7732,7 +7774,7 @@ class Check:
     def _goes_on(self, id: str, times: int) -> bool:
         """Tell whether a stream of this id goes on, as each process says that is asked at once, after a while."""
         time.sleep(2 * self.pace)
-        replies = together([functools.partial(self._visitor.ask, f"count={id}", PLAIN)] * times)
+        replies = together([functools.partial(self._visitor.ask, f"count={id}", PLAIN, COUNT_TIMEOUT)] * times)
         return any(reply.status == 200 and reply.body.strip() not in (b"", b"0") for reply in replies)
 
     def _look_at_silence(self) -> Look:
@@ -7748,7 +7790,7 @@ def check(settings: Settings) -> int:
     checked = Check(settings)
     checked.run(lambda seconds: _complain(f"still looking, after {seconds:.0f} s"))
     told = json.dumps(checked.document()) if settings.log_format == "json" else checked.text()
-    _write_all(sys.stdout.fileno(), f"{told}\n".encode("utf-8", "backslashreplace"))
+    _say(f"{told}\n")
     return 1 if checked.found else 0
 
 
