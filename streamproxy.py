@@ -6265,6 +6265,7 @@ class Watch:
     def __init__(self, kept: KeptAnswer, exchange: Asker, start: int, attached: bool) -> None:
         """attached: the answer was there before."""
         self.kept, self.start, self.attached = kept, start, attached
+        self.stream = kept.stream
         self.cursor = Cursor(kept, start)
         self.viewer = Viewer(self.cursor, exchange.client, exchange.begin_stream)
         self.failure: ProxyError | None = None
@@ -6277,25 +6278,25 @@ class Watch:
 
     @property
     def answer(self) -> Answer:
-        return self.kept.stream.answer
+        return self.stream.answer
 
     @property
     def paid(self) -> bool:
-        return self.kept.stream.paid
+        return self.stream.paid
 
     @property
     def first_text_at(self) -> float | None:
         """When the first text came; None: it has not, or before this client."""
-        first = self.kept.stream.first_text_at
+        first = self.stream.first_text_at
         return first if first is not None and first >= self._began_at else None
 
     @property
     def first_sent_at(self) -> float | None:
-        return self.kept.stream.first_sent_at
+        return self.stream.first_sent_at
 
     def head(self) -> tuple[int, dict[str, str]]:
         """Return the status and the fields of the answer, as those of Stream; its length is that of what is left."""
-        status, fields = self.kept.head or self.kept.stream.head()
+        status, fields = self.kept.head or self.stream.head()
         if "Content-Length" in fields:
             fields = {**fields, "Content-Length": str(int(fields["Content-Length"]) - self.start)}
         return status, {**fields, "Stream-Id": self.kept.id}
@@ -6308,13 +6309,13 @@ class Watch:
         while viewer.state == Viewer.OPEN and not (client.pending or client.lost):
             left = kept.end - self.cursor.at
             if kept.over and left <= READ_SIZE:
-                viewer.last(kept.stream.viewer.intact)
+                viewer.last(self.stream.viewer.intact)
             elif left:
                 viewer.more()
             else:
                 break
         if self.over or (kept.over and viewer.state == Viewer.SILENT):
-            self._leave(kept.stream.failure)
+            self._leave(self.stream.failure)
         else:
             kept.make_room()  # it may have waited for this client to come, or to read
 
@@ -6324,7 +6325,7 @@ class Watch:
 
     def fail(self, failure: ProxyError) -> None:
         """End for this client alone, so that it can tell that there is more; what is left of an ended answer leaves."""
-        if self.kept.stream.viewer.state < Viewer.LAST:
+        if self.stream.viewer.state < Viewer.LAST:
             self.drop(failure)
 
     def drop(self, failure: ProxyError) -> None:
@@ -6355,6 +6356,7 @@ class KeptAnswer:
         """told: what the log says of the request that began it."""
         self.answers, self.id, self.claim, self.told = answers, id, claim, told
         self.loop = answers.hub.loop
+        self.over = False
         self.pending = False  # as of a Peer: its stream has to wait
         self.head: tuple[int, dict[str, str]] | None = None  # once it is known
         self.watches: list[Watch] = []
@@ -6398,7 +6400,7 @@ class KeptAnswer:
         self.stream.fail(internal_error(error))
 
     def on_stream_over(self) -> None:
-        self.pending = False
+        self.over, self.pending = True, False
         self.answers.on_over(self)
         metrics = self.answers.hub.metrics
         metrics.take_notes(self.stream.answer.notes, metrics.client(self.claim.name))
@@ -6411,10 +6413,6 @@ class KeptAnswer:
             self.answers.forget(self)  # it has cost nothing, and whoever asks again may have more luck
 
     # To those who watch.
-
-    @property
-    def over(self) -> bool:
-        return self.stream.over
 
     @property
     def stopped(self) -> bool:
@@ -6522,6 +6520,7 @@ class KeptAnswer:
         """Be of no more use."""
         self._alarm.close()
         self.answers.waiting.discard(self)
+        del self.stream  # which has this, too
 
     def _log(self) -> None:
         """Say how it ended, where no client's line does."""
@@ -6638,7 +6637,7 @@ class KeptAnswers:
     def close(self) -> None:
         for kept in tuple(self._by_id.values()):
             kept.stream.drop(Aborted("The server is shutting down."))
-            kept.close()
+            self.forget(kept)
 
 
 # 21 ------------------------------------------------------------------ Demo upstream
