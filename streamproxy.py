@@ -18,7 +18,7 @@ asks the API with "stream": true, and hands each piece of text on the moment it 
     for text in streamproxy.stream_text("Say hello", settings):   # no server at all
         print(text, end="", flush=True)
 
-It terminates no TLS, stores nothing and knows no users: nginx in front does the first.
+It terminates no TLS, writes nothing to disk and knows no users: nginx in front does the first.
 
 Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
