@@ -8695,7 +8695,7 @@ def test_2000_connections_opened_and_dropped_leave_nothing_behind(
 def test_1500_slow_connections_leave_a_good_client_undisturbed(provider: Provider) -> None:
     kinds = {"slow heads": ["-H"], "slow bodies": ["-B", "-s", "8192"], "slow readers": ["-X", "-k", "1"]}
     with running(provider, client_timeout=2.0) as server, contextlib.ExitStack() as stack:
-        flags = ["-c", "500", "-r", "250", "-i", "1", "-l", "3", "-p", "1", "-u", f"{server.url}/"]
+        flags = ["-c", "500", "-r", "500", "-i", "1", "-l", "2", "-p", "1", "-u", f"{server.url}/"]
         attacks = [
             stack.enter_context(subprocess.Popen(
                 [program("slowhttptest"), *flags, *kind], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -11300,18 +11300,16 @@ def test_command_line_json_log(provider: Provider) -> None:
 
 
 def test_command_line_log_level(provider: Provider) -> None:
-    seen = {}
-    for level in ("debug", "error"):
-        with launched("--log-level", level, OPENAI_BASE_URL=provider.url) as (process, front):
-            with Client(front).ask(PROMPT) as client, provider.take() as upstream:
-                upstream.start(A)
-                upstream.finish()
-                client.head()
-                client.body()
-            process.send_signal(signal.SIGTERM)
-            seen[level] = process.stderr.read()
-    assert re.search(r"time=\S+Z level=debug id=[0-9a-f]{16} step=\"first text\"\n", seen["debug"])
-    assert " ending=complete " in seen["debug"] and seen["error"] == ""
+    with launched("--log-level", "debug", OPENAI_BASE_URL=provider.url) as (process, front):
+        with Client(front).ask(PROMPT) as client, provider.take() as upstream:
+            upstream.start(A)
+            upstream.finish()
+            client.head()
+            client.body()
+        process.send_signal(signal.SIGTERM)
+        text = process.stderr.read()
+    assert re.search(r"time=\S+Z level=debug id=[0-9a-f]{16} step=\"first text\"\n", text)
+    assert " ending=complete " in text
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGTERM") or os.name != "posix", reason="no SIGTERM")
