@@ -7491,7 +7491,8 @@ def block_size(reply: Reply, pace: float) -> int:
             sizes.append(0)
         sizes[-1] += len(piece)
         last_at = at
-    return sorted(sizes[:-1])[len(sizes) // 4] if len(sizes) > 2 else 0
+    last = sum(len(piece) for at, piece in reply.pieces if at > 0.9 * reply.ended_at)
+    return sorted(sizes[:-1])[len(sizes) // 4] if len(sizes) > 1 and last < 0.8 * len(reply.body) else 0
 
 
 class Form:

@@ -15093,11 +15093,14 @@ def test_events_are_found_however_they_are_cut() -> None:
     assert [(event.left, event.at) for event in streamproxy.events_in(reply)] == [(0, 10), (0.1, 24), (0.2, 38)]
 
 
-def test_block_size_is_what_mostly_comes_at_a_time() -> None:
+def test_block_size_is_what_comes_at_a_time() -> None:
     reply = streamproxy.Reply()
     reply.pieces = [(at + part / 10000, b"x" * 1024) for at in range(9) for part in range(4)] + [(9.0, b"x" * 90)]
+    reply.ended_at = 9.0
     assert streamproxy.block_size(reply, 0.01) == 4096
-    reply.pieces = [(1.0, b"x" * 1024)] * 128
+    reply.pieces = [(4.5, b"x" * 65536), (9.0, b"x" * 65536)]
+    assert streamproxy.block_size(reply, 0.01) == 65536
+    reply.pieces = [(0.0, b"x" * 1024)] + [(8.5 + at / 100, b"x" * 1024) for at in range(50)]  # read with pauses
     assert streamproxy.block_size(reply, 0.01) == 0
 
 
