@@ -6384,7 +6384,7 @@ class KeptAnswer:
         at = self._forgotten + len(kept)
         kept += data
         answers.used += size
-        for watch in self.watches:
+        for watch in tuple(self.watches):  # one may leave
             if watch.cursor.at == at and watch.viewer.state == Viewer.OPEN and size < READ_SIZE:  # mostly
                 watch.cursor.fresh = data
                 watch.viewer.more()
