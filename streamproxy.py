@@ -1445,13 +1445,11 @@ def goes_on(block: bytes) -> int:
     """
     find, count = block.find, block.count  # "in" takes longer
     if find(b"\n") == len(block) - 2:  # mostly
-        at = find(b'"finish_reason"')
         return (
             block[0] == 100  # of data
             and find(b'"choices":[{') > 0
-            and at > 0
-            and block[at + 15 : at + 20] == b":null"
-            and find(b'"finish_reason"', at + 15) < 0
+            and find(b'"finish_reason":null') > 0
+            and count(b'"finish_reason"') == 1
             and find(b"error") < 0
         )
     going = count(b'"finish_reason"') == count(b'"finish_reason":null') and find(b"error") < 0 and find(b"\r") < 0
@@ -1799,14 +1797,16 @@ class ChunkedDecoder(BodyDecoder):
     def feed(self, data: bytes) -> bytes:
         if self._line:
             data, self._line = self._line + data, b""
+        elif not self._chunk_left and data[-2:] == b"\r\n":  # mostly, one chunk comes at a time
+            line, _, rest = data.partition(b"\r\n")
+            if len(line) < 16 and len(rest) - 2 == parse_chunk_line(line) > 0 and not self._in_trailer:
+                return rest[:-2]
         at, end, out = 0, len(data), []
-        if not (self._chunk_left or self._in_trailer or self.broken):  # mostly, whole chunks come
+        if not (self._chunk_left or self._in_trailer or self.broken):  # or several that are whole
             while 0 < (line_end := data.find(b"\r\n", at, at + 16)):
                 stop = line_end + 2 + parse_chunk_line(data[at:line_end])
                 if stop < line_end + 3 or data[stop : stop + 2] != b"\r\n":
                     break
-                if not at and stop + 2 == end:  # and one at a time
-                    return data[line_end + 2 : stop]
                 out.append(data[line_end + 2 : stop])
                 at = stop + 2
         while at < end and not (self.complete or self.broken):
