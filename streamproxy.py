@@ -2153,8 +2153,12 @@ class Setting:
         if isinstance(value, dict):
             return " ".join(f"{name}={json.dumps(item)}" for name, item in value.items()) or "none"
         text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        text = re.sub(self._hidden, "***", text) if self._hidden else text
+        text = str(self.mask(text))
         return text if text.isprintable() else ascii(text)
+
+    def mask(self, value: Any) -> Any:
+        """Return a value without what is for nobody to read."""
+        return re.sub(self._hidden, "***", value) if self._hidden and isinstance(value, str) else value
 
     @property
     def file_variable(self) -> str:
@@ -2175,11 +2179,13 @@ class Setting:
             return self._read([text] if self.repeat and isinstance(text, str) else text)
         except ValueError as error:
             name = f"{self.flag} ({self.variable})" if self.flag else self.variable
-            shown = "this value" if self.secret else ascii(text)
+            shown = "this value" if self.secret else ascii(self.mask(text))
             raise SettingsError(f"{name}: {shown} is not allowed; allowed: {error}") from None
 
 
 _row: Any = Setting
+
+_IN_URL = r"(?s)(?<=//)[^/?#]+(?=@)|(?<=\?).+"  # a password, and what may hold a key
 
 # What Kubernetes has in the environment of each container for a Service that is named streamproxy, or streamproxy-web.
 _KUBERNETES = re.compile(r"STREAMPROXY_(\w+_)?(SERVICE_HOST=|SERVICE_PORT\w*=|PORT_[0-9]+_\w+=|PORT=\w+://)")
@@ -2229,7 +2235,7 @@ class Settings(_Rows):
         False, _read_switch, "", "listen beside others that do so at the same port (SO_REUSEPORT), which share it")
     upstream: str = _row(
         "https://api.openai.com/v1", _read_url, "URL", "base URL of the API; a query part is kept", "OPENAI_BASE_URL",
-        hidden=r"(?<=\?).+")  # which may hold a key
+        hidden=_IN_URL)
     api_key: str = _row(
         "", _read_key, "", "the API's key, or `OPENAI_API_KEY_FILE`; none is fine for a loopback upstream",
         "OPENAI_API_KEY", secret=True)
@@ -2290,7 +2296,8 @@ class Settings(_Rows):
     log_format: str = _row("text", _matching("text|json", "text or json"), "FORMAT", "log lines as text or json")
     demo: bool = _row(False, _read_switch, "", "answer from a built-in API: no key, no network")
     check: str = _row(
-        "", _read_url, "URL", "serve nobody, but say what on the way to this address holds text back, and what to change")
+        "", _read_url, "URL", "serve nobody, but say what on the way to this address holds text back, and what to change",
+        hidden=_IN_URL)
     check_idle: float = _row(0.0, _read_idle, "SECONDS", "of silence that --check tries; 0: none")
     check_token: str = _row(
         "", _read_key, "", "token that --check sends, or `STREAMPROXY_CHECK_TOKEN_FILE`", secret=True)
@@ -2371,7 +2378,7 @@ class Settings(_Rows):
         raise AttributeError("settings do not change: see replace")
 
     def __repr__(self) -> str:
-        shown = {setting.name: "***" if setting.secret else getattr(self, setting.name) for setting in self.TABLE}
+        shown = {setting.name: setting.mask(getattr(self, setting.name)) for setting in self.TABLE}
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
@@ -3422,6 +3429,10 @@ class Loop:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def is_this_thread(self) -> bool:
+        return self._owner == threading.get_ident()
+
     def stop(self) -> None:
         """End the thread, after all that was posted."""
         self.post(self._stop)
@@ -3608,6 +3619,10 @@ class Workers:
 
     def __len__(self) -> int:
         return len(self._threads) + self._starting
+
+    @property
+    def has_this_thread(self) -> bool:
+        return threading.current_thread() in self._threads
 
     def close(self, timeout: float) -> None:
         """End the threads; wait up to timeout seconds for those that are held up."""
@@ -5252,6 +5267,7 @@ class TlsConnection(Connection):
 
 def receive(connection: Connection, deadline: Deadline) -> bytes:
     """Return what comes next on a connection; b"" at its end.  Blocks.  Raises OSError."""
+    deadline.left()  # who sends without a pause is not waited for, but is as late
     data = connection.read()
     while data is None:
         deadline.wait([connection.sock], selectors.EVENT_READ)
@@ -6004,6 +6020,7 @@ _TEST_LIMITS = {
 _TEST_ID = re.compile("[0-9a-f]{32}")
 MAX_TEST_SIZE = 256 * 1024  # of the text of one, in bytes
 MAX_TEST_TIME = 660.0  # of one, in seconds: for a look at ten minutes of silence
+MAX_TEST_PINGS = 1000  # of one
 TEST_STREAMS = {"max_streams": 64, "max_streams_per_client": 48, "requests_per_minute": 240}
 
 
@@ -6027,6 +6044,8 @@ def parse_test(query: str) -> TestAsked:
         raise RequestError(f'"events" times "size" must be at most {MAX_TEST_SIZE}.')
     if asked.events * asked.every > MAX_TEST_TIME * 1000:
         raise RequestError(f'"events" times "every" must be at most {MAX_TEST_TIME * 1000:.0f}.')
+    if asked.ping and asked.events * asked.every > MAX_TEST_PINGS * asked.ping:
+        raise RequestError(f'"ping" must be at least a {MAX_TEST_PINGS}th of "events" times "every".')
     return asked
 
 
@@ -6197,6 +6216,10 @@ class Hub:
         came, self._probed = self._probed, self.metrics.between_pieces.sum
         if came != self._probed:
             self._set_probe()
+
+    @property
+    def has_this_thread(self) -> bool:
+        return self.loop.is_this_thread or self.workers.has_this_thread
 
     def close(self) -> None:
         """End the loop's thread, after all that was posted, and all others."""
@@ -7247,7 +7270,7 @@ class TextStream:
             hub.loop.post(listener.stream.ask)
             hub.loop.start()
             self._stream: Stream | None = listener.stream
-            self._close = weakref.finalize(self, stack.pop_all().close)
+            self._close = weakref.finalize(self, _close_apart, hub, stack.pop_all().close)
 
     def __iter__(self) -> Self:
         return self
@@ -7269,6 +7292,14 @@ class TextStream:
     def close(self) -> None:
         """Close the connection to upstream, and end a loop that waits for text with ProxyError.  For any thread."""
         self._close()
+
+
+def _close_apart(hub: Hub, close: Callable[[], None]) -> None:
+    """Close; but where a thread of hub's own collects a cycle, have another do so: none can wait for its own end."""
+    if hub.has_this_thread:
+        start_thread(close)
+    else:
+        close()
 
 
 def _close_unread(reader: socket.socket, reading: threading.RLock) -> None:
@@ -7294,6 +7325,7 @@ CHECK_TIMEOUT = 20.0  # of a test stream, in seconds, beyond what it should take
 COUNT_TIMEOUT = 5.0  # in seconds, of the question how many there are
 BLOCK_EVENTS, BLOCK_SIZE = 256, 512  # of the one that measures in which blocks text comes: 128 KiB
 MAX_REDIRECTS = 5
+MAX_TEST_REPLY = 2 * MAX_TEST_SIZE  # in bytes, of the body that comes of one, with what frames its events
 LEAVE_LOOKS = 10  # at most, whether a stream goes on, before its client leaves, and then
 
 # Fields by which hops can be told: what they leave, a part of its value, and who leaves that; the outermost first.
@@ -7443,7 +7475,7 @@ class Reply:
         return b"".join([piece for _, piece in self.pieces])
 
 
-_TEST_EVENT = re.compile(rb"[0-9]+ ([0-9]+) (1\.[01]) [0-9a-f]*;")
+_TEST_EVENT = re.compile(rb"[0-9]{1,4} ([0-9]{1,7}) (1\.[01]) [0-9a-f]{0,16384};")  # bounded: others may answer
 
 
 class TestEvent:
@@ -7460,7 +7492,7 @@ def events_in(reply: Reply) -> list[TestEvent]:
         seen += piece
         matches = list(_TEST_EVENT.finditer(seen))
         events += [TestEvent(match, at) for match in matches]
-        seen = seen[matches[-1].end() :] if matches else seen
+        seen = seen[matches[-1].end() :] if matches else seen[-2 * _TEST_LIMITS["size"][1] :]
     return events
 
 
@@ -7560,9 +7592,11 @@ class Visitor:
                 reply.fields["issuer"] = connection.issuer
             began_at = time.monotonic()
             connection.write(way.target.encode_head(call))
+            room = MAX_TEST_REPLY
             for data in self._read(connection, deadline, reply):
                 reply.pieces.append((time.monotonic() - began_at, data))
-                if sum(len(piece) for _, piece in reply.pieces) > 2 * MAX_TEST_SIZE:
+                room -= len(data)
+                if room < 0:
                     break  # it is none
         except (OSError, ValueError, zlib.error) as error:
             reply.error = getattr(error, "verify_message", "") or reason_of(error)
@@ -7576,25 +7610,35 @@ class Visitor:
     @staticmethod
     def _read(connection: Connection, deadline: Deadline, reply: Reply) -> Iterator[bytes]:
         """Take the head, and yield what comes of the body, not compressed any more."""
-        data, parsed = b"", None
+        data, parsed, room = b"", None, 2 * MAX_TEST_REPLY
+
+        def more() -> bytes:
+            nonlocal room
+            came = receive(connection, deadline)
+            room -= len(came)
+            if room < 0:
+                raise ValueError("more than a test stream has")
+            return came
+
         while not parsed or parsed[0] < 200:  # 100 to 199 come before the answer
             data = parsed[2] if parsed else data
             parsed = parse_answer_head(data)
             if not parsed:
-                more = receive(connection, deadline)
-                if not more:
+                came = more()
+                if not came:
                     raise ConnectionResetError(errno.ECONNRESET, "closed")
-                data += more
+                data += came
         reply.status, fields, data = parsed
         reply.fields.update(fields)
         body = body_decoder(fields, BodyDecoder(), lenient=True)
         packed = fields.get("content-encoding", "").lower() in ("gzip", "deflate")
-        unpack = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress if packed else bytes
+        unzip = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress
         while not (body.complete or body.broken):
             if data:
-                yield unpack(body.feed(data))
+                data = body.feed(data)
+                yield unzip(data, MAX_TEST_REPLY + 1) if packed else data
             if not body.complete:
-                data = receive(connection, deadline)
+                data = more()
             if not data:
                 body.close()
                 break
@@ -7701,7 +7745,7 @@ class Check:
         try:
             place = urllib.parse.urljoin(f"{self.url}/healthz/stream", location).partition("?")[0]
             url, is_ours = place[: -len("/healthz/stream")], place.endswith("/healthz/stream")
-            old, new = urllib.parse.urlsplit(self.url), urllib.parse.urlsplit(url)
+            old, new = urllib.parse.urlsplit(self.settings.check), urllib.parse.urlsplit(url)  # however far it led
             is_safe = old.hostname == new.hostname and new.scheme in (old.scheme, "https")
             self._visitor = Visitor(self.settings if is_safe else self.settings.replace(check_token=""), url)
         except ValueError:  # it is none

@@ -2479,7 +2479,7 @@ def test_bad_setting_is_one_line_that_says_what_is_allowed(name: str, text: str)
     with pytest.raises(streamproxy.SettingsError) as caught:
         streamproxy.Settings.load(variables(name, text))
     line = str(caught.value)
-    assert "\n" not in line and "allowed: " in line and ascii(text) in line
+    assert "\n" not in line and "allowed: " in line and ascii(text.replace("u:p@", "***@")) in line
     assert "--" + name.replace("_", "-") in line
 
 
@@ -2599,6 +2599,7 @@ def test_what_is_in_force_is_shown_with_where_it_is_from_and_without_secrets(tmp
     status, out, err = run(
         "--print-settings", *flags, OPENAI_API_KEY_FILE=str(tmp_path / "key"), STREAMPROXY_ALLOW_HOST="c",
         OPENAI_BASE_URL=f"http://h/v1?{query}", STREAMPROXY_HOST="localhost", STREAMPROXY_DEMO="yes",
+        STREAMPROXY_CHECK=f"http://h/?{query}",
     )  # fmt: skip
     assert (status, err) == (0, "")
     rows = [line.split(None, 1)[0:1] + line[27:].split("  ", 1) for line in out.splitlines()]
@@ -2610,7 +2611,7 @@ def test_what_is_in_force_is_shown_with_where_it_is_from_and_without_secrets(tmp
         "--bind": ("STREAMPROXY_HOST, --port", "localhost:0"), "--upstream": ("OPENAI_BASE_URL", "http://h/v1?***"),
         "OPENAI_API_KEY": ("OPENAI_API_KEY_FILE", "***"), "--param": ("--param", script),
         "--system": ("--system", r"'a\nb'"), "--allow-host": ("--allow-host", "a, b"),
-        "--demo": ("STREAMPROXY_DEMO", "on"),
+        "--demo": ("STREAMPROXY_DEMO", "on"), "--check": ("STREAMPROXY_CHECK", "http://h/?***"),
     }  # fmt: skip
     defaults = {row.flag or row.variable: row.shown for row in streamproxy.Settings.TABLE}
     assert all(value == defaults[name] for name, (source, value) in shown.items() if source == "default")
@@ -2618,7 +2619,8 @@ def test_what_is_in_force_is_shown_with_where_it_is_from_and_without_secrets(tmp
 
 
 def test_settings_show_no_key() -> None:
-    check_no_key(repr(streamproxy.Settings(api_key=KEY)))
+    settings = streamproxy.Settings(api_key=KEY, upstream=f"http://h/v1?key={KEY}", check=f"http://h/?key={KEY}")
+    check_no_key(repr(settings))
 
 
 def test_settings_given_as_texts_in_a_tuple_are_read() -> None:
@@ -9732,7 +9734,7 @@ def test_library_what_cannot_be_asked_is_said_at_once_and_leaves_nothing_open(pr
     assert raised.value.status == 400 and (threading.active_count(), descriptors()) == before
 
 
-@pytest.mark.parametrize("how", ["close", "another thread", "break"])
+@pytest.mark.parametrize("how", ["close", "another thread", "break", "collected by its loop"])
 def test_library_leaving_the_loop_closes_upstream(provider: Provider, how: str) -> None:
     before = threading.active_count(), descriptors()
     answer = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url))
@@ -9747,8 +9749,16 @@ def test_library_leaving_the_loop_closes_upstream(provider: Provider, how: str) 
             threading.Thread(target=answer.close).start()  # and this waits for the next piece
             with pytest.raises(streamproxy.ProxyError, match="left before its end"):
                 next(answer)
+        collect: Callable[[], object] = gc.collect
+        if how == "collected by its loop":
+            stream = answer._stream
+            assert stream
+            cycle: list[object] = [answer]
+            cycle.append(cycle)
+            collect = functools.partial(stream.hub.loop.post, gc.collect)
+            del stream, cycle
         del answer
-        gc.collect()  # as PyPy would in time
+        collect()  # as PyPy would in time
         assert upstream.gone()
     assert wait_for(lambda: (threading.active_count(), descriptors()), lambda now: now == before)
 
@@ -15026,6 +15036,7 @@ def test_test_stream_tells_its_events_in_each_form() -> None:
         ("every=0", b"from 1 to 600000"), ("every=-1", b"from 1"), ("sse=2", b"from 0 to 1"), ("ping=", b"from 0 to"),
         ("x=1", b"'x'"), ("id=A", b"32 hexadecimal"), ("events=100&size=16384", b"at most 262144"),
         ("events=100&every=10000", b"at most 660000"),
+        ("events=1&every=600000&ping=1&sse=1", b"at least a 1000th"),
     ],
 )  # fmt: skip
 def test_test_stream_refuses_what_is_out_of_bounds(query: str, words: bytes) -> None:
@@ -15401,12 +15412,21 @@ def test_check_tells_what_each_kind_of_hop_does() -> None:
 
 def test_check_gives_its_token_to_no_other_host_and_believes_no_other_server() -> None:
     heads: list[bytes] = []
+    gzip_begin = bytes.fromhex("1f8b08000000000000ff")
     answers = {
         "elsewhere": b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.2:%d/healthz/stream\r\nContent-Length: 0\r\n\r\n",
         "unreadable": b"HTTP/1.1 302 Found\r\nLocation: http://me:pass@[::1/\xff\r\nContent-Length: 0\r\n\r\n",
         "endless": b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 65536,
+        "digits": b"HTTP/1.1 200 OK\r\n\r\n" + b"0" * 300_000,
+        "large number": b"HTTP/1.1 200 OK\r\n\r\n1 " + b"9" * 5000 + b" 1.1 ;\n",
+        "nothing, packed": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + gzip_begin,
         "no HTTP": b"SSH-2.0-OpenSSH\r\n\r\n",
+        "interim": b"",
     }
+    endless = {
+        "endless": b"x" * 65536, "nothing, packed": b"\0\0\0\xff\xff" * 9999,
+        "interim": b"HTTP/1.1 101 x\r\n\r\n" * 999,
+    }  # fmt: skip
 
     def serve(name: str, listener: socket.socket) -> None:
         answer = answers[name].replace(b"%d", b"%d" % listener.getsockname()[1])
@@ -15416,13 +15436,16 @@ def test_check_gives_its_token_to_no_other_host_and_believes_no_other_server() -
                 with sock, contextlib.suppress(OSError):
                     heads.append(sock.recv(65536))
                     sock.sendall(answer)
-                    while name == "endless":
-                        sock.sendall(b"x" * 65536)
+                    while name in endless:
+                        sock.sendall(endless[name])
 
-    for name, found in zip(answers, ("not streamproxy", "not streamproxy", "not streamproxy", "not reached")):
+    for name in answers:
+        found = "not reached" if name in ("no HTTP", "interim") else "not streamproxy"
         with socket.create_server(("0.0.0.0", 0)) as listener:
             threading.Thread(target=serve, args=(name, listener), daemon=True).start()
             check = checked(f"http://127.0.0.1:{listener.getsockname()[1]}", [found], check_token="letmein")
             assert check.found == [found], name
             listener.shutdown(socket.SHUT_RDWR)
-    assert b"letmein" in heads[0] and b"Host: 127.0.0.2" in heads[1] and b"letmein" not in heads[1]
+    assert b"letmein" in heads[0]
+    for head in heads[1:3]:  # nor once it is led on from there
+        assert b"Host: 127.0.0.2" in head and b"letmein" not in head
