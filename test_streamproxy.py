@@ -610,8 +610,7 @@ class StillServer(Still):
         return self
 
     def __exit__(self, *_: object) -> None:
-        for client in list(self.server.clients):
-            client.drop(streamproxy.Aborted("The test is over."))
+        self.server._close_clients()  # and what is kept for them
         self.turn()
         self.close()
         self.server.stop()
