@@ -4244,7 +4244,7 @@ class Exchange:
     def _enter(self, then: Callable[[], None], counts: bool) -> None:
         fields, settings = self.request.fields, self.server.settings
         self._identify()
-        place = self.name or (network_of(self.who) if self.who != "unix" else "unix")
+        place = self.name or network_of(self.who)
         self._then, answers = then, self.server.answers
         if answers.on:
             self.claim = Claim(self.request, place, self.name, self._wants_events(), counts)
@@ -4286,6 +4286,19 @@ class Exchange:
         if then and self._waits():
             self._step(then)
 
+    def _run(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Go on with what work returns, once a thread has done it."""
+        hub = self.server.hub
+        job = Job(hub.loop, work, self.go_on)
+
+        def finish() -> None:
+            if job.failure:
+                raise job.failure
+            then(job.result)
+
+        self._then = finish
+        hub.workers.run(job.run)
+
     # What is answered.
 
     def answer_preflight(self) -> None:
@@ -4310,17 +4323,12 @@ class Exchange:
 
     def _look_at_process(self) -> None:
         self._identify()
-        hub = self.server.hub
-        job = Job(hub.loop, process_figures, self.go_on)
-        self._then = functools.partial(self._answer_metrics, job)
-        hub.workers.run(job.run)
+        self._run(process_figures, self._answer_metrics)
 
-    def _answer_metrics(self, job: Job) -> None:
-        if job.failure:
-            raise job.failure
+    def _answer_metrics(self, figures: Mapping[str, float]) -> None:
         hub, counts = self.server.hub, self.server.snapshot()
         self.server.answers.count_into(hub.metrics)
-        for name, value in {**counts, **job.result, "log_lines_dropped_total": hub.log.lost}.items():
+        for name, value in {**counts, **figures, "log_lines_dropped_total": hub.log.lost}.items():
             hub.metrics.set(name.replace(" ", "_"), value)
         self._answer(200, hub.metrics.encode(), {"Content-Type": METRICS_TYPE})
 
@@ -4339,8 +4347,7 @@ class Exchange:
         elif self.server.state >= self.server.DRAINING:
             raise Aborted("The server is shutting down.")
         else:
-            place = network_of(self.who) if self.who != "unix" else "unix"
-            self.stream = stream = tests.enter(place, parse_test(query), self)
+            self.stream = stream = tests.enter(network_of(self.who), parse_test(query), self)
             stream.begin()
 
     def get_root(self) -> None:
@@ -4443,15 +4450,7 @@ class Exchange:
         if len(body) <= MAX_PARSED:
             self._ask(*work())
         else:
-            hub = self.server.hub
-            job = Job(hub.loop, work, self.go_on)
-            self._then = functools.partial(self._on_made, job)
-            hub.workers.run(job.run)
-
-    def _on_made(self, job: Job) -> None:
-        if job.failure:
-            raise job.failure
-        self._ask(*job.result)
+            self._run(work, lambda made: self._ask(*made))
 
     def _ask(self, call: Call, answer: Answer) -> None:
         claim, answers = self.claim, self.server.answers

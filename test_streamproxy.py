@@ -11297,27 +11297,26 @@ def test_command_line_serves_with_standard_streams_that_are_closed(tmp_path: Pat
             assert process.wait(DEADLINE) == 0, closed
 
 
-def test_command_line_json_log(provider: Provider) -> None:
-    with launched("--log-format", "json", OPENAI_BASE_URL=provider.url) as (process, front):
+def log_of_one_answer(provider: Provider, *flags: str) -> str:
+    """What a process writes to stderr that answers once, and is ended."""
+    with launched(*flags, OPENAI_BASE_URL=provider.url) as (process, front):
         with Client(front).ask(PROMPT) as client, provider.take() as upstream:
             upstream.start(A)
             upstream.finish()
             client.head()
             client.body()
         process.send_signal(signal.SIGTERM)
-        entry = next(entry for entry in map(json.loads, process.stderr) if "ending" in entry)
-        assert (entry["ending"], entry["pieces"], entry["usage"]) == ("complete", 1, None)
+        return str(process.stderr.read())
+
+
+def test_command_line_json_log(provider: Provider) -> None:
+    entries = map(json.loads, log_of_one_answer(provider, "--log-format", "json").splitlines())
+    entry = next(entry for entry in entries if "ending" in entry)
+    assert (entry["ending"], entry["pieces"], entry["usage"]) == ("complete", 1, None)
 
 
 def test_command_line_log_level(provider: Provider) -> None:
-    with launched("--log-level", "debug", OPENAI_BASE_URL=provider.url) as (process, front):
-        with Client(front).ask(PROMPT) as client, provider.take() as upstream:
-            upstream.start(A)
-            upstream.finish()
-            client.head()
-            client.body()
-        process.send_signal(signal.SIGTERM)
-        text = process.stderr.read()
+    text = log_of_one_answer(provider, "--log-level", "debug")
     assert re.search(r"time=\S+Z level=debug id=[0-9a-f]{16} step=\"first text\"\n", text)
     assert " ending=complete " in text
 
@@ -11622,11 +11621,6 @@ def test_readme_first_version_of_the_changes_is_the_program_s() -> None:
     assert [day for _, day in said] == sorted((day for _, day in said), reverse=True)
     done = subprocess.run([sys.executable, str(PROGRAM), "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"streamproxy {streamproxy.__version__}\n", "")
-
-
-def test_readme_picture_is_there() -> None:
-    path = re.findall(r"^!\[.+\]\((.+)\)$", README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(path) == 1 and (HERE / path[0]).read_bytes().startswith(b"\x89PNG\r\n")
 
 
 def test_readme_settings_table_is_the_code_s() -> None:
