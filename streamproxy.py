@@ -5031,11 +5031,13 @@ class Race:
             self._failures.append(error.errno or 0)
             return False
         self._trying.append(sock)
-        self._deadline.lifeline.hold(sock, functools.partial(sock.shutdown, socket.SHUT_RDWR))
+        hold = functools.partial(self._deadline.lifeline.hold, sock, functools.partial(sock.shutdown, socket.SHUT_RDWR))
+        hold()
         sock.setblocking(False)
         tune(sock)
         code = sock.connect_ex(address)
         if code in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            hold()  # once more: a cut that came before it began to connect has not ended it
             return True
         self._fail(sock, code)
         return False

@@ -7124,6 +7124,24 @@ def test_dial_ends_when_it_is_cut(
         assert dialing.error()[0] == 502 and time.monotonic() - began < 1
 
 
+def test_dial_that_is_cut_as_it_begins_to_connect_ends_at_once(
+    names: Any, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifeline, tune = streamproxy.Lifeline(), streamproxy.tune
+
+    def cut(sock: socket.socket) -> None:
+        tune(sock)
+        lifeline.cut()
+
+    monkeypatch.setattr(streamproxy, "tune", cut)
+    with silent_address() as address:
+        names["api.example"] = [address]
+        upstream = streamproxy.Upstream(dial_settings("https://api.example/v1", ca_file=str(certificate), **SLOW))
+        with pytest.raises(streamproxy.UpstreamError) as raised:
+            upstream.dial(lifeline)
+    assert raised.value.status == 502  # 504: it has waited for its time
+
+
 def test_dial_that_was_cut_before_opens_nothing(names: Any, listener: Listener) -> None:
     names["api.example"] = [listener]
     lifeline = streamproxy.Lifeline()
