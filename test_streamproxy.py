@@ -13901,7 +13901,7 @@ def test_readme_eventsource_in_a_browser(browser: WebDriver, provider: Provider,
             elif how == "broken":  # and the browser asks again by itself, to be told 204
                 for client in set(server.clients):
                     client.sock.shutdown(socket.SHUT_RDWR)
-                assert upstream.gone() and browser.run("return seen") == ["a"]
+                assert upstream.gone()
             browser.wait("return source.readyState === EventSource.CLOSED")
         ends = {"whole": ["a"], "reported": ["a", "\nIt broke."], "refused": ["\nThe answer is not whole."],
                 "broken": ["a", "\nThe answer is not whole."]}  # fmt: skip
