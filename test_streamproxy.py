@@ -742,11 +742,14 @@ def descriptors_now() -> int:
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
+RUN = "import streamproxy; streamproxy.run_script()"  # imported, the program need not be compiled each time
+
+
 @contextlib.contextmanager
 def launched(*flags: str, code: str = "", **environ: str) -> Iterator[tuple[Any, streamproxy.Server]]:
     """The program in a process of its own, or code that runs it, and something with its url."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", *(("-c", code) if code else (str(PROGRAM),)), "--bind", "127.0.0.1:0", *flags],
+        [sys.executable, "-W", "error", "-c", code or RUN, "--bind", "127.0.0.1:0", *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE, env={**os.environ, "OPENAI_API_KEY": KEY, **environ},
         text=True,
     )  # fmt: skip
@@ -773,7 +776,7 @@ def run(*flags: str, code: str = "", **environ: str) -> tuple[int, str, str]:
     """Exit status, output and errors of the program, or of code that runs it."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "STREAMPROXY_"))}
     done = subprocess.run(
-        [sys.executable, "-W", "error", *(("-c", code) if code else (str(PROGRAM),)), *flags], capture_output=True,
+        [sys.executable, "-W", "error", "-c", code or RUN, *flags], capture_output=True,
         cwd=HERE, env={**clean, **environ}, text=True, check=False, timeout=DEADLINE,
     )  # fmt: skip
     check_no_key(done.stdout + done.stderr)
@@ -794,8 +797,9 @@ def refused(front: Any) -> bool:
 def free_port() -> int:
     """A port for a server that is told its number: none of those that the system gives to connections meanwhile."""
     while True:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(20_000, 32_000))) as probe:
-            return int(probe.getsockname()[1])
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 # 1, 2 ------------------------------------------------------------------ The module, its limits and errors
@@ -11310,8 +11314,8 @@ def test_command_line_serves_with_standard_streams_that_are_closed(tmp_path: Pat
         served = []
         for number, closed in enumerate(["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"]):
             front = Front(f"unix:{tmp_path}/{number}")
-            command = shlex.join([sys.executable, str(PROGRAM), "--demo", "--bind", front.url])
-            process = stack.enter_context(subprocess.Popen(["sh", "-c", f"exec {command} {closed}"]))
+            command = shlex.join([sys.executable, "-c", RUN, "--demo", "--bind", front.url])
+            process = stack.enter_context(subprocess.Popen(["sh", "-c", f"exec {command} {closed}"], cwd=HERE))
             stack.callback(process.kill)
             served.append((closed, process, front))
         for closed, process, front in served:
@@ -11468,18 +11472,19 @@ OUTPUTS = {
 
 
 @contextlib.contextmanager
-def launched_into(name: str, kind: str, *flags: str, **environ: str) -> Iterator[tuple[Any, Front]]:
+def launched_into(name: str, kind: str, *flags: str, code: str = RUN, **environ: str) -> Iterator[tuple[Any, Front]]:
     """The program, of whose standard output or error a kind of trouble is made."""
     with contextlib.ExitStack() as stack:
         front = Front(f"unix:{stack.enter_context(tempfile.TemporaryDirectory())}/s")  # a port could not be read
-        command = [sys.executable, str(PROGRAM), "--bind", front.url, *flags]
+        command = [sys.executable, "-c", code, "--bind", front.url, *flags]
         outputs: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         make = OUTPUTS[kind]
         if make:
             outputs[name] = make(stack)
         else:
             command = ["sh", "-c", f'exec "$@" {1 + (name == "stderr")}>&-', "sh", *command]
-        process = subprocess.Popen(command, **outputs, env={**os.environ, "OPENAI_API_KEY": KEY, **environ})
+        environ = {**os.environ, "OPENAI_API_KEY": KEY, **environ}
+        process = subprocess.Popen(command, **outputs, env=environ, cwd=HERE)
         stack.callback(process.wait)
         stack.callback(process.kill)
         wait_for(lambda: process.poll() is not None or not refused(front))
@@ -11528,7 +11533,7 @@ def test_output_that_is_stuck_does_not_keep_a_second_signal_from_ending_all(prov
 def test_complaint_that_cannot_be_written_does_not_change_the_status(to: str) -> None:
     if not os.path.exists("/dev/full"):
         missing("there is no /dev/full")
-    command = ["sh", "-c", f'exec "$@" {to}', "sh", sys.executable, str(PROGRAM), "--idle-timeout", "x"]
+    command = ["sh", "-c", f'exec "$@" {to}', "sh", sys.executable, "-c", RUN, "--idle-timeout", "x"]
     assert subprocess.run(command, check=False, cwd=HERE).returncode == 2
 
 
@@ -11648,7 +11653,8 @@ def test_readme_first_version_of_the_changes_is_the_program_s() -> None:
     assert said[0][0] == streamproxy.__version__ and len(versions) > 1
     assert versions == sorted(set(versions), reverse=True)
     assert [day for _, day in said] == sorted((day for _, day in said), reverse=True)
-    done = subprocess.run([sys.executable, str(PROGRAM), "--version"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "error", str(PROGRAM), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"streamproxy {streamproxy.__version__}\n", "")
 
 
@@ -12863,8 +12869,7 @@ class Manager:
         return dict(line.split("=", 1) for line in self.sock.recv(4096).decode().split("\n"))
 
     def start(self, *flags: str) -> Any:
-        # Imported, it need not be compiled each time.
-        command = [sys.executable, "-c", "import streamproxy; streamproxy.run_script()", *self.flags, *flags]
+        command = [sys.executable, "-c", RUN, *self.flags, *flags]
         process = subprocess.Popen(
             command, env=self.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=HERE
         )
@@ -13007,8 +13012,9 @@ def test_socket_of_systemd_that_cannot_be_used_is_one_line(begin: str, flags: tu
         names = {"fd": given.fileno(), "port": given.getsockname()[1]}
         variables, _, redirection = begin.format(**names).partition(" ")
         script = f'exec {redirection or "3</dev/null"}; export LISTEN_PID=$$ {variables}; exec "$@"'
-        command = ["bash", "-c", script, "bash", sys.executable, str(PROGRAM), "--demo", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[given.fileno()])
+        command = ["bash", "-c", script, "bash", sys.executable, "-c", RUN, "--demo", *flags]
+        pass_fds = [given.fileno()]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=pass_fds, cwd=HERE)
         assert (done.returncode, done.stderr) == (2, f"streamproxy: {words.format(**names)}\n")
 
 
@@ -15302,8 +15308,8 @@ def test_check_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], m
         status, out, err = run(*flags)
         assert status == 2 and flags[0] in err and not out
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        command = [sys.executable, str(PROGRAM), "--check", f"http://127.0.0.1:{silent.getsockname()[1]}"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        command = [sys.executable, "-c", RUN, "--check", f"http://127.0.0.1:{silent.getsockname()[1]}"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE)
         with silent.accept()[0]:  # and somebody does not wait until it has said all
             process.send_signal(signal.SIGINT)
             assert process.communicate() == (b"", b"") and process.returncode == 130
