@@ -8237,16 +8237,17 @@ button:hover { background: var(--soft); }
 .user .tools { justify-content: end; }
 .editing { opacity: .5; }
 .turn:not(:last-child) .last { display: none; }
-.turn:has(.streaming) .last { visibility: hidden; }
-.text > * + *, li > * + *, blockquote > * + * { margin-top: .85rem; }
-.text > .more { margin-top: 0; }
-.text :is(p, h3, h4, h5, h6, li, td, th, blockquote) { unicode-bidi: plaintext; text-align: start; }
-.text p { white-space: pre-line; }
-.text :is(h3, h4, h5, h6) { font-weight: 650; line-height: 1.35; }
-.text > :is(h3, h4) { margin-top: 1.6rem; font-size: 1.2rem; }
+[aria-busy=true] .last { visibility: hidden; }
+.part { contain: content; margin-inline: -.5rem; padding-inline: .5rem; }
+.part > *, li > * + *, blockquote > * + * { margin-top: .85rem; }
+.part > :is(h3, h4) { margin-top: 1.6rem; font-size: 1.2rem; }
+.part:first-child > :first-child, p.more { margin-top: 0; }
+.part :is(p, h3, h4, h5, h6, li, td, th, blockquote) { unicode-bidi: plaintext; text-align: start; }
+.part p { white-space: pre-line; }
+.part :is(h3, h4, h5, h6) { font-weight: 650; line-height: 1.35; }
 ul, ol { padding-inline-start: 1.6rem; }
 li + li { margin-top: .3rem; }
-li > :is(ul, ol) { margin-top: .3rem; }
+li > :is(ul, ol), :is(ul, ol).more { margin-top: .3rem; }
 strong { font-weight: 650; }
 em { font-style: italic; }
 a { color: var(--accent); text-underline-offset: .15em; }
@@ -8261,15 +8262,19 @@ code, pre { font: .875em/1.6 ui-monospace, "Cascadia Mono", Menlo, Consolas, mon
   background: var(--soft); font-size: .8rem; color: var(--quiet); }
 .code button, .tools button { border: 0; padding: .2rem .5rem; font-size: .8rem; color: var(--quiet); }
 pre { direction: ltr; text-align: left; padding: .75rem 1rem; overflow-x: auto; overflow-wrap: normal; }
-pre code { font: inherit; }
+pre code { display: block; font: inherit; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; min-width: 100%; overflow-wrap: normal; font-size: .925rem; }
-th, td { padding: .45rem .9rem; max-width: 24rem; }
+th, td { padding: .45rem .9rem; max-width: 24rem; vertical-align: top; }
 th { font-weight: 600; background: var(--soft); }
 tr + tr td, tbody td { border-top: 1px solid var(--line); }
+.long, .long :is(thead, tbody) { display: block; }
+.long tbody { contain: content; }
+.long tr { display: grid; grid-template-columns: var(--columns); }
+.long td { max-width: none; overflow-wrap: anywhere; }
 details { margin-bottom: .75rem; font-size: .9rem; color: var(--quiet); }
 summary { cursor: pointer; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-details p { padding: .5rem 0 0 1rem; border-inline-start: 2px solid var(--line); white-space: pre-wrap; }
+details > div { margin-top: .5rem; padding-inline-start: 1rem; border-inline-start: 2px solid var(--line); }
 .dot { width: .6rem; height: .6rem; margin: .65rem .5rem; border-radius: 50%; background: var(--accent); }
 @media (prefers-reduced-motion: no-preference) { .dot { animation: fade 1s ease-in-out infinite alternate; } }
 @keyframes fade { to { opacity: .2; } }
@@ -8334,6 +8339,7 @@ form button { padding: .4rem .9rem; border-radius: 1rem; border-color: transpare
 
 // Characters of a block, and of a line, a list item or a quote; levels of the last two.
 const CUT = 4000, LONGEST = 8 * CUT, DEEPEST = 8;
+const MANY = 100;   // rows of a table, items of a list
 const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)(.{0,500})$/, UNDERLINE = /^ {0,3}(=+|-+)[ \t]*$/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/, QUOTE = /^ {0,3}> ?/;
 const FENCE = /^( {0,3})(`{3,}(?=[^`]*$)|~{3,})[ \t]*([^\s`]*)/, ITEM = /^ {0,3}([-+*]|\d{1,9}[.)])(?:([ \t]+)|$)/;
@@ -8364,8 +8370,8 @@ function blockAt(text, at, before, depth) {
   let found;
   if (isBlank(line)) return {type: "blank", end, whole};
   if (found = FENCE.exec(line)) {
-    const head = {indent: found[1].length, fence: found[2], language: found[3]};
-    return whole ? readCode(text, end, head) : {...head, type: "code", text: "", end, whole};
+    const [, indent, fence, language] = found;
+    return readCode(text, end, {indent: indent.length, fence, language});
   }
   if (found = HEADING.exec(line))
     return {type: "heading", level: found[1].length, text: found[2].replace(/[ \t]#+[ \t]*$/, "").trim(), end, whole};
@@ -8399,7 +8405,7 @@ function readTable(text, start, {head, align, cut}) {
   for (let at = start; at < text.length;) {
     const read = lineAt(text, at), {line, end, whole} = read;
     if (isBlank(line) || interrupts(line)) return {...block, end: at, whole: isSure(read)};
-    if (at - start > CUT) return {...block, end: at, whole: true, cut: true};
+    if (at - start > CUT || block.rows.length === MANY) return {...block, end: at, whole: true, cut: true};
     block.rows.push(cells(line).slice(0, head.length));
     at = end;
     if (!whole) break;
@@ -8429,33 +8435,39 @@ const trimLines = text => text.replace(/^[ \t]+/gm, "").trimEnd();
 const paragraph = (text, start, end, more, whole) =>
   ({type: "paragraph", text: trimLines(text.slice(start, end)), more, end, whole});
 
-function readQuote(text, start) {
+// What is in a quote or an item.  inner(line): what of a line is; null where nothing is.
+function readLines(text, start, inner) {
   const lines = [];
-  let at = start, last = "", whole = false;
+  let at = start, whole = false;
   while (at < text.length) {
-    const read = lineAt(text, at), {line, end} = read, quoted = QUOTE.exec(line);
-    const lazy = !quoted && !isBlank(last) && !isBlank(line) && !interrupts(line) && !FENCE.test(last);
-    if (!quoted && !lazy || at > start && end - start > LONGEST) { whole = isSure(read); break; }
-    lines.push(last = line.slice(quoted ? quoted[0].length : 0));
-    at = end;
+    const read = lineAt(text, at), tooLong = at > start && read.end - start > LONGEST;
+    const line = tooLong ? null : inner(read.line);
+    if (line === null) { whole = isSure(read); break; }
+    lines.push(line);
+    at = read.end;
   }
-  return {type: "quote", text: lines.join("\n"), end: at, whole};
+  return {text: lines.join("\n"), end: at, whole};
+}
+
+function readQuote(text, start) {
+  let last = "";
+  return {type: "quote", ...readLines(text, start, line => {
+    const quoted = QUOTE.exec(line);
+    const goesOn = ![last, line].some(isBlank) && !interrupts(line) && !FENCE.test(last);
+    return quoted || goesOn ? last = line.slice(quoted?.[0].length) : null;
+  })};
 }
 
 function readItem(text, start, [mark, marker, space = ""]) {
-  const offset = space.length > 4 ? mark.length - space.length + 1 : mark.length + (space ? 0 : 1), lines = [];
-  let at = start, blank = false, whole = false;
-  while (at < text.length) {
-    const read = lineAt(text, at), {end} = read;
-    const line = read.line.replace(/^\t+/, tabs => "    ".repeat(tabs.length)), indent = line.search(/\S/);
-    const belongs = at === start || indent < 0 || indent >= offset || (!blank && !interrupts(line) && !ITEM.test(line));
-    if (!belongs || at > start && end - start > LONGEST) { whole = isSure(read); break; }
-    if (at === start) lines.push(line.slice(offset));
-    else if (indent >= 0 || read.whole) lines.push(line.slice(Math.min(offset, Math.max(indent, 0))));
-    blank = indent < 0;
-    at = end;
-  }
-  return {type: "item", text: lines.join("\n"), end: at, whole, list: marker.at(-1), number: parseInt(marker)};
+  const offset = space.length > 4 ? mark.length - space.length + 1 : mark.length + (space ? 0 : 1);
+  let blank = null;   // whether the last line was, once there is one
+  return {type: "item", list: marker.at(-1), number: parseInt(marker), ...readLines(text, start, line => {
+    line = line.replace(/^\t+/, tabs => "    ".repeat(tabs.length));
+    const indent = isBlank(line) ? offset : line.search(/\S/), first = blank === null;
+    const goesOn = first || indent >= offset || !blank && !interrupts(line) && !ITEM.test(line);
+    blank = isBlank(line);
+    return goesOn ? line.slice(first ? offset : Math.min(offset, indent)) : null;
+  })};
 }
 
 // Inline: strings and {type, children}.  The delimiter stack is CommonMark's, so that it is linear.  open: more may
@@ -8641,10 +8653,12 @@ function aim(element, {address, children}) {
   if (children.join("") !== address) element.dataset.host = element.host || element.pathname;
 }
 
+const goesOn = ({list}, above) => above?.dataset.list === list;
+
 // Where a block goes on in what is above it: an item in its list, the rest of a code block or a table that was cut.
 function placeAbove(block, above) {
-  if (block.type === "item") return above?.dataset.list === block.list ? above : null;
-  return block.more && above?.querySelector({code: "code", table: "tbody"}[block.type] || "none") || null;
+  if (block.type === "item") return goesOn(block, above) && above.childElementCount < MANY ? above : null;
+  return block.more && above?.querySelector({code: "pre", table: "table"}[block.type] || "none") || null;
 }
 
 // Make room for a block below the one above, or in it.  Returns the element of the two, and a function that draws the
@@ -8653,7 +8667,7 @@ function drawBlock(parent, block, above, depth) {
   const {type} = block, place = placeAbove(block, above);
   if (type === "blank") return {element: above};
   if (type === "item") {
-    const list = place || makeList(parent, block);
+    const list = place || makeList(parent, block, above);
     return {element: list, grow: growNested(make(list, "li"), depth)};
   }
   if (type === "code") return drawCode(parent, block, place, above);
@@ -8695,11 +8709,11 @@ function growNested(element, depth) {
   };
 }
 
-function makeList(parent, {list, number}) {
-  const element = make(parent, isNaN(number) ? "ul" : "ol");
+function makeList(parent, {list, number}, above) {
+  const element = make(parent, isNaN(number) ? "ul" : "ol", goesOn({list}, above) ? "more" : "");
   element.dataset.list = list;
   element.dir = "auto";   // of its marks and indents; each paragraph has its own
-  if (number >= 0) element.start = number;
+  if (number >= 0) element.start = element.className ? above.start + above.childElementCount : number;
   return element;
 }
 
@@ -8714,30 +8728,40 @@ function drawCode(parent, {language}, place, above) {
   if (!place) {
     const bar = make(element, "div");
     make(bar, "span", "", language || "text");
-    place = make(scrollable(element, "", "Code"), "code");
+    place = scrollable(element, "", "Code");
     button(bar, "Copy", self => copy(self, place.textContent)).ariaLabel = "Copy code";
   }
-  const shown = place.appendChild(new Text());
+  const shown = make(place, "code").appendChild(new Text());
   return {element, grow: ({text}) => { shown.appendData(text.slice(shown.length)); return true; }};
 }
 
 function drawTable(parent, {head, align}, place, above) {
   const element = place ? above : scrollable(parent, "wide", "Table");
-  if (!place) {
-    const table = make(element, "table");
-    table.dir = "auto";
-    drawRow(make(table, "thead"), "th", head, align, false);
-    place = make(table, "tbody");
+  if (place) fixColumns(place);
+  else {
+    place = make(element, "table");
+    place.dir = "auto";
+    drawRow(make(place, "thead"), "th", head, align, false);
   }
+  const body = make(place, "tbody");
   let count = 0, last = null;
   return {element, grow({rows}, open) {
     if (rows.length < count) return false;
     last?.remove();   // it may have grown
     for (const row of rows.slice(Math.max(0, count - 1)))
-      last = drawRow(place, "td", row, align, open && row === rows.at(-1));
+      last = drawRow(body, "td", row, align, open && row === rows.at(-1));
     count = rows.length;
     return true;
   }};
+}
+
+// Leave a long table's columns as wide as they are, so that each row is laid out alone.
+function fixColumns(table) {
+  if (table.className) return;
+  const widths = Array.from(table.rows[0].cells, cell => cell.offsetWidth || 1);
+  table.style.setProperty("--columns", widths.map(width => `minmax(${width}px, ${width}fr)`).join(" "));
+  table.style.minWidth = `max(100%, ${widths.reduce((sum, width) => sum + width)}px)`;
+  table.className = "long";
 }
 
 function drawRow(parent, tag, row, align, open) {
@@ -8765,8 +8789,9 @@ function growingText(element, depth = 0) {
       for (const [place, size] of kept) while (place.childNodes.length > size) place.lastChild.remove();
   }
   function drawLast(block, last, open) {
-    const kept = [element, placeAbove(block, last)].filter(Boolean).map(place => [place, place.childNodes.length]);
-    const drawn = drawBlock(element, block, last, depth);
+    const parent = depth ? element : element.lastElementChild || make(element, "div", "part");
+    const kept = [parent, placeAbove(block, last)].filter(Boolean).map(place => [place, place.childNodes.length]);
+    const drawn = drawBlock(parent, block, last, depth);
     drawn.grow?.(block, open);
     return {...drawn, block, kept};
   }
@@ -8783,6 +8808,7 @@ function growingText(element, depth = 0) {
       if (open) { count++; continue; }
       tail.shift();
       [at, before, above] = [next, last, shown];
+      if (!depth && element.lastElementChild.getElementsByTagName("*").length > MANY) make(element, "div", "part");
       if (at < text.length && performance.now() > until) return true;
     }
     takeBack(count);
@@ -8819,26 +8845,23 @@ function drawTurn(turn) {
   make(user, "div", "text", turn.question);
   button(make(user, "div", "tools last"), "Edit", edit);
   make(assistant, "h2", "label", "Assistant");
-  const view = {element, assistant, details: null, answer: growingText(make(assistant, "div", "text"))};
-  view.tools = make(assistant, "div", "tools");
-  return view;
+  const details = make(assistant, "details"), summary = make(details, "summary");
+  details.hidden = true;
+  const reasoning = growingText(make(details, "div")), answer = growingText(make(assistant, "div", "text"));
+  return {element, details, summary, reasoning, answer, tools: make(assistant, "div", "tools")};
 }
 
-function drawReasoning(turn, view) {
-  if (!view.details) {
-    view.details = make(null, "details");
-    view.summary = make(view.details, "summary");
-    view.reasoning = make(view.details, "p");
-    view.assistant.querySelector("h2").after(view.details);
-  }
-  const shown = turn.thought === undefined ? "Thinking" : `Thought for ${Math.max(1, Math.round(turn.thought))} s`;
-  view.summary.textContent = `${shown}: ${turn.reasoning.trimStart().slice(0, 200).split("\n")[0]}`;
-  view.reasoning.append(turn.reasoning.slice(view.reasoned || 0));
-  view.reasoned = turn.reasoning.length;
+// Draw what there is of a turn's texts, for a while; tell if there is more.
+function drawTexts(turn, view, ended) {
+  const more = view.reasoning.draw(ended) || view.answer.draw(ended);
+  view.details.hidden = !turn.reasoning;
+  const thought = turn.thought === undefined ? "Thinking" : `Thought for ${Math.max(1, Math.round(turn.thought))} s`;
+  const begin = view.details.lastChild.querySelector(".part > *")?.textContent.trimStart().split("\n")[0];
+  view.summary.textContent = `${thought}: ${begin}`;
+  return more;
 }
 
 function drawEnd(turn, view) {
-  if (turn.reasoning) drawReasoning(turn, view);
   const note = turn.error || turn.note || (turn.ended ? "" : "The answer was left.");
   view.tools.replaceChildren();
   if (note) {
@@ -8980,28 +9003,25 @@ async function fillIn(turn, view, began) {
   make(view.tools, "span", "dot");
   setRunning(true);
   stop.signal.addEventListener("abort", () => tellStop(turn));
-  view.assistant.classList.add("streaming");
   const draw = () => {
     frame = 0;
-    if (turn.reasoning.length > (view.reasoned || 0)) drawReasoning(turn, view);
-    if (view.answer.draw(false)) frame = requestAnimationFrame(draw);
+    if (drawTexts(turn, view, false)) frame = requestAnimationFrame(draw);
     follow();
   };
+  const endThought = () => { if (turn.reasoning) turn.thought ??= (performance.now() - measured.first) / 1000; };
   const status = await receive(turn, measured, (type, text) => {
-    if (type === "message") {
-      if (turn.reasoning) turn.thought ??= (performance.now() - measured.first) / 1000;
-      view.answer.add(text);
-    }
-    turn[type === "message" ? "answer" : "reasoning"] += text;
+    const kind = type === "message" ? "answer" : "reasoning";
+    if (kind === "answer") endThought();
+    view[kind].add(text);
+    turn[kind] += text;
     frame ||= requestAnimationFrame(draw);   // pieces are drawn together
   });
   cancelAnimationFrame(frame);
-  while (view.answer.draw(true)) await pause();
+  endThought();
+  while (drawTexts(turn, view, true)) await pause();
   if (stop.signal.aborted) [turn.error, turn.note] = ["", "Stopped."];
   if (status === 401) { takeBack(turn, view); return; }
-  if (turn.reasoning) turn.thought ??= (performance.now() - measured.first) / 1000;
   Object.assign(turn, {ended: true, stats: statsOf(turn, measured)});
-  view.assistant.classList.remove("streaming");
   if (turns.includes(turn)) drawEnd(turn, view);
   save();
   setRunning(false);
@@ -9165,8 +9185,9 @@ turns = JSON.parse(restore(store) || "[]");
 for (const turn of turns) {
   const view = drawTurn(turn);
   const goesOn = !turn.ended && isKept(turn, turn.stream ? Date.now() : turn.asked);
+  view.reasoning.add(turn.reasoning);
   view.answer.add(turn.answer);
-  while (view.answer.draw(!goesOn));
+  while (drawTexts(turn, view, !goesOn));
   if (goesOn) fillIn(turn, view, 0);
   else drawEnd(turn, view);
 }

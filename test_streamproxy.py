@@ -13192,7 +13192,8 @@ def answer(page: WebDriver, provider: Provider, *events: bytes) -> None:
 
 
 def growing(page: WebDriver, text: str) -> None:
-    page.wait("return document.querySelector('.streaming .text')?.textContent === arguments[0]", text)
+    script = "return $('[aria-busy=true] .turn:last-child .assistant .text')?.textContent === arguments[0]"
+    page.wait(script, text)
 
 
 def conversation(page: WebDriver, *expected: tuple[str, str]) -> None:
@@ -13315,7 +13316,7 @@ def test_page_shows_markup_as_text_and_folds_reasoning(page: WebDriver, provider
         upstream.start(delta(None, reasoning_content=markup), delta(markup))
         upstream.finish()
     conversation(page, ("user", markup), ("assistant", markup))
-    assert page.run("return document.querySelector('details p').textContent") == markup
+    assert page.run("return document.querySelector('details div').textContent") == markup
     assert page.run("return document.querySelector('summary').textContent").endswith(f"s: {markup}")
     assert page.run("return document.querySelectorAll('details:not([open]) img, img, main script').length") == 0
 
