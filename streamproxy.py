@@ -8241,7 +8241,7 @@ button:hover { background: var(--soft); }
 .part { contain: content; margin-inline: -.5rem; padding-inline: .5rem; }
 .part > *, li > * + *, blockquote > * + * { margin-top: .85rem; }
 .part > :is(h3, h4) { margin-top: 1.6rem; font-size: 1.2rem; }
-.part:first-child > :first-child, p.more { margin-top: 0; }
+.part:first-child > :first-child, :is(p.more, li > .part, blockquote > .part) { margin-top: 0; }
 .part :is(p, h3, h4, h5, h6, li, td, th, blockquote) { unicode-bidi: plaintext; text-align: start; }
 .part p { white-space: pre-line; }
 .part :is(h3, h4, h5, h6) { font-weight: 650; line-height: 1.35; }
@@ -8335,11 +8335,11 @@ form button { padding: .4rem .9rem; border-radius: 1rem; border-color: transpare
 "use strict";
 
 // Markdown: from text to blocks, as of CommonMark and GFM's tables.  Nothing here knows the page.  HTML, math,
-// entities, indented code and reference links stay text.  A long block is cut, so that each is drawn at once.
+// entities, indented code and reference links stay text.  A long block is cut, and the next one goes on with it (more):
+// so each is read and drawn at once, and none is read again that is whole.
 
-// Characters of a block, and of a line, a list item or a quote; levels of the last two.
-const CUT = 4000, LONGEST = 8 * CUT, DEEPEST = 8;
-const MANY = 100;   // rows of a table, items of a list
+// Characters of a block, and of a line; levels of quotes and items; rows of a table, or as many items or elements.
+const CUT = 4000, LONGEST = 8 * CUT, DEEPEST = 8, MANY = 100;
 const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)(.{0,500})$/, UNDERLINE = /^ {0,3}(=+|-+)[ \t]*$/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/, QUOTE = /^ {0,3}> ?/;
 const FENCE = /^( {0,3})(`{3,}(?=[^`]*$)|~{3,})[ \t]*([^\s`]*)/, ITEM = /^ {0,3}([-+*]|\d{1,9}[.)])(?:([ \t]+)|$)/;
@@ -8364,8 +8364,7 @@ const interrupts = line => HEADING.test(line) || FENCE.test(line) || QUOTE.test(
 
 // The block that begins at a place, where it ends, and whether it is whole.  before: the one above, which may be cut.
 function blockAt(text, at, before, depth) {
-  if (before?.cut) return before.type === "code" ? readCode(text, at, before)
-    : before.type === "table" ? readTable(text, at, before) : readParagraph(text, at, true);
+  if (before?.cut) return before.read(text, at, before);
   const {line, end, whole} = lineAt(text, at);
   let found;
   if (isBlank(line)) return {type: "blank", end, whole};
@@ -8376,19 +8375,23 @@ function blockAt(text, at, before, depth) {
   if (found = HEADING.exec(line))
     return {type: "heading", level: found[1].length, text: found[2].replace(/[ \t]#+[ \t]*$/, "").trim(), end, whole};
   if (RULE.test(line)) return {type: "rule", end, whole};
-  if (depth < DEEPEST && QUOTE.test(line)) return readQuote(text, at);
-  if (depth < DEEPEST && (found = ITEM.exec(line))) return readItem(text, at, found);
+  if (depth < DEEPEST && QUOTE.test(line)) return readQuote(text, at, {last: ""});
+  if (depth < DEEPEST && (found = ITEM.exec(line))) {
+    const [mark, marker, space = ""] = found;
+    const offset = space.length > 4 ? mark.length - space.length + 1 : mark.length + (space ? 0 : 1);
+    return readItem(text, at, {list: marker.at(-1), number: parseInt(marker), offset, blank: null});
+  }
   const next = whole && line.includes("|") && lineAt(text, end);
   if (next?.whole && COLUMNS.test(next.line) && cells(next.line).length === cells(line).length) {
     const align = cells(next.line).map(cell => ["", "left", "right", "center"][/^:/.test(cell) + 2 * /:$/.test(cell)]);
     return readTable(text, next.end, {head: cells(line), align});
   }
-  return readParagraph(text, at, false);
+  return readParagraph(text, at, {});
 }
 
 function readCode(text, start, {indent, fence, language, cut}) {
   const closing = new RegExp(`^ {0,3}${fence[0]}{${fence.length},}[ \\t]*$`), dedent = new RegExp(`^ {0,${indent}}`);
-  const block = {type: "code", indent, fence, language, more: cut, text: "", whole: false};
+  const block = {type: "code", read: readCode, indent, fence, language, more: cut, text: "", whole: false};
   for (let at = start; at < text.length;) {
     const {line, end, whole} = lineAt(text, at);
     if (closing.test(line)) return {...block, end, whole};
@@ -8401,7 +8404,7 @@ function readCode(text, start, {indent, fence, language, cut}) {
 }
 
 function readTable(text, start, {head, align, cut}) {
-  const block = {type: "table", head, align, more: cut, rows: []};
+  const block = {type: "table", read: readTable, head, align, more: cut, rows: []};
   for (let at = start; at < text.length;) {
     const read = lineAt(text, at), {line, end, whole} = read;
     if (isBlank(line) || interrupts(line)) return {...block, end: at, whole: isSure(read)};
@@ -8413,61 +8416,57 @@ function readTable(text, start, {head, align, cut}) {
   return {...block, end: text.length, whole: false};
 }
 
-function readParagraph(text, start, more) {
-  let at = start, level = 0;
-  while (at < text.length) {
-    const read = lineAt(text, at), {line, end, whole} = read, underline = at > start && UNDERLINE.exec(line);
-    if (underline && whole && !more) {
-      level = underline[1][0] === "=" ? 1 : 2;
-      return {type: "heading", level, text: trimLines(text.slice(start, at)), end, whole};
-    }
-    if (isBlank(line) || (at > start && interrupts(line))) return paragraph(text, start, at, more, isSure(read));
+function readParagraph(text, start, {cut: more}) {
+  const paragraph = (end, whole, cut) => ({type: "paragraph", read: readParagraph, more, end, whole, cut,
+    text: trimLines(text.slice(start, end))});
+  for (let at = start; at < text.length;) {
+    const read = lineAt(text, at), {line, end, whole} = read, underline = at > start && !more && UNDERLINE.exec(line);
+    if (underline && whole)
+      return {...paragraph(at, whole), type: "heading", level: underline[1][0] === "=" ? 1 : 2, end};
+    if (isBlank(line) || (at > start && interrupts(line))) return paragraph(at, isSure(read));
     if (end - start > CUT) {
       const room = start + CUT, space = text.lastIndexOf(" ", room);
-      return {...paragraph(text, start, space > start ? space + 1 : room, more, true), cut: true};
+      return paragraph(space > start ? space + 1 : room, true, true);
     }
     at = end;
   }
-  return paragraph(text, start, text.length, more, false);
+  return paragraph(text.length, false);
 }
 
 const trimLines = text => text.replace(/^[ \t]+/gm, "").trimEnd();
-const paragraph = (text, start, end, more, whole) =>
-  ({type: "paragraph", text: trimLines(text.slice(start, end)), more, end, whole});
 
 // What is in a quote or an item.  inner(line): what of a line is; null where nothing is.
 function readLines(text, start, inner) {
-  const lines = [];
-  let at = start, whole = false;
-  while (at < text.length) {
-    const read = lineAt(text, at), tooLong = at > start && read.end - start > LONGEST;
-    const line = tooLong ? null : inner(read.line);
-    if (line === null) { whole = isSure(read); break; }
-    lines.push(line);
+  let inside = "";
+  for (let at = start; at < text.length;) {
+    const read = lineAt(text, at), line = inner(read.line);
+    if (line === null) return {text: inside, end: at, whole: isSure(read)};
+    inside += line + (text[read.end - 1] === "\n" ? "\n" : "");
     at = read.end;
+    if (read.whole && at - start > CUT) return {text: inside, end: at, whole: true, cut: true};
   }
-  return {text: lines.join("\n"), end: at, whole};
+  return {text: inside, end: text.length, whole: false};
 }
 
-function readQuote(text, start) {
-  let last = "";
-  return {type: "quote", ...readLines(text, start, line => {
+function readQuote(text, start, {last, cut: more}) {
+  const lines = readLines(text, start, line => {
     const quoted = QUOTE.exec(line);
     const goesOn = ![last, line].some(isBlank) && !interrupts(line) && !FENCE.test(last);
     return quoted || goesOn ? last = line.slice(quoted?.[0].length) : null;
-  })};
+  });
+  return {type: "quote", read: readQuote, last, more, ...lines};
 }
 
-function readItem(text, start, [mark, marker, space = ""]) {
-  const offset = space.length > 4 ? mark.length - space.length + 1 : mark.length + (space ? 0 : 1);
-  let blank = null;   // whether the last line was, once there is one
-  return {type: "item", list: marker.at(-1), number: parseInt(marker), ...readLines(text, start, line => {
+// offset: of what is in the item; blank: whether the line before was, null: there is none.
+function readItem(text, start, {list, number, offset, blank, cut: more}) {
+  const lines = readLines(text, start, line => {
     line = line.replace(/^\t+/, tabs => "    ".repeat(tabs.length));
     const indent = isBlank(line) ? offset : line.search(/\S/), first = blank === null;
     const goesOn = first || indent >= offset || !blank && !interrupts(line) && !ITEM.test(line);
     blank = isBlank(line);
     return goesOn ? line.slice(first ? offset : Math.min(offset, indent)) : null;
-  })};
+  });
+  return {type: "item", read: readItem, list, number, offset, blank, more, ...lines};
 }
 
 // Inline: strings and {type, children}.  The delimiter stack is CommonMark's, so that it is linear.  open: more may
@@ -8653,32 +8652,43 @@ function aim(element, {address, children}) {
   if (children.join("") !== address) element.dataset.host = element.host || element.pathname;
 }
 
-const goesOn = ({list}, above) => above?.dataset.list === list;
+const goesOn = ({list}, above) => above?.element?.dataset.list === list;
 
-// Where a block goes on in what is above it: an item in its list, the rest of a code block or a table that was cut.
+// Where a block goes on in what is above it: an item in its list, the rest of a code block or a table.
 function placeAbove(block, above) {
-  if (block.type === "item") return goesOn(block, above) && above.childElementCount < MANY ? above : null;
-  return block.more && above?.querySelector({code: "pre", table: "table"}[block.type] || "none") || null;
+  const list = block.type === "item" && goesOn(block, above) && above.element;
+  if (list) return block.more || list.childElementCount < MANY ? list : null;
+  return block.more && above.element.querySelector({code: "pre", table: "table"}[block.type] || "none") || null;
 }
 
 // Make room for a block below the one above, or in it.  Returns the element of the two, and a function that draws the
 // block there, and again as it has grown meanwhile; it says whether it could.  open: more of it may come.
 function drawBlock(parent, block, above, depth) {
-  const {type} = block, place = placeAbove(block, above);
-  if (type === "blank") return {element: above};
+  const {type, more} = block, place = placeAbove(block, above);
+  if (type === "blank") return {...above, grow: null};
   if (type === "item") {
-    const list = place || makeList(parent, block, above);
-    return {element: list, grow: growNested(make(list, "li"), depth)};
+    const element = place || makeList(parent, block, above);
+    return drawNested(element, more ? above.inner : growingText(make(element, "li"), depth + 1));
   }
   if (type === "code") return drawCode(parent, block, place, above);
   if (type === "table") return drawTable(parent, block, place, above);
+  if (type === "quote" && more) return drawNested(above.element, above.inner);
   const tag = {heading: `h${Math.min(6, block.level + 2)}`, rule: "hr", quote: "blockquote", paragraph: "p"}[type];
-  const element = make(parent, tag, block.more ? "more" : "");
-  if (type === "quote") {
-    element.dir = "auto";
-    return {element, grow: growNested(element, depth)};
-  }
-  return {element, grow: type === "rule" ? null : growInline(element)};
+  const element = make(parent, tag, more ? "more" : "");
+  if (type === "rule") return {element, grow: null};
+  if (type !== "quote") return {element, grow: growInline(element)};
+  element.dir = "auto";
+  return drawNested(element, growingText(element, depth + 1));
+}
+
+// inner: the text in a quote or an item, to which what a block brings is added.
+function drawNested(element, inner) {
+  const from = inner.length;
+  return {element, inner, grow({text, cut}, open) {
+    inner.add(text, from);
+    inner.draw(!open && !cut, Infinity);
+    return true;
+  }};
 }
 
 function growInline(element) {
@@ -8697,23 +8707,11 @@ const isAlike = (one, other) => one === other || Boolean(one.type) && one.type =
   && one.address === other.address && one.children?.length === other.children?.length
   && (one.children || []).every((child, index) => isAlike(child, other.children[index]));
 
-function growNested(element, depth) {
-  const inner = growingText(element, depth + 1);
-  let shown = "";
-  return ({text}, open) => {
-    if (!text.startsWith(shown)) return false;
-    inner.add(text.slice(shown.length));
-    shown = text;
-    inner.draw(!open, Infinity);
-    return true;
-  };
-}
-
 function makeList(parent, {list, number}, above) {
   const element = make(parent, isNaN(number) ? "ul" : "ol", goesOn({list}, above) ? "more" : "");
   element.dataset.list = list;
   element.dir = "auto";   // of its marks and indents; each paragraph has its own
-  if (number >= 0) element.start = element.className ? above.start + above.childElementCount : number;
+  if (number >= 0) element.start = element.className ? above.element.start + above.element.childElementCount : number;
   return element;
 }
 
@@ -8724,7 +8722,7 @@ function scrollable(parent, className, label) {   // sideways, and so reached by
 }
 
 function drawCode(parent, {language}, place, above) {
-  const element = place ? above : make(parent, "div", "code");
+  const element = place ? above.element : make(parent, "div", "code");
   if (!place) {
     const bar = make(element, "div");
     make(bar, "span", "", language || "text");
@@ -8736,7 +8734,7 @@ function drawCode(parent, {language}, place, above) {
 }
 
 function drawTable(parent, {head, align}, place, above) {
-  const element = place ? above : scrollable(parent, "wide", "Table");
+  const element = place ? above.element : scrollable(parent, "wide", "Table");
   if (place) fixColumns(place);
   else {
     place = make(element, "table");
@@ -8782,16 +8780,16 @@ const KIND = ["type", "more", "level", "language", "list", "number"];
 const isSame = (one, other) => KIND.every(name => Object.is(one[name], other[name]));
 
 // A text that grows in an element.  What is whole is drawn once; of the rest, the tail, what cannot grow is drawn anew.
+// Parts bound what the browser lays out with what is new.
 function growingText(element, depth = 0) {
-  let text = "", at = 0, before = null, above = null, tail = [];
+  let text = "", at = 0, before = null, above = null, tail = [], part = depth ? element : make(element, "div", "part");
   function takeBack(count) {
     for (const {kept} of tail.splice(count).reverse())
       for (const [place, size] of kept) while (place.childNodes.length > size) place.lastChild.remove();
   }
-  function drawLast(block, last, open) {
-    const parent = depth ? element : element.lastElementChild || make(element, "div", "part");
-    const kept = [parent, placeAbove(block, last)].filter(Boolean).map(place => [place, place.childNodes.length]);
-    const drawn = drawBlock(parent, block, last, depth);
+  function drawLast(block, shown, open) {
+    const kept = [part, placeAbove(block, shown)].filter(Boolean).map(place => [place, place.childNodes.length]);
+    const drawn = drawBlock(part, block, shown, depth);
     drawn.grow?.(block, open);
     return {...drawn, block, kept};
   }
@@ -8804,17 +8802,19 @@ function growingText(element, depth = 0) {
         takeBack(count);
         tail.push(drawLast(block, shown, open));
       }
-      [next, last, shown] = [block.end, block, tail[count].element];
+      [next, last, shown] = [block.end, block, tail[count]];
       if (open) { count++; continue; }
       tail.shift();
       [at, before, above] = [next, last, shown];
-      if (!depth && element.lastElementChild.getElementsByTagName("*").length > MANY) make(element, "div", "part");
+      if (part.getElementsByTagName("*").length > MANY) part = make(element, "div", "part");
       if (at < text.length && performance.now() > until) return true;
     }
     takeBack(count);
     return false;
   }
-  return {add(piece) { text += piece; }, draw};
+  // from: where the text is another from now on; nothing behind that is whole.
+  const add = (piece, from = text.length) => { text = text.slice(0, from) + piece; };
+  return {get length() { return text.length; }, add, draw};
 }
 
 // The conversation: turns of a question and its answer, kept for this tab.

@@ -13660,37 +13660,51 @@ def test_page_markdown_is_commonmark_however_it_arrives(page: WebDriver) -> None
 
 GROWING = {
     "items": ("", "- some *words*\n  - and more\n"), "one item": ("- a\n", "  some *words* and `code`\n"),
-    "a quote": ("", "> some *words*\n>\n"), "a table": ("|a|b|\n|-|-|\n", "| some *words* | and more |\n"),
-    "a line": ("", "some *words* and `code` "),
+    "items in one": ("1. a\n", "   1. some *words*\n"), "a quote": ("", "> some *words*\n>\n"),
+    "a table": ("|a|b|\n|-|-|\n", "| some *words* | and more |\n"), "a line": ("", "some *words* and `code` "),
+    "lines": ("", "some *words*\n"), "paragraphs": ("", "some *words*\n\n"), "sections": ("", "# words\n- some\n\n> more\n"),
+    "code": ("```py\n", "some(code)  # and more\n"), "a line of code": ("```\n", "some(code); "),
+    "code in an item": ("- a\n  ```\n", "  some(code)\n"), "items in a quote": ("", "> - some *words*\n"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", GROWING)
 def test_page_draws_what_is_new_and_no_more(page: WebDriver, kind: str) -> None:
-    """Counted, since a clock tells little on a busy machine: characters and lines read, nodes that come or go."""
+    """Counted, since a clock tells little on a busy machine: what is read, drawn, and laid out by the browser."""
     script = """
         const [begin, more, pieces, size] = arguments, [readInline, readLine] = [parseInline, lineAt], costs = [];
         const element = make(log, "div", "text"), growing = growingText(element);
         const watcher = new MutationObserver(String);
-        let characters = 0, lines = 0, nodes = 0;
+        let characters = 0, lines = 0, nodes = 0, most = 0;
         parseInline = (text, open) => { characters += text.length; return readInline(text, open); };
         lineAt = (text, at) => { lines++; return readLine(text, at); };
-        watcher.observe(element, {subtree: true, childList: true});
+        watcher.observe(element, {subtree: true, childList: true, characterData: true});
+        // What the browser looks at when it lays out what is new in a node: all of a table, text by lines, else siblings.
+        const laidOut = node => {
+            if (node === element) return node.children.length;
+            const size = node.matches?.("table:not(.long)") ? node.querySelectorAll("*").length
+                : [...node.childNodes].some(each => each.nodeType === 3) ? node.textContent.length / 40
+                : node.childNodes.length;
+            return size + laidOut(node.parentNode);
+        };
         growing.add(begin);
         for (let piece = 0; piece <= 3 * pieces; piece++) {
             if (piece % pieces === 0) costs.push([characters, lines, nodes]);
             growing.add(more.slice(piece * size, (piece + 1) * size));
-            growing.draw(false);
-            for (const record of watcher.takeRecords()) nodes += record.addedNodes.length + record.removedNodes.length;
+            growing.draw(false, Infinity);
+            const records = watcher.takeRecords().filter(({target}) => element.contains(target));
+            for (const record of records) nodes += record.addedNodes.length + record.removedNodes.length;
+            most = Math.max(most, ...new Set(records.map(record => laidOut(record.target))));
         }
-        return costs"""
+        return [most, ...costs]"""
     begin, more = GROWING[kind]
     pieces, size = 200, 160  # as much as the longest item or quote, and eight times the longest paragraph
-    one, two, three, four = page.run(script, begin, more * (3 * pieces * size // len(more) + 9), pieces, size)
+    most, one, two, three, four = page.run(script, begin, more * (3 * pieces * size // len(more) + 9), pieces, size)
     for name, *at in zip(("characters", "lines", "nodes"), one, two, three, four):
         early, late = at[1] - at[0], at[3] - at[2]
         assert late <= early * 1.5 + 100, name
     assert four[2] < 2 * page.run("return document.querySelectorAll('.text *').length") + 20 * 3 * pieces
+    assert most < 1000
 
 
 HOSTILE = {
