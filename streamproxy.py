@@ -8245,7 +8245,8 @@ button:hover { background: var(--soft); }
 .part :is(p, h3, h4, h5, h6, li, td, th, blockquote) { unicode-bidi: plaintext; text-align: start; }
 .part p { white-space: pre-line; }
 .part :is(h3, h4, h5, h6) { font-weight: 650; line-height: 1.35; }
-ul, ol { padding-inline-start: 1.6rem; }
+ul { padding-inline-start: 1.6rem; }
+ol { padding-inline-start: max(1.6rem, 1rem + 1ch * var(--digits)); }
 li + li { margin-top: .3rem; }
 li > :is(ul, ol), :is(ul, ol).more { margin-top: .3rem; }
 strong { font-weight: 650; }
@@ -8668,7 +8669,7 @@ function drawBlock(parent, block, above, depth) {
   if (type === "blank") return {...above, grow: null};
   if (type === "item") {
     const element = place || makeList(parent, block, above);
-    return drawNested(element, more ? above.inner : growingText(make(element, "li"), depth + 1));
+    return drawNested(element, more ? above.inner : growingText(makeItem(element), depth + 1));
   }
   if (type === "code") return drawCode(parent, block, place, above);
   if (type === "table") return drawTable(parent, block, place, above);
@@ -8715,6 +8716,12 @@ function makeList(parent, {list, number}, above) {
   return element;
 }
 
+function makeItem(list) {
+  const item = make(list, "li");
+  list.style.setProperty("--digits", String(list.start + list.childElementCount).length);   // there is room for two
+  return item;
+}
+
 function scrollable(parent, className, label) {   // sideways, and so reached by keyboard
   const element = make(parent, className === "wide" ? "div" : "pre", className);
   Object.assign(element, {tabIndex: 0, role: "region", ariaLabel: label});
@@ -8753,11 +8760,12 @@ function drawTable(parent, {head, align}, place, above) {
   }};
 }
 
-// Leave a long table's columns as wide as they are, so that each row is laid out alone.
+// Leave a long table's columns about as wide as they are, so that each row is laid out alone.
 function fixColumns(table) {
   if (table.className) return;
-  const widths = Array.from(table.rows[0].cells, cell => cell.offsetWidth || 1);
-  table.style.setProperty("--columns", widths.map(width => `minmax(${width}px, ${width}fr)`).join(" "));
+  const widths = Array.from(table.rows[0].cells, cell => cell.offsetWidth);
+  // A narrow one is of numbers, which get longer.
+  table.style.setProperty("--columns", widths.map(width => `minmax(0, ${width + 32}fr)`).join(" "));
   table.style.minWidth = `max(100%, ${widths.reduce((sum, width) => sum + width)}px)`;
   table.className = "long";
 }
