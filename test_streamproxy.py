@@ -13662,9 +13662,10 @@ GROWING = {
     "items": ("", "- some *words*\n  - and more\n"), "one item": ("- a\n", "  some *words* and `code`\n"),
     "items in one": ("1. a\n", "   1. some *words*\n"), "a quote": ("", "> some *words*\n>\n"),
     "a table": ("|a|b|\n|-|-|\n", "| some *words* | and more |\n"), "a line": ("", "some *words* and `code` "),
-    "lines": ("", "some *words*\n"), "paragraphs": ("", "some *words*\n\n"), "sections": ("", "# words\n- some\n\n> more\n"),
-    "code": ("```py\n", "some(code)  # and more\n"), "a line of code": ("```\n", "some(code); "),
-    "code in an item": ("- a\n  ```\n", "  some(code)\n"), "items in a quote": ("", "> - some *words*\n"),
+    "lines": ("", "some *words*\n"), "paragraphs": ("", "some *words*\n\n"),
+    "sections": ("", "# words\n- some\n\n> more\n"), "code": ("```py\n", "some(code)  # and more\n"),
+    "a line of code": ("```\n", "some(code); "), "code in an item": ("- a\n  ```\n", "  some(code)\n"),
+    "items in a quote": ("", "> - some *words*\n"),
 }  # fmt: skip
 
 
@@ -13679,7 +13680,7 @@ def test_page_draws_what_is_new_and_no_more(page: WebDriver, kind: str) -> None:
         parseInline = (text, open) => { characters += text.length; return readInline(text, open); };
         lineAt = (text, at) => { lines++; return readLine(text, at); };
         watcher.observe(element, {subtree: true, childList: true, characterData: true});
-        // What the browser looks at when it lays out what is new in a node: all of a table, text by lines, else siblings.
+        // What the browser looks at to lay out what is new in a node: all of a table, text by lines, else siblings.
         const laidOut = node => {
             if (node === element) return node.children.length;
             const size = node.matches?.("table:not(.long)") ? node.querySelectorAll("*").length
