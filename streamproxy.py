@@ -23,15 +23,17 @@ It terminates no TLS, writes nothing to disk and knows no users: nginx in front 
 Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
     13  Loop      tells that a client's socket can be read
-    15  Client    takes the request in; Exchange checks it, and says what upstream is asked  (pure: 8 to 11)
-    16  Upstream  opens a connection, in a thread of 14, unless the Pool has one that is warm
-    17  Source    sends the request, and reads the answer
+    16  Client    takes the request in
+    17  Exchange  checks it, and says what upstream is asked                                 (pure: 8 to 11)
+    20  Upstream  opens a connection, in a thread of 14, unless the Pool has one that is warm  (18: names and
+                  addresses; 19: TCP, TLS and a proxy's tunnel)
+    21  Source    sends the request, and reads the answer
                     BodyDecoder  upstream's framing to the bytes of the body                 (pure: 8)
                     EventParser  bytes to events                                             (pure: 4)
                     Answer       events to what the client asked for                         (pure: 3, 5 to 7)
-    18  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
-    19  Stream    ends it, or has another try; then Exchange queues a line of log, and Client reads on
-    20  KeptAnswer  stands between a Stream and the Viewers of its clients, where the answer is to outlive them
+    22  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
+    23  Stream    ends it, or has another try; then Exchange queues a line for 15, the log, and Client reads on
+    24  KeptAnswer  stands between a Stream and the Viewers of its clients, where the answer is to outlive them
                     Metrics      what is counted on the way, for /metrics                    (pure: 12)
 
 One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
@@ -3690,6 +3692,14 @@ class Workers:
             return few
 
 
+def start_thread(work: Callable[[], None]) -> None:
+    """Raises RuntimeError where the system has none left."""
+    threading.Thread(target=work, name="worker", daemon=True).start()
+
+
+# 15 ------------------------------------------------------------------ Log
+
+
 class LogWriter:
     """Writes the log in a thread of its own, so that a reader that is stuck, or a handler of somebody's that
     blocks or raises, costs lines of log and nothing else.
@@ -3777,36 +3787,33 @@ class LogWriter:
         return True
 
 
-def start_thread(work: Callable[[], None]) -> None:
-    """Raises RuntimeError where the system has none left."""
-    threading.Thread(target=work, name="worker", daemon=True).start()
+@functools.lru_cache(maxsize=1)
+def _log_second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
-def process_figures() -> dict[str, float]:
-    """Return what the system tells of this process, by the names that Prometheus' own clients have.
-
-    Less where it tells less.  Lists all descriptors, which takes a while where there are many.
-    """
-    figures: dict[str, float] = {"process_cpu_seconds_total": time.process_time()}
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource  # which Windows has not
-
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if limit != resource.RLIM_INFINITY:
-            figures["process_max_fds"] = limit
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        with open("/proc/self/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()  # proc(5), from the third on
-        with open("/proc/stat", "rb") as file:
-            booted = next(int(line.split()[1]) for line in file if line.startswith(b"btime "))
-        figures["process_start_time_seconds"] = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        figures["process_virtual_memory_bytes"] = int(fields[20])
-        figures["process_resident_memory_bytes"] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-        figures["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # that of the list itself
-    return figures
+def log_time(seconds: float) -> str:
+    """A time of the system's clock as the log has it (RFC 3339), to the millisecond."""
+    return f"{_log_second(int(seconds))}.{int(seconds % 1 * 1000):03}Z"
 
 
-# 15 ------------------------------------------------------------------ Clients
+class LogEntry(dict[str, object]):
+    """What the log says of one request, or of a step of it.  As text: name=value, nothing from the wire unescaped."""
+
+    def __str__(self) -> str:
+        return " ".join([f"{name}={self._text(value)}" for name, value in self.items() if value is not None])
+
+    @staticmethod
+    def _text(value: object) -> str:
+        plain = _PLAIN.fullmatch(value) if isinstance(value, str) else type(value) in (int, float)
+        return str(value) if plain else _COMPACT_JSON.encode(value)
+
+
+_PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
+_COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
+
+
+# 16 ------------------------------------------------------------------ Clients
 
 
 def hang_up(sock: socket.socket) -> None:
@@ -4142,6 +4149,9 @@ class Client(Peer, Stateful):
 # 9.2.2).  So these are closed by the proxy, or when they are older than it keeps them.  Whoever comes by none asks
 # again by itself, as browsers and the SDKs do; and who ends a server at a terminal does not wait for an open page.
 _PROXY_FIELDS = frozenset(("x-forwarded-for", "forwarded", "via"))
+
+
+# 17 ------------------------------------------------------------------ Exchanges
 
 _REQUEST_ID = re.compile("[0-9A-Za-z._-]{1,64}")
 
@@ -4729,136 +4739,31 @@ def http_date(seconds: int) -> str:
     return email.utils.formatdate(seconds, usegmt=True)
 
 
-@functools.lru_cache(maxsize=1)
-def _log_second(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+def process_figures() -> dict[str, float]:
+    """Return what the system tells of this process, by the names that Prometheus' own clients have.
 
-
-def log_time(seconds: float) -> str:
-    """A time of the system's clock as the log has it (RFC 3339), to the millisecond."""
-    return f"{_log_second(int(seconds))}.{int(seconds % 1 * 1000):03}Z"
-
-
-class LogEntry(dict[str, object]):
-    """What the log says of one request, or of a step of it.  As text: name=value, nothing from the wire unescaped."""
-
-    def __str__(self) -> str:
-        return " ".join([f"{name}={self._text(value)}" for name, value in self.items() if value is not None])
-
-    @staticmethod
-    def _text(value: object) -> str:
-        plain = _PLAIN.fullmatch(value) if isinstance(value, str) else type(value) in (int, float)
-        return str(value) if plain else _COMPACT_JSON.encode(value)
-
-
-_PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
-_COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
-
-
-# 16 ------------------------------------------------------------------ Upstream
-
-_PORTS = {"http": 80, "https": 443}
-
-
-class Proxy:
-    """A proxy of the environment."""
-
-    def __init__(self, text: str) -> None:
-        """text: [SCHEME://][USER[:PASSWORD]@]HOST[:PORT][/], http without a scheme, as curl reads it.
-
-        Raises ValueError, which may quote text.
-        """
-        url = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
-        self.scheme = url.scheme
-        if self.scheme not in _PORTS or not url.hostname:
-            raise ValueError("not a proxy")
-        self.host = urllib.parse.unquote(url.hostname)
-        self.address = join_address(self.host, url.port or _PORTS[self.scheme])
-        self.authorization = ""  # Source: RFC 7617
-        if url.username is not None:
-            user = urllib.parse.unquote(f"{url.username}:{url.password or ''}").encode()
-            self.authorization = f"Basic {base64.b64encode(user).decode()}"
-
-
-def find_proxy(url: str, proxies: Mapping[str, str]) -> Proxy | None:
-    """Return the proxy to reach url through, if any.
-
-    proxies: what urllib found, by scheme; all: for schemes without one; no: where none is used.
-    Loopback needs none, as in Go, whatever the environment says.
-
-    Raises SettingsError for one that cannot be used.
+    Less where it tells less.  Lists all descriptors, which takes a while where there are many.
     """
-    base = urllib.parse.urlsplit(url)
-    host, name = base.hostname or "", base.scheme if proxies.get(base.scheme) else "all"
-    text = proxies.get(name, "").strip()
-    if not text or is_loopback(host) or _needs_no_proxy(host, base.port or _PORTS[base.scheme], proxies.get("no", "")):
-        return None
-    try:
-        return Proxy(text)
-    except ValueError:  # its text may hold a password
-        scheme = re.match(r"[A-Za-z0-9+.-]+(?=://)", text)
-        shown = f"a proxy of {scheme[0].lower()}://" if scheme else "this value"
-    raise SettingsError(
-        f"{name.upper()}_PROXY: {shown} is not allowed; allowed: http:// or https://, and NO_PROXY for what needs none"
-    )
+    figures: dict[str, float] = {"process_cpu_seconds_total": time.process_time()}
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # which Windows has not
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if limit != resource.RLIM_INFINITY:
+            figures["process_max_fds"] = limit
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()  # proc(5), from the third on
+        with open("/proc/stat", "rb") as file:
+            booted = next(int(line.split()[1]) for line in file if line.startswith(b"btime "))
+        figures["process_start_time_seconds"] = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        figures["process_virtual_memory_bytes"] = int(fields[20])
+        figures["process_resident_memory_bytes"] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+        figures["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # that of the list itself
+    return figures
 
 
-def _needs_no_proxy(host: str, port: int, rules: str) -> bool:
-    """Tell if host is named by NO_PROXY: names with all below them, addresses, networks, each with a port or not; *."""
-    host = host.rstrip(".").lower()
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        address = None
-    for rule in re.split(r"[\s,]+", rules.lower()):
-        match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::([0-9]+))?", rule)
-        name = (match[1] if match else rule).strip("[]").rstrip(".")  # ::1 has colons of its own
-        if not name or (match and match[2] and int(match[2]) != port):
-            continue
-        if name == "*" or (not address and f".{host}".endswith("." + re.sub(r"^\*?\.", "", name))):
-            return True
-        with contextlib.suppress(ValueError):
-            if address and address in ipaddress.ip_network(name, strict=False):
-                return True
-    return False
-
-
-class Target:
-    """One upstream and key, and the proxy on the way to it."""
-
-    def __init__(self, settings: Settings, proxy: Proxy | None = None, coding: str = "identity") -> None:
-        """coding: how an answer may be compressed."""
-        base = urllib.parse.urlsplit(settings.upstream)
-        self.url, self.scheme, self.host = settings.upstream, base.scheme, base.hostname or ""
-        self.address = join_address(self.host, base.port or _PORTS[base.scheme])
-        self.proxy = proxy
-        self.key = (base.scheme, self.address, proxy and (proxy.scheme, proxy.address))  # of a connection to it
-        fields = {"Host": base.netloc, "Accept-Encoding": coding}
-        if settings.api_key:
-            name, _, template = settings.auth_header.partition(":")
-            fields[name] = template.strip().replace("{key}", settings.api_key)
-        self._path, self._query = base.path.rstrip("/"), base.query
-        if proxy and base.scheme == "http":  # absolute form, RFC 9112 section 3.2.2
-            self._path = f"http://{base.netloc}{self._path}"
-            if proxy.authorization:
-                fields["Proxy-Authorization"] = proxy.authorization
-        self._fields = encode_head(" HTTP/1.1", fields)[:-2].decode("latin-1")
-
-    def encode_head(self, call: Call) -> bytes:
-        """Return the head of the request.  Raises ValueError for a value that would forge a line."""
-        fields, query = call.fields, call.query or self._query
-        if call.query and self._query:
-            query = f"{self._query}&{query}"
-        path = f"{self._path}{call.path}?{query}" if query else self._path + call.path
-        if not (_PATH.fullmatch(path) and _VALUES.fullmatch("".join(fields.values()))):
-            raise ValueError("a bad value in a path or a header field")
-        lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
-        if call.body or call.method == "POST":  # RFC 9110 section 8.6
-            lines += f"Content-Length: {len(call.body)}\r\n"
-        return f"{call.method} {path}{self._fields}{lines}\r\n".encode("latin-1")
-
-
-_PATH = re.compile("[!-~\x80-\xff]+")
+# 18 ------------------------------------------------------------------ Addresses
 
 
 class Lifeline:
@@ -5058,6 +4963,9 @@ _TELLING = {
     **dict.fromkeys((errno.EHOSTUNREACH, errno.ENETUNREACH), 4),
     **dict.fromkeys((errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT), 5),
 }
+
+
+# 19 ------------------------------------------------------------------ Connections
 
 
 def tune(sock: socket.socket) -> None:
@@ -5310,6 +5218,112 @@ def open_tunnel(connection: Connection, target: Target, deadline: Deadline) -> b
     return rest
 
 
+# 20 ------------------------------------------------------------------ Upstream
+
+_PORTS = {"http": 80, "https": 443}
+
+
+class Proxy:
+    """A proxy of the environment."""
+
+    def __init__(self, text: str) -> None:
+        """text: [SCHEME://][USER[:PASSWORD]@]HOST[:PORT][/], http without a scheme, as curl reads it.
+
+        Raises ValueError, which may quote text.
+        """
+        url = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
+        self.scheme = url.scheme
+        if self.scheme not in _PORTS or not url.hostname:
+            raise ValueError("not a proxy")
+        self.host = urllib.parse.unquote(url.hostname)
+        self.address = join_address(self.host, url.port or _PORTS[self.scheme])
+        self.authorization = ""  # Source: RFC 7617
+        if url.username is not None:
+            user = urllib.parse.unquote(f"{url.username}:{url.password or ''}").encode()
+            self.authorization = f"Basic {base64.b64encode(user).decode()}"
+
+
+def find_proxy(url: str, proxies: Mapping[str, str]) -> Proxy | None:
+    """Return the proxy to reach url through, if any.
+
+    proxies: what urllib found, by scheme; all: for schemes without one; no: where none is used.
+    Loopback needs none, as in Go, whatever the environment says.
+
+    Raises SettingsError for one that cannot be used.
+    """
+    base = urllib.parse.urlsplit(url)
+    host, name = base.hostname or "", base.scheme if proxies.get(base.scheme) else "all"
+    text = proxies.get(name, "").strip()
+    if not text or is_loopback(host) or _needs_no_proxy(host, base.port or _PORTS[base.scheme], proxies.get("no", "")):
+        return None
+    try:
+        return Proxy(text)
+    except ValueError:  # its text may hold a password
+        scheme = re.match(r"[A-Za-z0-9+.-]+(?=://)", text)
+        shown = f"a proxy of {scheme[0].lower()}://" if scheme else "this value"
+    raise SettingsError(
+        f"{name.upper()}_PROXY: {shown} is not allowed; allowed: http:// or https://, and NO_PROXY for what needs none"
+    )
+
+
+def _needs_no_proxy(host: str, port: int, rules: str) -> bool:
+    """Tell if host is named by NO_PROXY: names with all below them, addresses, networks, each with a port or not; *."""
+    host = host.rstrip(".").lower()
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        address = None
+    for rule in re.split(r"[\s,]+", rules.lower()):
+        match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::([0-9]+))?", rule)
+        name = (match[1] if match else rule).strip("[]").rstrip(".")  # ::1 has colons of its own
+        if not name or (match and match[2] and int(match[2]) != port):
+            continue
+        if name == "*" or (not address and f".{host}".endswith("." + re.sub(r"^\*?\.", "", name))):
+            return True
+        with contextlib.suppress(ValueError):
+            if address and address in ipaddress.ip_network(name, strict=False):
+                return True
+    return False
+
+
+class Target:
+    """One upstream and key, and the proxy on the way to it."""
+
+    def __init__(self, settings: Settings, proxy: Proxy | None = None, coding: str = "identity") -> None:
+        """coding: how an answer may be compressed."""
+        base = urllib.parse.urlsplit(settings.upstream)
+        self.url, self.scheme, self.host = settings.upstream, base.scheme, base.hostname or ""
+        self.address = join_address(self.host, base.port or _PORTS[base.scheme])
+        self.proxy = proxy
+        self.key = (base.scheme, self.address, proxy and (proxy.scheme, proxy.address))  # of a connection to it
+        fields = {"Host": base.netloc, "Accept-Encoding": coding}
+        if settings.api_key:
+            name, _, template = settings.auth_header.partition(":")
+            fields[name] = template.strip().replace("{key}", settings.api_key)
+        self._path, self._query = base.path.rstrip("/"), base.query
+        if proxy and base.scheme == "http":  # absolute form, RFC 9112 section 3.2.2
+            self._path = f"http://{base.netloc}{self._path}"
+            if proxy.authorization:
+                fields["Proxy-Authorization"] = proxy.authorization
+        self._fields = encode_head(" HTTP/1.1", fields)[:-2].decode("latin-1")
+
+    def encode_head(self, call: Call) -> bytes:
+        """Return the head of the request.  Raises ValueError for a value that would forge a line."""
+        fields, query = call.fields, call.query or self._query
+        if call.query and self._query:
+            query = f"{self._query}&{query}"
+        path = f"{self._path}{call.path}?{query}" if query else self._path + call.path
+        if not (_PATH.fullmatch(path) and _VALUES.fullmatch("".join(fields.values()))):
+            raise ValueError("a bad value in a path or a header field")
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+        if call.body or call.method == "POST":  # RFC 9110 section 8.6
+            lines += f"Content-Length: {len(call.body)}\r\n"
+        return f"{call.method} {path}{self._fields}{lines}\r\n".encode("latin-1")
+
+
+_PATH = re.compile("[!-~\x80-\xff]+")
+
+
 class ProxyHandler(urllib.request.ProxyHandler):
     """urllib's, for a proxy that is known to be needed: its own rules know no networks."""
 
@@ -5502,7 +5516,7 @@ class Pool:
                 self.drop(spare)
 
 
-# 17 ------------------------------------------------------------------ Sources
+# 21 ------------------------------------------------------------------ Sources
 
 
 def _no_answer() -> UpstreamError:
@@ -5747,7 +5761,7 @@ class Source(Stateful):
         self.stream.set_alarm()
 
 
-# 18 ------------------------------------------------------------------ Viewers
+# 22 ------------------------------------------------------------------ Viewers
 
 
 class Record:
@@ -5834,7 +5848,7 @@ class Viewer(Stateful):
         self.state = self.OPEN
 
 
-# 19 ------------------------------------------------------------------ Streams
+# 23 ------------------------------------------------------------------ Streams
 
 
 class Stream:
@@ -6232,7 +6246,7 @@ class Hub:
         self.log.close(CLOSE_TIMEOUT)
 
 
-# 20 ------------------------------------------------------------------ Kept answers
+# 24 ------------------------------------------------------------------ Kept answers
 
 
 class Claim:
@@ -6664,7 +6678,7 @@ class KeptAnswers:
             self.forget(kept)
 
 
-# 21 ------------------------------------------------------------------ Demo upstream
+# 25 ------------------------------------------------------------------ Demo upstream
 
 DEMO_PAUSE = 0.05  # seconds between two words: a human pace
 DEMO_ANSWER = (
@@ -6744,7 +6758,7 @@ def demo_upstream(settings: Settings) -> Iterator[Settings]:
             server.shutdown()
 
 
-# 22 ------------------------------------------------------------------ Server
+# 26 ------------------------------------------------------------------ Server
 
 
 class Lookout(Stateful):
@@ -7219,6 +7233,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._resources.close()
 
 
+# 27 ------------------------------------------------------------------ Library
+
+
 class _ForLoop(Peer):
     """The loop of a for statement, as a client like any other, but for HTTP."""
 
@@ -7319,7 +7336,7 @@ def stream_text(asked: str | Iterable[Mapping[str, Any]], settings: Settings) ->
     return TextStream({"prompt": asked} if isinstance(asked, str) else {"messages": list(asked)}, settings)
 
 
-# 23 ------------------------------------------------------------------ Check
+# 28 ------------------------------------------------------------------ Check
 
 TEST_EVENTS, TEST_PACE = 10, 0.1  # of the streams by which the forms are judged: how many, and how many seconds apart
 CHECK_TIMEOUT = 20.0  # of a test stream, in seconds, beyond what it should take
@@ -7839,7 +7856,7 @@ def check(settings: Settings) -> int:
     return 1 if checked.found else 0
 
 
-# 24 ------------------------------------------------------------------ Command line
+# 29 ------------------------------------------------------------------ Command line
 
 
 class _ArgumentParser(argparse.ArgumentParser):
@@ -8197,7 +8214,7 @@ def _tune_process() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-# 25 ------------------------------------------------------------------ Chat page
+# 30 ------------------------------------------------------------------ Chat page
 
 _PAGE = r"""<!doctype html>
 <html lang="en">

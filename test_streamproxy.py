@@ -868,7 +868,7 @@ def test_module_says_its_licence_and_runs_by_itself() -> None:
     assert os.access(PROGRAM, os.X_OK)
 
 
-# 3 --------------------------------------------------------------------- Event streams: WHATWG HTML section 9.2
+# 4 -------------------------------------------------------------------- Event streams: WHATWG HTML section 9.2
 
 
 def message(data: str, type: str = "message", last_event_id: str = "") -> streamproxy.Event:
@@ -1028,7 +1028,7 @@ def test_encoded_event_parses_back(data: str) -> None:
     assert streamproxy.EventParser().feed(encoded) == [message(expected, "kind", "7")]
 
 
-# 4 --------------------------------------------------------------------- Answers: payload in, text out
+# 6 -------------------------------------------------------------------- Answers: payload in, text out
 
 
 def answer_to(*events: bytes, answer: Any = None) -> tuple[streamproxy.TextAnswer, bytes]:
@@ -2163,7 +2163,7 @@ def test_api_event_that_seems_to_go_on_is_looked_at_in_the_state_it_arrives_in()
     assert answer.failure and answer.notes.events == 1
 
 
-# 5 --------------------------------------------------------------------- HTTP framing and heads: RFC 9112
+# 8 -------------------------------------------------------------------- HTTP framing and heads: RFC 9112
 
 
 # ---------------------------------------------------------------- chunked coding
@@ -2385,7 +2385,7 @@ def test_query_of_raw_utf_8_is_read_as_such(server: streamproxy.Server, provider
             assert json.loads(upstream.body)["messages"][0]["content"] == "Grüße"
 
 
-# 6 --------------------------------------------------------------------- Settings
+# 9 -------------------------------------------------------------------- Settings
 
 GOOD_SETTINGS = [
     ("bind", "[::1]:0", "[::1]:0"),
@@ -2812,7 +2812,7 @@ def test_settings_and_the_library_are_typed(checker: str, tmp_path: Path, reques
     assert wrong == {}
 
 
-# 7 --------------------------------------------------------------------- Requests
+# 10 ------------------------------------------------------------------- Requests
 
 
 def test_post_asks_upstream_as_the_script_did(server: streamproxy.Server, provider: Provider) -> None:
@@ -3366,7 +3366,7 @@ def test_refusals_count_with_their_status_alone_and_are_remembered_of_a_thousand
     ] == [False, False, True, True]
 
 
-# 8 --------------------------------------------------------------------- Access
+# 11 ------------------------------------------------------------------- Access
 
 
 @pytest.mark.parametrize("path", ["/", "/?prompt=x", "/v1/chat/completions", "/v1/models"])
@@ -3830,7 +3830,7 @@ def test_page_of_an_allowed_origin_may_read_that_there_is_nothing(provider: Prov
         assert api_error(client)[0] == 404
 
 
-# 9 --------------------------------------------------------------------- Loop
+# 13 ------------------------------------------------------------------- Loop
 
 
 def test_loop_without_epoll_reads_and_writes_as_well(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3949,7 +3949,7 @@ def test_loop_has_alarms_go_off_once_all_that_was_ready_before_was_seen_to(monke
         far.close()
 
 
-# 10 -------------------------------------------------------------------- Threads
+# 14 ------------------------------------------------------------------- Threads
 
 
 class Threads:
@@ -4049,7 +4049,7 @@ def test_workers_hold_nothing_of_a_job_that_is_done() -> None:
         wait_for(lambda: (gc.collect(), known() is None)[1])
 
 
-# ---------------------------------------------------------------- the log
+# 15 ------------------------------------------------------------------- Log
 
 
 def test_log_for_which_no_thread_can_be_started_is_written_later(
@@ -4218,7 +4218,7 @@ def test_error_is_said_at_once_and_then_once_a_second_with_how_often_it_was(capl
     ]
 
 
-# 11 -------------------------------------------------------------------- Clients
+# 16, 17 --------------------------------------------------------------- Clients and their exchanges
 
 
 # ---------------------------------------------------------------- POST /
@@ -5846,7 +5846,7 @@ def test_log_of_health_checks_and_of_none(provider: Provider, caplog: pytest.Log
 HEALTH = ["/healthz", "/", "/readyz", "/metrics"]
 
 
-# 12 -------------------------------------------------------------------- Upstream
+# 18 to 20 ------------------------------------------------------------- Addresses, connections, upstream
 
 SLOW: dict[str, Any] = {"connect_timeout": 0.1}
 
@@ -7589,7 +7589,7 @@ def test_tls_connection_is_used_again(provider: Provider, certificate: Path) -> 
     assert provider.nobody_came()
 
 
-# 13 -------------------------------------------------------------------- Sources
+# 21 ------------------------------------------------------------------- Sources
 
 
 # ---------------------------------------------------------------- on a clock of the test's own
@@ -8137,7 +8137,7 @@ def test_refusal_of_upstream_that_reads_no_more_of_a_large_body_is_heard_at_once
             assert server.snapshot()["warm connections"] == 0  # which has half a request on it
 
 
-# 14 -------------------------------------------------------------------- Viewers
+# 22 ------------------------------------------------------------------- Viewers
 
 
 def test_head_leaves_after_one_heartbeat_in_sse_mode_and_errors_come_as_events() -> None:
@@ -8317,7 +8317,7 @@ def test_settled_while_blocked_still_ends_a_moment_after_the_client_reads(end: s
         assert stage.ended and stage.stream.viewer.intact and not stage.stream.failure
 
 
-# 15 -------------------------------------------------------------------- Streams
+# 23 ------------------------------------------------------------------- Streams
 
 
 # ---------------------------------------------------------------- on a clock of the test's own
@@ -8431,7 +8431,7 @@ def test_client_that_sends_without_end_while_its_answer_is_on_its_way_is_cut(
     assert log_entries(caplog, 1)[0]["ending"] == "aborted"
 
 
-# 16 -------------------------------------------------------------------- Server
+# 26 ------------------------------------------------------------------- Server
 
 
 def descriptors() -> int:
@@ -9702,7 +9702,7 @@ def test_memory_of_what_is_over_is_given_back_without_a_collector(
         gc.enable()
 
 
-# ---------------------------------------------------------------- the library
+# 27 ------------------------------------------------------------------- Library
 
 
 @pytest.mark.parametrize(("asked", "messages"), [
@@ -10505,7 +10505,7 @@ def test_orders_of_all_that_may_happen(tmp_path: Path) -> None:
         gc.enable()
 
 
-# 17 -------------------------------------------------------------------- Kept answers
+# 24 ------------------------------------------------------------------- Kept answers
 
 
 class KeptStage(StillServer):
@@ -11123,7 +11123,7 @@ def play_kept(rng: random.Random) -> None:
         assert not stage.lines.errors
 
 
-# 18 -------------------------------------------------------------------- Demo upstream
+# 25 ------------------------------------------------------------------- Demo upstream
 
 
 def test_library_demo_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -11131,7 +11131,7 @@ def test_library_demo_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "You asked: “Hi”" in "".join(streamproxy.stream_text("Hi", streamproxy.Settings(demo=True)))
 
 
-# 19 -------------------------------------------------------------------- Chat page
+# 30 ------------------------------------------------------------------- Chat page
 
 
 def test_page_has_a_policy_that_lets_in_its_own_script_and_style_only(server: streamproxy.Server) -> None:
@@ -11183,7 +11183,7 @@ def test_page_of_ones_own_is_looked_at_again(
         streamproxy.Server(streamproxy.Settings(page=str(tmp_path) if os.name == "nt" else "/dev/null", demo=True))
 
 
-# 20 -------------------------------------------------------------------- Command line
+# 29 ------------------------------------------------------------------- Command line
 
 
 def test_command_line_demo_end_to_end_and_drain_on_sigterm() -> None:
