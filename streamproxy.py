@@ -990,7 +990,7 @@ class Head:
     @property
     def framed(self) -> bool:
         """Whether the body ends where HTTP says, or where the connection does, as well."""
-        told = self.fields.get("content-length") or "transfer-encoding" in self.fields
+        told = self.status == 204 or self.fields.get("content-length") or "transfer-encoding" in self.fields
         return bool(told or _WHOLE_AT_CLOSE.match(self.media))
 
 
@@ -1616,7 +1616,7 @@ class PassedAnswer(Answer):
             raise cut
         elif self._form == _DOCUMENT or self.head.framed:
             document = self._take_document(bytes(self._held), out) if self._form == _DOCUMENT else bytes(self._held)
-            if self._form != _OTHER:
+            if self._form != _OTHER and self.status != 204:  # RFC 9110 section 8.6
                 self.fields["Content-Length"] = str(len(document))
             self._pass(document, out)
             self.state = self.SETTLED
