@@ -79,10 +79,57 @@ def missing(reason: str) -> Any:
     (pytest.fail if os.environ.get("TEST_REQUIRE_ALL") else pytest.skip)(reason)
 
 
+def without_proxies() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+
+
 def sdk_python(names: str) -> str:
     """The Python that has what pip installs for tests, names among it."""
     python = os.environ.get("TEST_SDKS")
     return python or str(missing(f"TEST_SDKS names no Python that has {names}"))
+
+
+class SdkScripts:
+    """The Python of the SDKs, which runs one script after another, so that it imports them once."""
+
+    LOOP = """
+import contextlib, io, json, sys, traceback
+for line in sys.stdin:
+    script, *sys.argv[1:] = json.loads(line)
+    fault = ""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            exec(script, {"__name__": "__main__"})
+        except BaseException:
+            fault = traceback.format_exc()
+    print(json.dumps([said.getvalue(), fault]), flush=True)
+"""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sdk_python("openai and anthropic"), "-c", self.LOOP], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=without_proxies(), text=True,
+        )  # fmt: skip
+
+    def run(self, script: str, *args: str) -> str:
+        """What a script prints."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps([script, *args]) + "\n")
+        self.process.stdin.flush()
+        assert select.select([self.process.stdout], [], [], 120)[0], "the script does not end"
+        said, fault = json.loads(self.process.stdout.readline())
+        assert not fault, fault
+        return str(said)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def sdk_scripts() -> Iterator[SdkScripts]:
+    with contextlib.closing(SdkScripts()) as scripts:
+        yield scripts
 
 
 @pytest.fixture(autouse=True)
@@ -12325,31 +12372,29 @@ def test_readme_scrape_config_is_one_for_prometheus(tmp_path: Path) -> None:
     assert done.returncode == 0 and str(tmp_path / "token") in config, done.stdout + done.stderr
 
 
-def test_readme_lines_for_openai_s_sdk_ask_through_the_proxy(provider: Provider, tmp_path: Path) -> None:
+def test_readme_lines_for_openai_s_sdk_ask_through_the_proxy(provider: Provider, sdk_scripts: SdkScripts) -> None:
     script = readme_block("from openai import OpenAI") + textwrap.dedent("""
         messages = [{"role": "user", "content": "Hi"}]
         for event in client.chat.completions.create(model="gpt-6-luna", messages=messages, stream=True):
             print(event.choices[0].delta.content or "", end="")
     """)
-    python = sdk_python("openai")
     with running(provider) as server, concurrent.futures.ThreadPoolExecutor() as pool:
         script = script.replace("http://127.0.0.1:8000/v1", f"{server.url}/v1")
-        told = pool.submit(run_script, [python, "-"], script, tmp_path)
+        told = pool.submit(sdk_scripts.run, script)
         with provider.take() as upstream:
             upstream.start(A)
             upstream.finish()
         assert told.result() == "a"
 
 
-def test_readme_lines_for_a_key_of_the_sdks_ask_upstream_once(provider: Provider, tmp_path: Path) -> None:
+def test_readme_lines_for_a_key_of_the_sdks_ask_upstream_once(provider: Provider, sdk_scripts: SdkScripts) -> None:
     asked = 'model="gpt-6-luna", messages=[{"role": "user", "content": "Hi"}], max_tokens=9'
     lines = readme_block("key = str(uuid").replace("...", asked).replace("(base_url", '(api_key="none", base_url')
-    python = sdk_python("openai and anthropic")
     with running(provider, resume=60.0) as server, concurrent.futures.ThreadPoolExecutor() as pool:
         key, *calls = lines.replace("http://127.0.0.1:8000", server.url).splitlines()
         script = "import uuid\nfrom anthropic import Anthropic\nfrom openai import OpenAI\n"
         script += "".join(f"{key}\nprint(len(list({call})) == len(list({call})) > 1)\n" for call in calls)
-        told = pool.submit(run_script, [python, "-"], script, tmp_path)
+        told = pool.submit(sdk_scripts.run, script)
         for events in (CHAT_EVENTS, MESSAGE_EVENTS):
             with provider.take() as upstream:
                 upstream.send(streamed(*events))
@@ -14266,22 +14311,13 @@ def tell_in_chromium(fixture: Callable[[str], Any], origin: str, asked: list[dic
     return str(told)
 
 
-def script_for(where: str, fixture: Callable[[str], Any]) -> tuple[list[str], str]:
-    """The command of an interpreter that reads a script, and the script."""
-    if where == "python":
-        return [sdk_python("openai and anthropic"), "-"], SDKS_FOR_PYTHON
+def tell_in_node(fixture: Callable[[str], Any], file: Path) -> str:
     tail = 'import {readFileSync} from "node:fs"; console.log(await run(JSON.parse(readFileSync(process.argv[2]))));'
-    return [
-        "env", "-C", str(fixture("npm_folder")), program("node"), "--input-type=module", "-",
-    ], SDKS_FOR_JAVASCRIPT + tail
-
-
-def run_script(command: list[str], script: str, file: Path) -> str:
-    environ = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     done = subprocess.run(
-        [*command, str(file)], input=script, env=environ, capture_output=True, text=True, check=False, timeout=120,
-        encoding="utf-8",
-    )
+        [program("node"), "--input-type=module", "-", str(file)], input=SDKS_FOR_JAVASCRIPT + tail,
+        env=without_proxies(), capture_output=True, text=True, check=False, timeout=120, encoding="utf-8",
+        cwd=fixture("npm_folder"),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -14296,6 +14332,7 @@ class Scripted:
         self.done: list[str] = []  # names whose answers went as they should
         self.seen: dict[str, threading.Event] = {}  # once whoever asked has the first event
         self.pings: collections.Counter[str] = collections.Counter()  # that were sent to whoever asked
+        self.keeper: streamproxy.Server | None = None  # which keeps answers for who comes back
         self.provider.listener.settimeout(None)
         self.thread = threading.Thread(target=self.serve)
         self.thread.start()
@@ -14776,6 +14813,33 @@ def pinged(before: list[bytes] | None, behind: list[bytes]) -> Any:
     return with_pings(answer[:at], answer[at:])
 
 
+# What is asked with a key of one's own, cut off before its head, and answered once the SDK has come back.
+CUT_EARLY: dict[str, tuple[dict[str, Any], Any]] = {
+    name: (asks(*call, **params, extra_headers={"Idempotency-Key": name}, at="kept"), answer)
+    for name, call, params, answer in (
+        ("cut-chat", CHATS, ASKED_CHAT, COMPLETION),
+        ("cut-chat-stream", CHATS, {**ASKED_CHAT, "stream": True}, CHAT_EVENTS),
+        ("cut-message", MESSAGES, ASKED_MESSAGE, SAID),
+        ("cut-message-stream", MESSAGES, {**ASKED_MESSAGE, "stream": True}, MESSAGE_EVENTS),
+    )
+}  # fmt: skip
+
+
+def cut_early(answer: bytes) -> Callable[[Scripted, UpstreamPeer, str], None]:
+    def cut(server: streamproxy.Server, name: str) -> None:
+        for client in list(server.clients):
+            if client.exchange and client.exchange.request.fields.get("idempotency-key") == name:
+                client.drop(streamproxy.Aborted("The test cuts it."))
+
+    def send(scripted: Scripted, upstream: UpstreamPeer, name: str) -> None:
+        assert scripted.keeper
+        kept = scripted.keeper.answers._by_key["127.0.0.1", name]
+        scripted.keeper.hub.loop.post(functools.partial(cut, scripted.keeper, name))
+        wait_for(lambda: [watch for watch in kept.watches if watch.attached])
+        upstream.send(answer)
+    return send
+
+
 HELLO, UNICODE = "Hello from aimock, piece by piece.", "héllo 👋🏽 wörld 👩‍👩‍👧"
 
 
@@ -14849,10 +14913,11 @@ def told(request: pytest.FixtureRequest, aimock: str, tmp_path_factory: pytest.T
     where, folder = request.param, tmp_path_factory.mktemp("sdks")
     answers: dict[str, Any] = {
         name: streamed(*answer) if isinstance(answer, list) else whole(answer)
-        for name, (_, answer, *_) in WHOLE_ANSWERS.items()
+        for name, (_, answer, *_) in {**WHOLE_ANSWERS, **CUT_EARLY}.items()
     }
     answers.update(
         {name: answer for name, (_, answer, *_) in FAILURES.items()},
+        **{name: cut_early(answers[name]) for name in CUT_EARLY},
         **{name: pinged(*events) for name, (_, *events) in PINGED.items()},
     )
     answers.update(dict.fromkeys([*LEFT, "held"], start_until_gone))
@@ -14864,6 +14929,7 @@ def told(request: pytest.FixtureRequest, aimock: str, tmp_path_factory: pytest.T
             for at, settings in {
                 "": {},
                 "seen": {},
+                "kept": {"resume": 60.0},
                 "pings": {"heartbeat": 0.05},
                 "late": {"first_byte_timeout": 0.2},
                 "tokens": {"token_file": token_file(folder, f"alice {ALICE}")},
@@ -14875,12 +14941,13 @@ def told(request: pytest.FixtureRequest, aimock: str, tmp_path_factory: pytest.T
                 "demo": {"demo": True, "api_key": ""},
             }.items()
         }  # fmt: skip
+        scripted.keeper = servers["kept"]
         held = stack.enter_context(Client(servers["full"])).ask(
             ASKED, path="/v1/chat/completions", X_Client_Request_Id="held"
         )
         used = stack.enter_context(Client(servers["minute"])).ask({}, path="/v1/chat/completions")
         assert (held.head().status, used.head().status) == (200, 400)
-        all_asked = {**WHOLE_ANSWERS, **FAILURES, **OURS, **LEFT, **PINGED, **UNPLAYED}
+        all_asked = {**WHOLE_ANSWERS, **FAILURES, **OURS, **LEFT, **PINGED, **CUT_EARLY, **UNPLAYED}
         asked = [
             {**asked, "name": name, "url": servers[asked["url"]].url + "/v1"} for name, (asked, *_) in all_asked.items()
         ]
@@ -14896,7 +14963,11 @@ def told(request: pytest.FixtureRequest, aimock: str, tmp_path_factory: pytest.T
             text = tell_in_chromium(request.getfixturevalue, page.url, asked)
         else:
             (folder / "asked.json").write_text(json.dumps(asked))
-            text = run_script(*script_for(where, request.getfixturevalue), folder / "asked.json")
+            if where == "python":
+                scripts: SdkScripts = request.getfixturevalue("sdk_scripts")
+                text = scripts.run(SDKS_FOR_PYTHON, str(folder / "asked.json"))
+            else:
+                text = tell_in_node(request.getfixturevalue, folder / "asked.json")
         check_no_key(text)
         with contextlib.suppress(AssertionError):
             wait_for(lambda: {*LEFT} <= {*scripted.done})
@@ -14956,6 +15027,13 @@ def test_sdk_takes_no_heed_of_heartbeats(told: Told, name: str) -> None:
 @pytest.mark.parametrize("name", LEFT)
 def test_sdk_that_leaves_has_upstream_closed(told: Told, name: str) -> None:
     told.check(name, LEFT[name][1])
+    assert name in told.answered and len(told.heads[name]) == 1
+
+
+@pytest.mark.parametrize("name", CUT_EARLY)
+def test_sdk_that_is_cut_before_the_head_raises_nothing_and_pays_once(told: Told, name: str) -> None:
+    _, answer = CUT_EARLY[name]
+    told.check(name, payloads(*answer) if isinstance(answer, list) else answer)
     assert name in told.answered and len(told.heads[name]) == 1
 
 
@@ -15030,43 +15108,6 @@ def test_codex_starts_with_websocket_and_goes_on_with_post(
                 upstream.start(*RESPONSE_EVENTS)
                 upstream.send(b"0\r\n\r\n")
                 assert client.head().status == 200 and client.body() == b"".join(RESPONSE_EVENTS)
-
-
-@pytest.mark.parametrize("where", ["python", "node"])
-def test_sdks_that_are_cut_before_the_head_raise_nothing_and_pay_once(
-    where: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    kinds: dict[str, Any] = {
-        "chat": (CHATS, ASKED_CHAT, whole(COMPLETION), COMPLETION),
-        "chat-stream": (CHATS, {**ASKED_CHAT, "stream": True}, streamed(*CHAT_EVENTS), payloads(*CHAT_EVENTS)),
-        "message": (MESSAGES, ASKED_MESSAGE, whole(SAID), SAID),
-        "message-stream": (
-            MESSAGES, {**ASKED_MESSAGE, "stream": True}, streamed(*MESSAGE_EVENTS), payloads(*MESSAGE_EVENTS),
-        ),
-    }  # fmt: skip
-
-    def cut(name: str) -> None:
-        for client in list(server.clients):
-            if client.exchange and client.exchange.request.fields["idempotency-key"] == name:
-                client.drop(streamproxy.Aborted("The test cuts it."))
-
-    def answer(scripted: Scripted, upstream: UpstreamPeer, name: str) -> None:
-        kept = server.answers._by_key["127.0.0.1", name]
-        server.hub.loop.post(functools.partial(cut, name))
-        wait_for(lambda: [watch for watch in kept.watches if watch.attached])
-        upstream.send(kinds[name][2])
-
-    with contextlib.closing(Scripted(dict.fromkeys(kinds, answer))) as scripted:
-        with running(scripted.provider, resume=60.0) as server:
-            asked = [
-                {**asks(*call, **params, extra_headers={"Idempotency-Key": name}, at=server.url + "/v1"), "name": name}
-                for name, (call, params, *_) in kinds.items()
-            ]
-            (tmp_path / "asked.json").write_text(json.dumps(asked))
-            told = json.loads(run_script(*script_for(where, request.getfixturevalue), tmp_path / "asked.json"))
-            assert kept_events(server, "attached") == len(kinds)
-    assert told == {name: expected for name, (*_, expected) in kinds.items()}
-    assert {name: len(heads) for name, heads in scripted.heads.items()} == dict.fromkeys(kinds, 1)
 
 
 # ----------------------------------------------------------------------- Test streams
