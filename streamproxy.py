@@ -2265,6 +2265,9 @@ class Settings(_Rows):
         0.0, _read_seconds, "SECONDS",
         "of an answer without a client, and that it is kept after its end, for clients that come back; 0: never")
     resume_memory: int = _row(64 * 1024 * 1024, _read_size, "BYTES", "for all answers that are kept so")
+    resume_bind: str = _row(
+        "", _read_bind, "ADDRESS",
+        "listen here, too, for clients that come back: no answer begins there, and a drain leaves it open for them")
     instance: str = _row(
         "", _matching("[0-9A-Za-z_]{0,32}", "up to 32 letters, digits and _"), "NAME",
         "put before the Stream-Id, for a proxy to find the process that has the answer")
@@ -2318,13 +2321,23 @@ class Settings(_Rows):
         if self.host or self.port is not None:  # they are parts of it
             path, host, port = "", self.host or host or "127.0.0.1", port if self.port is None else self.port
             vars(self).update(bind=join_address(host, port), host="", port=None)
-        if not (path or is_loopback(host) or self.token_file or self.allow_anonymous):
-            raise SettingsError(
-                f"--bind (STREAMPROXY_BIND): {self.bind!r} lets others spend your money; allowed: a loopback"
-                " address, a unix socket, or any with --token-file or --allow-anonymous"
-            )
+        for name, address in self.addresses.items():
+            path, host, _ = parse_address(address)
+            if path and not hasattr(socket, "AF_UNIX"):
+                raise SettingsError(f"{name}: this system has no unix sockets; allowed: HOST:PORT")
+            if not (path or is_loopback(host) or self.token_file or self.allow_anonymous):
+                raise SettingsError(
+                    f"{name}: {address!r} lets others spend your money; allowed: a loopback address, a unix socket, or"
+                    " any with --token-file or --allow-anonymous"
+                )
         if not (self.api_key or self.demo or self.check or is_loopback(urllib.parse.urlsplit(self.upstream).hostname or "")):
             raise SettingsError("no API key: set OPENAI_API_KEY or OPENAI_API_KEY_FILE, or try --demo")
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Where to listen, by the flag and variable that say so: for all, and for those who come back."""
+        told = {"--bind (STREAMPROXY_BIND)": self.bind, "--resume-bind (STREAMPROXY_RESUME_BIND)": self.resume_bind}
+        return {name: address for name, address in told.items() if address}
 
     @classmethod
     def load(cls, environ: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Settings:
@@ -3037,8 +3050,8 @@ class Access:
         """Raises SettingsError for a token file that cannot be used."""
         self._settings = settings
         self._tokens = Tokens(settings.token_file) if settings.token_file else None
-        host = parse_address(settings.bind)[1]  # "" of a unix socket, before which a proxy passes names on
-        self._names = {host.lower(), *(name.lower().strip("[]") for name in settings.allow_host)}
+        hosts = [parse_address(address)[1] for address in settings.addresses.values()]  # "" of a unix socket, before
+        self._names = {name.lower().strip("[]") for name in (*hosts, *settings.allow_host)}  # which proxies pass names on
 
     @property
     def file(self) -> WatchedFile | None:
@@ -3929,11 +3942,11 @@ class Client(Peer, Stateful):
 
     IDLE, HEAD, BODY, ANSWERING, LINGERING, CLOSED = range(6)
 
-    def __init__(self, sock: socket.socket, address: Any, server: Server) -> None:
-        super().__init__(sock, server.hub.loop)
-        self.server = server
-        self.address = "unix" if server.listener.path else plain_address(address[0])
-        self.surplus = len(server.clients) >= server.max_clients  # it is told so
+    def __init__(self, sock: socket.socket, address: Any, door: Door) -> None:
+        super().__init__(sock, door.server.hub.loop)
+        self.door, self.server = door, door.server
+        self.address = "unix" if door.listener.path else plain_address(address[0])
+        self.surplus = len(self.server.clients) >= self.server.max_clients  # it is told so
         self.data = b""  # came, and was not taken
         self.exchange: Exchange | None = None
         self.state = self.IDLE
@@ -3942,7 +3955,7 @@ class Client(Peer, Stateful):
         self.proxied = False  # a request has come by a proxy
         self._alarm = Alarm(self.loop, self._on_alarm)
         self._set_alarm()
-        server.clients.add(self)
+        self.server.clients.add(self)
         self.on_ready(READ)  # mostly, its request is there
 
     def on_data(self, data: bytes) -> None:
@@ -4226,7 +4239,7 @@ class Exchange:
         return {**dict.fromkeys(routes, answer), "OPTIONS": Exchange.answer_preflight}
 
     def _own_address(self) -> str:
-        return "" if self.server.listener.path else plain_address(self.client.sock.getsockname()[0])
+        return "" if self.client.door.listener.path else plain_address(self.client.sock.getsockname()[0])
 
     def _admit(self, then: Callable[[], None], counts: bool = True) -> None:
         """Let in a request that costs money, count it as long as it lasts, and go on once its body is there.
@@ -4275,8 +4288,15 @@ class Exchange:
         self.client.expect_body()
 
     def _take_place(self, name: str, counts: bool) -> None:
+        """Count an answer that is about to begin.  Raises RequestError: there are too many, or none begins here."""
+        self._check_begins()
         self.server.limits.enter(name, counts)
         self.place = name
+
+    def _check_begins(self) -> None:
+        """Check that who came in here may begin something, for RFC 9110 section 15.5.20 to have it asked elsewhere."""
+        if not self.client.door.begins:
+            raise RequestError("There is no such answer here, where none is begun (--resume-bind).", 421, "complete")
 
     def on_body(self, part: bytes) -> bool:
         """Take a part of the body; tell if it is whole, and good."""
@@ -4509,6 +4529,8 @@ class Exchange:
         if not (self.claim.id or self.claim.key):
             raise RequestError("DELETE /streams needs an Idempotency-Key.")
         self._keep_if_small()
+        if not (self.claim.id or self.server.answers.find(self.claim)):
+            self._check_begins()  # that there is one: its stop is remembered where it would be
         self.server.answers.stop(self.claim)
         self._answer(204, b"", {})
 
@@ -4637,9 +4659,9 @@ class Exchange:
         now, client = self.client.loop.clock(), self.server.hub.metrics.client(self.name)
         metrics.count("requests_total", 1, route_of(self.request.path, self.server.settings), str(self.status), *client)
         metrics.count("endings_total", 1, failure.ending if failure else "complete")
-        if self.request.path not in _OPEN_PATHS:  # nobody waits for what looks how we are
+        if self.request.path not in _OPEN_PATHS and self.status != 421:  # nobody waits for what looks how we are
             metrics.observe("request_duration_seconds", now - self.began_at)
-        if isinstance(failure, RequestError):
+        if isinstance(failure, RequestError) and self.status != 421:
             metrics.refused(failure)
         if isinstance(stream, Stream):  # what is kept is counted once, when it ends
             metrics.take_notes(stream.answer.notes, client)
@@ -4662,7 +4684,7 @@ class Exchange:
     def _is_logged(self) -> bool:
         wanted = self.server.settings.access_log
         health = self.request.path in _OPEN_PATHS and self.status == 200 and not self.failure
-        return wanted == "all" or (wanted == "on" and not health)
+        return wanted == "all" or (wanted == "on" and not (health or self.status == 421))
 
     def _log(self) -> None:
         now, failure, stream = time.time(), self.failure, self.stream
@@ -6488,8 +6510,12 @@ class KeptAnswer:
         self.make_room()
 
     def has_more(self, claim: Claim) -> bool:
-        """Tell whether anything is left for an EventSource, which would ask for ever."""
-        return not self.over or self._find(claim) < self.end
+        """Tell whether anything is left for an EventSource, which would ask for ever, and its place is not lost."""
+        try:
+            at = self._find(claim)
+        except RequestError:
+            return False
+        return not self.over or at < self.end
 
     def stop(self) -> None:
         """End it, as its owner wants: nothing more is paid for."""
@@ -6575,8 +6601,10 @@ class KeptAnswer:
 class KeptAnswers:
     """The answers that outlive their clients, by ID, and by owner and key; and the memory that they share."""
 
-    def __init__(self, hub: Hub, on_over: Callable[[str, bool], object]) -> None:
-        """on_over is told of each end, with the owner and whether it was cut: the place in the limits is free."""
+    def __init__(self, hub: Hub, on_over: Callable[[str, bool], object], on_gone: Callable[[], object]) -> None:
+        """on_over is told of each end, with the owner and whether it was cut: the place in the limits is free.  on_gone
+        is told when one is kept no longer.
+        """
         self.hub, self.memory = hub, hub.settings.resume_memory
         self.on = hub.settings.resume > 0
         self.most = min(MAX_KEPT_SIZE, self.memory)  # bytes of one
@@ -6587,7 +6615,7 @@ class KeptAnswers:
         self._by_id: dict[str, KeptAnswer] = {}
         self._by_key: dict[tuple[str, str], KeptAnswer] = {}
         self._stops: dict[tuple[str, str], float] = {}  # that came before what they stop, and until when they count
-        self._on_over = on_over
+        self._on_over, self._on_gone = on_over, on_gone
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -6653,6 +6681,7 @@ class KeptAnswers:
                 del self._by_key[kept.claim.owner, kept.claim.key]
             kept.close()
             self.release(kept.size)
+            self._on_gone()
 
     def release(self, size: int) -> None:
         """Give back so many bytes, or what can be forgotten now, to those that wait for room."""
@@ -6860,26 +6889,27 @@ class Listener:
     reset, which a proxy cannot tell from a request that was read.  So none is made any more before that.
     """
 
-    def __init__(self, settings: Settings, given: socket.socket | None = None) -> None:
-        """given listens, at settings.bind.  Raises SettingsError, and OSError where the address cannot be bound."""
-        self.path, self._host, port = parse_address(settings.bind)
+    def __init__(self, address: str, reuse_port: bool = False, given: socket.socket | None = None) -> None:
+        """given listens, at address.  Raises SettingsError, and OSError where that, its filename, cannot be bound."""
+        self.path, self._host, port = parse_address(address)
         self.is_ours = not given
         self._file = (0, 0)  # device and inode of the path that was bound
         self.is_open = True
-        if self.path and not hasattr(socket, "AF_UNIX"):
-            raise SettingsError("--bind (STREAMPROXY_BIND): this system has no unix sockets; allowed: HOST:PORT")
-        if settings.reuse_port and (self.path or not hasattr(socket, "SO_REUSEPORT")):
+        if reuse_port and (self.path or not hasattr(socket, "SO_REUSEPORT")):
             raise SettingsError("--reuse-port (STREAMPROXY_REUSE_PORT): it is for HOST:PORT, on Linux, BSD and macOS")
-        self.sock = given or self._open(port)
-        try:
-            if not self.path:
-                tune(self.sock)  # which what it accepts inherits
-            if self.is_ours:
-                self._bind(port, settings.reuse_port)
+        with contextlib.ExitStack() as stack:
+            try:
+                self.sock = given or self._open(port)
+                stack.callback(self.sock.close)
+                if not self.path:
+                    tune(self.sock)  # which what it accepts inherits
+                if self.is_ours:
+                    self._bind(port, reuse_port)
+            except OSError as error:
+                error.filename = address
+                raise
             self.sock.setblocking(False)
-        except BaseException:
-            self.sock.close()
-            raise
+            stack.pop_all()
 
     def _open(self, port: int) -> socket.socket:
         if self.path:
@@ -6935,6 +6965,74 @@ class Listener:
             hang_up(self.sock)
         self.sock.close()
         self.is_open = False
+
+
+class Door:
+    """Where clients come in: accepts what connects to a listener, until it leaves."""
+
+    def __init__(self, server: Server, listener: Listener, begins: bool) -> None:
+        """begins: who comes in here may have answers begun, not only go on with what there is."""
+        self.server, self.listener, self.begins = server, listener, begins
+        self._loop = server.hub.loop
+        self._leaves = False
+        self._pause = Alarm(self._loop, self._on_pause)
+
+    def open(self) -> None:
+        if self.listener.is_open:
+            self._loop.watch(self.listener.sock, READ, self._on_connections)
+
+    def leave(self) -> None:
+        """Have no connection begin any more, and close when those that have are there."""
+        if self._leaves:
+            return
+        self._leaves = True
+        self._loop.unwatch(self.listener.sock)
+        pause = self.listener.leave()
+        if pause:
+            self._accept_rest()
+            self._pause.by(self._loop.now + pause)
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        self._accept_rest()
+        self.listener.close()
+        self.server.on_left()
+
+    def _accept_rest(self) -> None:
+        if self.listener.is_ours:  # else others accept who waits
+            for _ in range(BACKLOG):
+                if not self._accept():
+                    break
+
+    def _on_pause(self) -> None:
+        (self._close if self._leaves else self.open)()
+
+    def _on_connections(self, events: int) -> None:
+        for _ in range(MAX_BEGINNINGS):
+            if not self._accept():
+                break
+
+    def _accept(self) -> bool:
+        """Accept a connection, if one is there."""
+        server = self.server
+        try:
+            sock, address = self.listener.accept()
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if not self._leaves:  # no descriptor is left
+                server.hub.log.error(f"a connection was not accepted: {reason_of(error)}")
+                self._loop.unwatch(self.listener.sock)
+                self._pause.by(self._loop.now + SHORTAGE_PAUSE)
+            return False
+        if len(server.clients) < server.max_clients + MAX_SURPLUS:
+            Client(sock, address, self)
+        else:
+            server.hub.log.error("a connection was closed: there are too many")
+            server.hub.metrics.count("refusals_total", 1, "connections")
+            sock.close()
+        return True
 
 
 # Of asm-generic/socket.h; and a filter of packets (linux/filter.h) that takes all but those that begin a connection: it
@@ -7018,7 +7116,8 @@ class Server(http.server.ThreadingHTTPServer):
     """The proxy: bound once made, serving from start() to stop(), or within a with block.
 
     Its requests are taken by the loop; its threads are the workers.  SERVING -> LEAVING (goes on, but says that it
-    does not) -> DRAINING (takes no connections, but requests on those that there are) -> ABORTING -> STOPPED.
+    does not) -> DRAINING (takes no connections, but requests on those that there are; and who comes back, at a
+    door of their own, as long as there is an answer to come back for) -> ABORTING -> STOPPED.
     """
 
     daemon_threads = True
@@ -7041,11 +7140,15 @@ class Server(http.server.ThreadingHTTPServer):
             self.access = Access(settings)
             self.hub = Hub(self.settings, self._start_thread)
             stack.callback(self.hub.close)
-            self.answers = KeptAnswers(self.hub, self.on_stream_over)
+            self.answers = KeptAnswers(self.hub, self.on_stream_over, self.on_left)
             self.lookout = Lookout(self.access.file, self.hub)
             self.front = FrontPage(self.settings, self.hub)
-            self._pause = Alarm(self.hub.loop, self._on_pause)
-            self.listener = Listener(settings, given)
+            self.doors: list[Door] = []
+            if settings.resume_bind:  # first: whatever is begun can be come back for
+                self.doors.append(Door(self, Listener(settings.resume_bind), begins=False))
+                stack.callback(self.doors[0].listener.close)
+            self.listener = Listener(settings.bind, settings.reuse_port, given)
+            self.doors.insert(0, Door(self, self.listener, begins=True))
             self.socket, self.server_address = self.listener.sock, self.listener.sock.getsockname()
             self._resources = stack.pop_all()
 
@@ -7085,7 +7188,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve, in threads of its own."""
-        self._listen()
+        for door in self.doors:
+            door.open()
         self.hub.log.start()
         self.hub.loop.start()
 
@@ -7123,11 +7227,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _is_empty(self) -> bool:
         """Tell whether nobody is connected, and none can connect any more."""
-        return not (self.clients or self.listener.is_open or self.answers.running)
+        return not (self.clients or self.answers.running or any(door.listener.is_open for door in self.doors))
 
     def _waited_for(self) -> str:
-        streams, others = self.limits.total, len(self.clients)
-        return f"waiting for {streams} stream{'s' * (streams != 1)}, {others} connection{'s' * (others != 1)} in all"
+        streams, others, kept = self.limits.total, len(self.clients), len(self.answers) - self.answers.running
+        words = f"waiting for {streams} stream{'s' * (streams != 1)}, {others} connection{'s' * (others != 1)} in all"
+        return words + f", {kept} kept answer{'s' * (kept != 1)}" * (kept > 0 and self.doors[-1].listener.is_open)
 
     # The rest is called by the loop, or of socketserver.
 
@@ -7140,6 +7245,13 @@ class Server(http.server.ThreadingHTTPServer):
     def on_closed(self, client: Client) -> None:
         """Take the end of a connection."""
         self.clients.discard(client)
+        self.on_left()
+
+    def on_left(self) -> None:
+        """See who, and what, is left: somebody has gone, or something that clients come for or by."""
+        begins = self.listener.is_open or any(client.door.begins for client in self.clients)
+        if self.state >= self.DRAINING and not (begins or len(self.answers)):
+            self.doors[-1].leave()  # there is nothing to come back for, and will be nothing
         if self.draining:
             self._shutdown.notify()
 
@@ -7155,30 +7267,15 @@ class Server(http.server.ThreadingHTTPServer):
         self.hub.log.info(f"looked again, as asked: {self.lookout.trouble or self.access.verdict}")
 
     def _drain(self) -> None:
-        self.hub.loop.unwatch(self.socket)
-        pause = self.listener.leave()
-        if pause:
-            self._accept_rest()
-            self._pause.by(self.hub.loop.now + pause)
-        else:
-            self._stop_listening()
+        self.doors[0].leave()
         self.hub.tests.abort()
         for client in list(self.clients):
             client.drain()
 
-    def _stop_listening(self) -> None:
-        self._accept_rest()
-        self.listener.close()
-        self._shutdown.notify()
-
-    def _accept_rest(self) -> None:
-        if self.listener.is_ours:  # else others accept who waits
-            for _ in range(BACKLOG):
-                if not self._accept():
-                    break
-
     def _abort(self) -> None:
         self.state = self.ABORTING
+        for door in self.doors:
+            door.leave()
         self.answers.abort(Aborted("The server is shutting down."))
         for client in list(self.clients):
             client.abort(Aborted("The server is shutting down."))
@@ -7188,38 +7285,6 @@ class Server(http.server.ThreadingHTTPServer):
             client.drop(Aborted("The server is shutting down."))
         self.answers.close()
 
-    def _listen(self) -> None:
-        if self.listener.is_open:
-            self.hub.loop.watch(self.socket, READ, self._on_connections)
-
-    def _on_pause(self) -> None:
-        (self._listen if self.state < self.DRAINING else self._stop_listening)()
-
-    def _on_connections(self, events: int) -> None:
-        for _ in range(MAX_BEGINNINGS):
-            if not self._accept():
-                break
-
-    def _accept(self) -> bool:
-        """Accept a connection, if one is there."""
-        try:
-            sock, address = self.listener.accept()
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if self.state < self.DRAINING:  # no descriptor is left
-                self.hub.log.error(f"a connection was not accepted: {reason_of(error)}")
-                self.hub.loop.unwatch(self.socket)
-                self._pause.by(self.hub.loop.now + SHORTAGE_PAUSE)
-            return False
-        if len(self.clients) < self.max_clients + MAX_SURPLUS:
-            self.finish_request(sock, address)  # makes a Client
-        else:
-            self.hub.log.error("a connection was closed: there are too many")
-            self.hub.metrics.count("refusals_total", 1, "connections")
-            sock.close()
-        return True
-
     def _start_thread(self, work: Callable[[], None]) -> None:
         self.process_request(work, None)  # type: ignore[arg-type]
 
@@ -7227,7 +7292,8 @@ class Server(http.server.ThreadingHTTPServer):
         request()  # see _start_thread
 
     def server_close(self) -> None:
-        self.listener.close()
+        for door in self.doors:
+            door.listener.close()
         super().server_close()
         self.state = self.STOPPED
         self._resources.close()
@@ -7959,7 +8025,7 @@ def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] |
         _complain(str(error))
         return 2, None
     except OSError as error:
-        _complain(f"cannot listen at {settings.bind}: {reason_of(error)}")
+        _complain(f"cannot listen at {error.filename or settings.bind}: {reason_of(error)}")
         return 1, None
     except RuntimeError:
         _complain(_NO_THREAD)

@@ -673,11 +673,11 @@ class StillServer(Still):
         self.server.stop()
         self.server.server_close()  # a server that was draining leaves that to whoever stops it
 
-    def client(self) -> Client:
-        """One that has connected."""
+    def client(self, comes_back: bool = False) -> Client:
+        """One that has connected; comes_back: where nothing is begun."""
         near, far = socket.socketpair()
         near.setblocking(False)
-        self.server.finish_request(near, ("127.0.0.1", 0))
+        streamproxy.Client(near, ("127.0.0.1", 0), self.server.doors[-1 if comes_back else 0])
         return Client(far)
 
     def silent(self, client: Client) -> bool:
@@ -2605,10 +2605,11 @@ def test_a_port_alone_is_of_this_machine_and_one_after_a_colon_is_every_address(
 
 
 @pytest.mark.parametrize("bind", ["0.0.0.0:0", "[::]:0", "192.0.2.1:80", "example.com:80"])
-def test_settings_others_are_let_in_only_where_that_is_said(bind: str) -> None:
-    with pytest.raises(streamproxy.SettingsError, match="--allow-anonymous"):
-        streamproxy.Settings(api_key=KEY, bind=bind)
-    assert streamproxy.Settings(api_key=KEY, bind=bind, allow_anonymous=True).bind == bind
+@pytest.mark.parametrize("name", ["bind", "resume_bind"])
+def test_settings_others_are_let_in_only_where_that_is_said(name: str, bind: str) -> None:
+    with pytest.raises(streamproxy.SettingsError, match=f"^--{name.replace('_', '-')} .*--allow-anonymous"):
+        streamproxy.Settings(api_key=KEY, **{name: bind})
+    assert bind in streamproxy.Settings(api_key=KEY, allow_anonymous=True, **{name: bind}).addresses.values()
 
 
 @pytest.mark.parametrize(("name", "near"), [
@@ -10396,7 +10397,7 @@ class Play:
             return owner.state != owner.OVER and owner.connection.sock.fileno() == fd
         if isinstance(owner, streamproxy.Spare):
             return owner.connection.sock.fileno() == fd
-        return isinstance(owner, PlayedLoop) or owner.socket.fileno() == fd
+        return isinstance(owner, PlayedLoop) or owner.listener.sock.fileno() == fd
 
     def turn(self) -> None:
         self.still.turn()
@@ -10572,9 +10573,9 @@ class KeptStage(StillServer):
     def __init__(self, **settings: Any) -> None:
         super().__init__(resume=20.0, **settings)
 
-    def asks(self, how: str, key: str = "k", last: str = "", **fields: str) -> Client:
+    def asks(self, how: str, key: str = "k", last: str = "", comes_back: bool = False, **fields: str) -> Client:
         """A client that asks for an answer: by POST in one of three modes, or as an EventSource."""
-        client = self.client()
+        client = self.client(comes_back)
         fields.update({"Last-Event-ID": last} if last else {})
         fields.update(EVENTS if how in ("events", "source") else {})
         if how == "source":
@@ -10895,6 +10896,7 @@ def test_kept_answer_is_read_as_far_as_there_is_room() -> None:
             stage.taken(client)
             assert len(kept._data) < 400_000
         assert stage.asks("text").head().status == 410  # the begin is lost, not the end
+        assert stage.plain("GET", f"/streams/{name}", Last_Event_ID=f"{name}.1", **EVENTS).status == 204
         assert unchunked(stage.taken(stage.asks("text", last=f"{name}.{kept.end - 5}")))[1] == b"y" * 5
         upstream.send(*[chunk(STOP), chunk(DONE), b"0\r\n\r\n"])
         assert unchunked(stage.taken(client))[2]
@@ -11053,7 +11055,8 @@ def test_kept_answer_that_an_eventsource_has_had_is_204_for_it() -> None:
         name = unchunked(stage.taken(client))[0]["Stream-Id"]
         last = len(re.findall(b"(?m)^id: ", client.seen))
         assert stage.asks("source", last=f"{name}.{last - 1}").head().status == 200
-        assert stage.asks("source", last=f"{name}.{last}").head().status == 204
+        for none in (last, last + 1, 10**12):
+            assert stage.asks("source", last=f"{name}.{none}").head().status == 204
         field = {"Last-Event-ID": f"{name}.{last}"}
         assert stage.plain("GET", f"/streams/{name}", **field, **EVENTS).status == 204 and not stage.jobs
 
@@ -11114,6 +11117,97 @@ def test_kept_answer_is_waited_for_in_a_drain_and_ended_in_an_abort(provider: Pr
             assert not stopping.is_alive() and server.answers.running == server.limits.total == 0
 
 
+def test_kept_answer_is_all_that_is_told_where_clients_come_back(caplog: pytest.LogCaptureFixture) -> None:
+    with KeptStage(resume_bind="127.0.0.1:0", access_log="on", max_streams=1) as stage:
+        client = stage.asks("text")
+        stage.connect().send(STREAM_HEAD, chunk(delta("abc")))
+        name = unchunked(stage.taken(client))[0]["Stream-Id"]
+
+        def back(body: object = None, *question: str, **fields: str) -> bytes:
+            client = stage.client(comes_back=True).ask(body, *question, **fields)
+            return stage.taken(client)
+
+        for data in (
+            back(PROMPT, Idempotency_Key="k"), back(None, "GET", f"/streams/{name}"),
+            back(PROMPT, Idempotency_Key="k", Last_Event_ID=f"{name}.0"),
+        ):
+            assert unchunked(data)[1] == b"abc"
+        before = len(stage.lines.requests)
+        for data in (
+            back(PROMPT), back(PROMPT, Idempotency_Key="other"), back(None, "GET", "/?prompt=Hi", **EVENTS),
+            back(CHAT, "POST", "/v1/chat/completions", Idempotency_Key="c"), back(None, "GET", "/v1/models"),
+            back(None, "DELETE", "/streams", Idempotency_Key="other"),
+            back(PROMPT, Idempotency_Key="k", X_Forwarded_For="192.0.2.1"),  # another's
+            back(None, Idempotency_Key="other", Content_Length="900000"),  # of which the body is not waited for
+        ):
+            assert data.startswith(b"HTTP/1.1 421 Misdirected Request\r\n"), data
+        assert len(stage.lines.requests) == before
+        numbers = stage.hub.metrics
+        assert not any(numbers._values["refusals_total"].values()) and not numbers._values["endings_total"]["error",]
+        assert numbers._values["requests_total"]["/", "421"] == 5
+        for status, data in {
+            422: back({"prompt": "else"}, Idempotency_Key="k"), 404: back(None, "GET", "/streams/x"),
+            410: back(PROMPT, Idempotency_Key="other", Last_Event_ID="x.1"),
+            204: back(None, "GET", "/?prompt=Hi", **EVENTS, Last_Event_ID="x.1"),
+            200: back(None, "GET", "/readyz"),
+        }.items():
+            assert data.startswith(b"HTTP/1.1 %d " % status), data
+        assert back(None, "DELETE", "/streams", Idempotency_Key="k").startswith(b"HTTP/1.1 204 ")
+        assert unchunked(stage.taken(client))[1:] == (b"abc", False) and not stage.jobs
+        assert stage.asks("text", "other") and len(stage.jobs) == 1  # none of that has stopped it
+
+
+def test_drain_leaves_where_clients_come_back_open_until_there_is_nothing_to_come_back_for() -> None:
+    with KeptStage(resume_bind="127.0.0.1:0", drain_timeout=600.0, idle_timeout=0.0) as stage:
+        server, door = stage.server, stage.server.doors[1].listener
+        server.doors[1].open()
+        kept = stage.client().ask(method="GET", path="/healthz", Via="1.1 proxy")
+        stage.turn(4)
+        client = stage.asks("text")
+        upstream = stage.connect()
+        upstream.send(STREAM_HEAD, chunk(delta("abc")))
+        assert stage.taken(kept) and unchunked(stage.taken(client))[1] == b"abc"
+        server.state = server.DRAINING
+        server._drain()
+        assert refused(server) and door.is_open
+        stage.leaves(client)
+        upstream.send(*map(chunk, (STOP, DONE)), b"0\r\n\r\n")
+        stage.turn(4)
+        stage.at(19)
+        assert not server._is_empty() and server._waited_for().endswith(", 1 connection in all, 1 kept answer")
+        kept.ask(PROMPT, Idempotency_Key="second")  # on a connection that a proxy has kept
+        stage.turn(4)
+        stage.at(30)
+        assert len(server.answers) == 1 and door.is_open
+        upstream.send(STREAM_HEAD, chunk(delta("def")), *map(chunk, (STOP, DONE)), b"0\r\n\r\n")
+        assert unchunked(stage.taken(kept).partition(b"ok\n")[2])[1:] == (b"def", True) and kept.gone()
+        with Client(Front(f"http://127.0.0.1:{door.sock.getsockname()[1]}")) as late:
+            stage.turn(4)
+            assert len(server.clients) == 1
+            late.ask(PROMPT, Idempotency_Key="second")
+            assert unchunked(stage.taken(late))[1:] == (b"def", True)
+        stage.at(49)
+        assert door.is_open and not server._is_empty()
+        stage.at(51)
+        assert not door.is_open and server._is_empty()
+
+
+def test_drain_with_nothing_to_come_back_for_leaves_at_once_and_an_abort_whatever_there_is() -> None:
+    for has_some in (False, True):
+        with KeptStage(resume_bind="127.0.0.1:0", drain_timeout=600.0) as stage:
+            if has_some:
+                client = stage.asks("text")
+                stage.connect().send(CLOSING_HEAD, *answer_parts())
+                stage.taken(client)
+                stage.leaves(client)
+            server = stage.server
+            server.state = server.DRAINING
+            server._drain()
+            assert server._is_empty() == (not has_some)
+            server._abort()
+            assert server._is_empty()
+
+
 @pytest.mark.parametrize("part", range(8))
 def test_kept_answers_in_any_order_of_what_may_happen(part: int) -> None:
     for seed in range(part, 2 * ORDERS, 8):
@@ -11124,14 +11218,15 @@ def play_kept(rng: random.Random) -> None:
     """Have some of all that may happen to answers that are kept happen; look each time whether all is as it must be."""
     hows = ("text", "events", "v1", "source")
     with unittest.mock.patch.object(streamproxy, "MAX_KEPT_SIZE", 3000), KeptStage(
-        resume_memory=rng.choice([10**6, 150_000]), max_streams=rng.choice([0, 3]), heartbeat=rng.choice([0.0, 2.0])
+        resume_memory=rng.choice([10**6, 150_000]), max_streams=rng.choice([0, 3]), heartbeat=rng.choice([0.0, 2.0]),
+        resume_bind="127.0.0.1:0",
     ) as stage:
-        answers, clients, names = stage.server.answers, [], []
+        server, answers, clients, names = stage.server, stage.server.answers, [], []
         for _ in range(rng.choice([20, 60])):
             choice, how, key = rng.random(), rng.choice(hows), rng.choice("abc")
             if choice < 0.3:
                 last = f"{rng.choice(names)}.{rng.choice([0, 1, 2, 50])}" if names and rng.random() < 0.5 else ""
-                clients.append(stage.asks(how, key, last))
+                clients.append(stage.asks(how, key, last, server.draining or rng.random() < 0.2))
             elif choice < 0.4 and clients:
                 stage.leaves(clients.pop(rng.randrange(len(clients))))
             elif choice < 0.55 and stage.jobs:
@@ -11154,16 +11249,21 @@ def play_kept(rng: random.Random) -> None:
             elif choice < 0.905:
                 answers.abort(streamproxy.Aborted("The server is shutting down."))
             elif choice < 0.91:
-                stage.server.state = stage.server.DRAINING
+                server.state = server.DRAINING
+                server._drain()
             else:
                 stage.now += rng.choice([0.1, 3.0, 11.0, 21.0, 70.0])
             stage.turn(6)
+            begins = any(client.door.begins for client in server.clients) or not server.draining
+            assert server.doors[1].listener.is_open == (begins or len(answers) > 0), "all can come back"
+            if not server.doors[1].listener.is_open:
+                break
             names = list(answers._by_id)
             kepts = answers._by_id.values()
             running_now = [kept for kept in kepts if not kept.over]
             assert answers.running >= len(running_now)
             assert answers.used == sum(kept.size for kept in kepts), "memory"
-            assert stage.server.limits.total >= answers.running
+            assert server.limits.total >= answers.running
             for kept in kepts:
                 assert kept.watches or kept._due < float("inf")
                 assert kept.over or kept.watches or kept._due <= stage.now + 20.0
@@ -11177,8 +11277,8 @@ def play_kept(rng: random.Random) -> None:
         assert answers.running == 0, "nothing runs on unread"
         stage.now += 21
         stage.turn(30)
-        assert len(answers) == answers.used == stage.server.limits.total == len(answers.waiting) == 0
-        assert not stage.lines.errors
+        assert len(answers) == answers.used == server.limits.total == len(answers.waiting) == 0
+        assert not stage.lines.errors and (server._is_empty() or not server.draining)
 
 
 # 25 ------------------------------------------------------------------- Demo upstream
@@ -11475,9 +11575,10 @@ for flags in {cases}:
 def test_command_line_address_taken_is_one_line_and_status_1() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         bind = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert run("--demo", "--bind", bind) == (
-            1, "", f"streamproxy: cannot listen at {bind}: address already in use\n",
-        )
+        for flags in (["--bind", bind], ["--bind", "127.0.0.1:0", "--resume-bind", bind]):
+            assert run("--demo", *flags) == (
+                1, "", f"streamproxy: cannot listen at {bind}: address already in use\n",
+            )
 
 
 def test_command_line_help_lists_every_setting() -> None:
@@ -12319,7 +12420,7 @@ def unit_settings(folder: Path, unit: str) -> tuple[dict[str, Any], streamproxy.
     """The flags of a unit's ExecStart, and the settings that they make."""
     (folder / "key").write_text(KEY)
     start = re.findall("^ExecStart=/usr/bin/python3 (.*)$", unit, re.MULTILINE)[0]
-    flags = vars(streamproxy.build_parser().parse_args(shlex.split(start)[1:]))
+    flags = vars(streamproxy.build_parser().parse_args(shlex.split(start.replace("%i", "1"))[1:]))
     return flags, streamproxy.Settings.load({"OPENAI_API_KEY_FILE": str(folder / "key")}, flags)
 
 
@@ -12572,6 +12673,14 @@ def test_nginx_example_agrees_with_our_defaults() -> None:
     assert int(values["keepalive_timeout"]) < ours.keep_alive_timeout
 
 
+def instance_of(folder: Path, name: str) -> dict[str, Any]:
+    """The settings of one of the processes that nginx's example leads to."""
+    return {
+        "bind": f"unix:{folder}/{name}.sock", "resume_bind": f"unix:{folder}/{name}.resume.sock", "instance": name,
+        "resume": 60.0,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(("method", "path"), [("POST", "/"), ("GET", "/?prompt=secret")])
 def test_nginx_example_streams_and_logs_no_prompt(
     provider: Provider, tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str, path: str
@@ -12608,10 +12717,7 @@ def test_nginx_example_answers_nobody_under_another_name(provider: Provider, tmp
 
 def test_nginx_example_leads_back_to_the_process_that_has_the_answer(provider: Provider, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
-        servers = [
-            stack.enter_context(running(provider, bind=f"unix:{tmp_path}/{name}.sock", resume=60.0, instance=name))
-            for name in "12"
-        ]
+        servers = [stack.enter_context(running(provider, **instance_of(tmp_path, name))) for name in "12"]
         front = stack.enter_context(nginx(tmp_path, EXAMPLE.read_text()))
         used = set()
 
@@ -12641,6 +12747,85 @@ def test_nginx_example_leads_back_to_the_process_that_has_the_answer(provider: P
                             assert stopper.head().status == 204
                         assert upstream.gone()
         assert used == {"1", "2"}
+    assert provider.nobody_came()
+
+
+def impatient(config: str) -> str:
+    """nginx's example without its limits, and with a shorter time for idle connections, for which a drain waits."""
+    for old, new in {"rate=5r/s": "rate=99999r/s", "burst=50": "burst=9999", "timeout 60s": "timeout 50ms"}.items():
+        assert old in config
+        config = config.replace(old, new)
+    return config
+
+
+# How a client comes back to an answer: what it asked, and what it asks then.
+COMES_BACK: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    "an EventSource": ((None, "GET", "/?prompt=Hi"), (None, "GET", "/?prompt=Hi")),
+    "by the ID": ((PROMPT, "POST", "/"), (None, "GET", "/streams/{id}")),
+    "by the key and the place": ((PROMPT, "POST", "/"), (PROMPT, "POST", "/")),
+    "by the key alone": ((PROMPT, "POST", "/"), (PROMPT, "POST", "/")),
+}
+
+
+def parts_of(client: Client) -> list[str]:
+    """The numbers and the data of the events of an answer of ours, which is whole."""
+    name = client.head().fields["Stream-Id"]
+    events = streamproxy.EventParser().feed(client.body())
+    return [event.last_event_id.replace(name, "") + event.data for event in events]
+
+
+def come_back(front: Any, how: str, key: str, name: str) -> Client:
+    again = COMES_BACK[how][1]
+    keyed = {"Idempotency-Key": key} if again[1] == "POST" else {}
+    last = {"Last-Event-ID": f"{name}.1"} if how != "by the key alone" else {}
+    return Client(front).ask(again[0], again[1], again[2].format(id=name), **keyed, **last, **EVENTS)
+
+
+def test_nginx_example_leads_back_to_a_process_that_drains_until_there_is_nothing_to_come_back_for(
+    provider: Provider, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(running(provider, **{**instance_of(tmp_path, "1"), "drain_timeout": 600.0}))
+        front = stack.enter_context(nginx(tmp_path, impatient(EXAMPLE.read_text())))
+        asked = {}
+        for how, (question, _) in COMES_BACK.items():  # the second is not there yet: so all are the first's
+            keyed = {"Idempotency-Key": how.replace(" ", "-")} if question[1] == "POST" else {}
+            with Client(front).ask(*question, **keyed, **EVENTS) as client:
+                upstream = stack.enter_context(provider.take())
+                upstream.start(A)
+                asked[how] = client.head().fields["Stream-Id"], upstream
+                assert b'"a"' in client.chunk()  # and then it is cut off
+        second = stack.enter_context(running(provider, **instance_of(tmp_path, "2")))
+        stopping = threading.Thread(target=first.stop)
+        stopping.start()
+        wait_for(lambda: refused(first))
+        with Client(Front(f"unix:{tmp_path}/1.resume.sock")) as client:
+            assert client.ask(method="GET", path="/readyz").head().status == 503
+        with Client(front).ask(PROMPT) as client, provider.take() as upstream:  # what is new is the second's
+            upstream.start(A)
+            assert client.head().status == 200 and client.chunk() == b"a"
+        for number in range(4):
+            client = stack.enter_context(Client(front).ask(PROMPT, Idempotency_Key=f"new-{number}"))
+            stack.enter_context(provider.take()).start(A)
+            with Client(front).ask(PROMPT, Idempotency_Key=f"new-{number}") as again:
+                for each in (client, again):
+                    assert each.head().fields["Stream-Id"].startswith("2-") and each.chunk() == b"a"
+        for ended in (False, True):  # while it goes on, and once it is over
+            for how, (name, upstream) in asked.items():
+                with come_back(front, how, how.replace(" ", "-"), name) as client:
+                    if not ended:
+                        upstream.event(delta("b"))
+                        upstream.finish()
+                    begin = ['.1{"text": "a"}'] if how == "by the key alone" else []
+                    said = ['.2{"text": "b"}', '.3{"finish_reason": "stop", "usage": null}']
+                    assert parts_of(client) == begin + said, how
+        assert stopping.is_alive() and kept_events(first, "attached") == 8 and kept_events(second, "attached") == 4
+        elapse(first, 61.0)
+        stopping.join(DEADLINE)
+        assert not stopping.is_alive() and not (tmp_path / "1.resume.sock").exists()
+        for how, status in zip(COMES_BACK, (502, 204, 410)):
+            with come_back(front, how, how.replace(" ", "-"), asked[how][0]) as client:
+                assert client.head().status == status
     assert provider.nobody_came()
 
 
@@ -12859,8 +13044,9 @@ def talker() -> Iterator[Provider]:
 class Load:
     """Ten clients that ask over and over, half of them on the connection before; what went wrong is kept."""
 
-    def __init__(self, front: Any) -> None:
-        self.front = front
+    def __init__(self, front: Any, kept: float = 0.0) -> None:
+        """kept: for so many seconds; then each question has an Idempotency-Key, and is asked twice."""
+        self.front, self.kept = front, kept
         self.pause = 0.01  # for others to have the machine, too
         self.answered, self.failures = 0, collections.Counter[str]()
         self.over = threading.Event()
@@ -12877,13 +13063,21 @@ class Load:
             thread.join()
 
     def ask_on(self, keeps: bool) -> None:
-        client = None
+        client, key, name, began = None, "", "", 0.0
         while not self.over.is_set():
             try:
                 client = client or Client(self.front)
-                head = client.ask(PROMPT, **({} if keeps else {"Connection": "close"})).head()
+                fields = {} if keeps else {"Connection": "close"}
+                if self.kept:
+                    key, began = (key, began) if name else (os.urandom(8).hex(), time.monotonic())
+                    fields["Idempotency-Key"] = key
+                head = client.ask(PROMPT, **fields).head()
                 assert head.status == 200, head.line
                 assert client.body() == b"Hello"
+                if self.kept:
+                    before, name = name, head.fields["Stream-Id"]
+                    assert before in ("", name) or time.monotonic() > began + self.kept, "it was asked for twice"
+                    name = "" if before else name
                 self.answered += 1
                 time.sleep(self.pause)
             except (OSError, AssertionError) as error:
@@ -12948,21 +13142,27 @@ class Manager:
         return str(errors)
 
 
-def test_nginx_example_instances_restarted_in_turn_under_load_cut_nothing(talker: Provider, tmp_path: Path) -> None:
-    config = EXAMPLE.read_text()
-    for old, new in {"rate=5r/s": "rate=99999r/s", "burst=50": "burst=9999", "timeout 60s": "timeout 50ms"}.items():
-        assert old in config
-        config = config.replace(old, new)  # which keeps idle connections for 0.05 s; the instances wait for 3
-    flags = ("--upstream", talker.url, "--keep-alive-timeout", "3")
+@pytest.mark.parametrize("resume", [0.0, 0.5])
+def test_nginx_example_instances_restarted_in_turn_under_load_cut_nothing(
+    talker: Provider, tmp_path: Path, resume: float
+) -> None:
+    config = impatient(EXAMPLE.read_text())  # the instances wait for 3 s
+    flags = ("--upstream", talker.url, "--keep-alive-timeout", "3", "--resume", f"{resume}")
+
+    def start(name: str) -> Any:
+        back = ["--instance", name, "--resume-bind", f"unix:{tmp_path}/{name}.resume.sock"] if resume else []
+        return manager.start("--bind", f"unix:{tmp_path}/{name}.sock", *back)
+
     with Manager(tmp_path, *flags) as manager, contextlib.ExitStack() as stack:
-        instances = [manager.start("--bind", f"unix:{tmp_path}/{number}.sock") for number in (1, 2)]
-        load = stack.enter_context(Load(stack.enter_context(nginx(tmp_path, config))))
+        instances = [start("1"), start("2")]
+        load = Load(stack.enter_context(nginx(tmp_path, config)), resume)
         load.pause = 0.002  # the more are on their way, the fewer turns show whether one was cut
-        for turn in range(10):
+        stack.enter_context(load)
+        for turn in range(8 if resume else 10):
             load.goes_on()
             errors = manager.stop(instances[turn % 2])
             assert ", 0 cut off" in errors, errors
-            instances[turn % 2] = manager.start("--bind", f"unix:{tmp_path}/{turn % 2 + 1}.sock")
+            instances[turn % 2] = start(f"{turn % 2 + 1}")
         load.goes_on()
     assert not load.failures, (load.failures, load.answered, (tmp_path / "error.log").read_text())
 
@@ -13018,8 +13218,8 @@ def test_servers_that_hand_a_port_over_under_load_refuse_and_reset_nobody(talker
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a connection that is being made may be reset")
 def test_listener_that_leaves_has_no_connection_begin_and_keeps_those_that_have() -> None:
-    settings = streamproxy.Settings(bind=f"127.0.0.1:{free_port()}", api_key=KEY, reuse_port=True)
-    first = streamproxy.Listener(settings)
+    bind = f"127.0.0.1:{free_port()}"
+    first = streamproxy.Listener(bind, reuse_port=True)
     with socket.create_connection(first.sock.getsockname()), socket.socket() as late:
         first.leave()
         late.setblocking(False)
@@ -13027,7 +13227,7 @@ def test_listener_that_leaves_has_no_connection_begin_and_keeps_those_that_have(
         first.sock.accept()[0].close()
         with pytest.raises(BlockingIOError):
             first.sock.accept()
-        second = streamproxy.Listener(settings)
+        second = streamproxy.Listener(bind, reuse_port=True)
         first.close()
         try:
             assert select.select([], [late], [], DEADLINE)[1]
@@ -13885,8 +14085,8 @@ def test_page_through_nginx_below_a_path(browser: WebDriver, provider: Provider,
 def test_eventsource_in_a_browser_comes_back_behind_nginx_until_it_has_its_answer(
     browser: WebDriver, provider: Provider, tmp_path: Path
 ) -> None:
-    with running(provider, bind=f"unix:{tmp_path}/1.sock", resume=60.0, instance="1") as server, running(
-        provider, bind=f"unix:{tmp_path}/2.sock", resume=60.0, instance="2"
+    with running(provider, **instance_of(tmp_path, "1")) as server, running(
+        provider, **instance_of(tmp_path, "2")
     ) as other, nginx(tmp_path, EXAMPLE.read_text()) as front:
         def cut(each: streamproxy.Server) -> None:
             for client in list(each.clients):
