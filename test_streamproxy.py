@@ -11344,6 +11344,23 @@ def test_page_of_ones_own_is_looked_at_again(
         streamproxy.Server(streamproxy.Settings(page=str(tmp_path) if os.name == "nt" else "/dev/null", demo=True))
 
 
+def test_page_of_ones_own_that_cannot_be_looked_at_holds_up_nobody(
+    provider: Provider, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network's file system that hangs."""
+    file, answers, look = tmp_path / "own.html", threading.Event(), streamproxy.OwnPage.look
+    file.write_text("<p>one")
+    monkeypatch.setattr(streamproxy, "LOOK_TIMEOUT", 0.01)
+    monkeypatch.setattr(streamproxy.OwnPage, "look", lambda page: answers.wait(DEADLINE) and look(page))
+    with running(provider, page=str(file)) as server:
+        file.write_text("<p>two")
+        assert [got_page(server)[0] for _ in range(2)] == ["<p>one"] * 2
+        said = "the page cannot be looked at, its last version counts: it takes too long"
+        wait_for(lambda: caplog.text.count(said) == 1)
+        answers.set()
+        wait_for(lambda: got_page(server)[0] == "<p>two")
+
+
 # 29 ------------------------------------------------------------------- Command line
 
 
