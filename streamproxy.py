@@ -8380,9 +8380,8 @@ form button { padding: .4rem .9rem; border-radius: 1rem; border-color: transpare
 #send, #access button { background: var(--accent); color: var(--paper); }
 #stop { background: var(--soft); }
 #access { flex-wrap: wrap; margin-bottom: .75rem; }
-#access label { flex-basis: 100%; padding: 0 .6rem; font-size: .9rem; }
+#access :is(label, .error) { flex-basis: 100%; padding: 0 .6rem; font-size: .9rem; }
 #access .error:empty { display: none; }
-#access .error { flex-basis: 100%; padding: 0 .6rem; font-size: .9rem; }
 @media (forced-colors: active) { form:focus-within { outline: 2px solid; } .dot { background: CanvasText; }
   .user .text { border: 1px solid; } }
 </style>
@@ -8473,31 +8472,35 @@ function blockAt(text, at, before, depth) {
   return readParagraph(text, at, {});
 }
 
-function readCode(text, start, {indent, fence, language, cut}) {
-  const closing = new RegExp(`^ {0,3}${fence[0]}{${fence.length},}[ \\t]*$`), dedent = new RegExp(`^ {0,${indent}}`);
-  const block = {type: "code", read: readCode, indent, fence, language, more: cut, text: "", whole: false};
-  for (let at = start; at < text.length;) {
-    const {line, end, whole} = lineAt(text, at);
-    if (closing.test(line)) return {...block, end, whole};
-    if (!whole && line.trim() && !line.trim().replaceAll(fence[0], "")) break;   // as it seems, the end begins
-    block.text += line.replace(dedent, "") + (text[end - 1] === "\n" ? "\n" : "");
-    at = end;
-    if (block.text.length >= CUT) return {...block, end, whole: true, cut: true};
+// The lines from a place on, as long as inner(line as read) says what of one is in the block, not null.
+function readLines(text, start, inner, most = Infinity) {
+  let inside = "";
+  for (let at = start, count = 1; at < text.length; count++) {
+    const read = lineAt(text, at), line = inner(read);
+    if (line === null) return {text: inside, end: at, whole: isSure(read)};
+    inside += line + (text[read.end - 1] === "\n" ? "\n" : "");
+    at = read.end;
+    if (read.whole && (at - start > CUT || count === most)) return {text: inside, end: at, whole: true, cut: true};
   }
-  return {...block, end: text.length};
+  return {text: inside, end: text.length, whole: false};
 }
 
-function readTable(text, start, {head, align, cut}) {
-  const block = {type: "table", read: readTable, head, align, more: cut, rows: []};
-  for (let at = start; at < text.length;) {
-    const read = lineAt(text, at), {line, end, whole} = read;
-    if (isBlank(line) || interrupts(line)) return {...block, end: at, whole: isSure(read)};
-    if (at - start > CUT || block.rows.length === MANY) return {...block, end: at, whole: true, cut: true};
-    block.rows.push(cells(line).slice(0, head.length));
-    at = end;
-    if (!whole) break;
-  }
-  return {...block, end: text.length, whole: false};
+function readCode(text, start, {indent, fence, language, cut: more}) {
+  const closing = new RegExp(`^ {0,3}${fence[0]}{${fence.length},}[ \\t]*$`), dedent = new RegExp(`^ {0,${indent}}`);
+  let last = {};
+  const lines = readLines(text, start, ({line, end, whole}) => {
+    const begins = !whole && !isBlank(line) && !line.trim().replaceAll(fence[0], "");   // as it seems, the end does
+    if (!begins && !closing.test(line)) return line.replace(dedent, "");
+    last = {end, whole};
+    return null;
+  });
+  return {type: "code", read: readCode, indent, fence, language, more, ...lines, ...last};
+}
+
+function readTable(text, start, {head, align, cut: more}) {
+  const lines = readLines(text, start, ({line}) => isBlank(line) || interrupts(line) ? null : line, MANY);
+  const rows = lines.text.trimEnd().split("\n").filter(Boolean).map(line => cells(line).slice(0, head.length));
+  return {type: "table", read: readTable, head, align, more, rows, ...lines};
 }
 
 function readParagraph(text, start, {cut: more}) {
@@ -8509,8 +8512,8 @@ function readParagraph(text, start, {cut: more}) {
       return {...paragraph(at, whole), type: "heading", level: underline[1][0] === "=" ? 1 : 2, end};
     if (isBlank(line) || (at > start && interrupts(line))) return paragraph(at, isSure(read));
     if (end - start > CUT) {
-      const room = start + CUT, space = text.lastIndexOf(" ", room);
-      return paragraph(space > start ? space + 1 : room, true, true);
+      const room = start + CUT, space = text.lastIndexOf(" ", room), pair = /[\udc00-\udfff]/.test(text[room]);
+      return paragraph(space > start ? space + 1 : room - pair, true, true);
     }
     at = end;
   }
@@ -8519,21 +8522,8 @@ function readParagraph(text, start, {cut: more}) {
 
 const trimLines = text => text.replace(/^[ \t]+/gm, "").trimEnd();
 
-// What is in a quote or an item.  inner(line): what of a line is; null where nothing is.
-function readLines(text, start, inner) {
-  let inside = "";
-  for (let at = start; at < text.length;) {
-    const read = lineAt(text, at), line = inner(read.line);
-    if (line === null) return {text: inside, end: at, whole: isSure(read)};
-    inside += line + (text[read.end - 1] === "\n" ? "\n" : "");
-    at = read.end;
-    if (read.whole && at - start > CUT) return {text: inside, end: at, whole: true, cut: true};
-  }
-  return {text: inside, end: text.length, whole: false};
-}
-
 function readQuote(text, start, {last, cut: more}) {
-  const lines = readLines(text, start, line => {
+  const lines = readLines(text, start, ({line}) => {
     const quoted = QUOTE.exec(line);
     const goesOn = ![last, line].some(isBlank) && !interrupts(line) && !FENCE.test(last);
     return quoted || goesOn ? last = line.slice(quoted?.[0].length) : null;
@@ -8543,8 +8533,8 @@ function readQuote(text, start, {last, cut: more}) {
 
 // offset: of what is in the item; blank: whether the line before was, null: there is none.
 function readItem(text, start, {list, number, offset, blank, cut: more}) {
-  const lines = readLines(text, start, line => {
-    line = line.replace(/^\t+/, tabs => "    ".repeat(tabs.length));
+  const lines = readLines(text, start, read => {
+    const line = read.line.replace(/^\t+/, tabs => "    ".repeat(tabs.length));
     const indent = isBlank(line) ? offset : line.search(/\S/), first = blank === null;
     const goesOn = first || indent >= offset || !blank && !interrupts(line) && !ITEM.test(line);
     blank = isBlank(line);
@@ -8710,8 +8700,8 @@ function make(parent, tag, className = "", text = "") {
   return element;
 }
 
-function button(parent, text, act) {
-  const element = make(parent, "button", "", text);
+function button(parent, text, act, className = "") {
+  const element = make(parent, "button", className, text);
   element.type = "button";
   element.addEventListener("click", () => act(element));
   return element;
@@ -8820,7 +8810,10 @@ function drawCode(parent, {language}, place, above) {
     button(bar, "Copy", self => copy(self, place.textContent)).ariaLabel = "Copy code";
   }
   const shown = make(place, "code").appendChild(new Text());
-  return {element, grow: ({text}) => { shown.appendData(text.slice(shown.length)); return true; }};
+  return {element, grow({text}) {
+    shown.appendData(text.slice(shown.length));
+    return true;
+  }};
 }
 
 function drawTable(parent, {head, align}, place, above) {
@@ -8947,8 +8940,8 @@ function drawTexts(turn, view, ended) {
   const more = view.reasoning.draw(ended) || view.answer.draw(ended);
   view.details.hidden = !turn.reasoning;
   const thought = turn.thought === undefined ? "Thinking" : `Thought for ${Math.max(1, Math.round(turn.thought))} s`;
-  const begin = view.details.lastChild.querySelector(".part > *")?.textContent.trimStart().split("\n")[0];
-  view.summary.textContent = `${thought}: ${begin}`;
+  const begin = view.details.querySelector(".part > *")?.textContent ?? "";
+  setText(view.summary, `${thought}: ${begin.trimStart().split("\n")[0]}`);
   return more;
 }
 
@@ -8958,15 +8951,15 @@ function drawEnd(turn, view) {
   if (note) {
     const ending = make(null, "p", turn.error ? "ending error" : "ending", note);
     view.tools.before(ending);
-    if (turn.error) Object.assign(button(ending, "Try again", again), {className: "last"});
+    if (turn.error) button(ending, "Try again", again, "last");
   }
   if (turn.answer) button(view.tools, "Copy", self => copy(self, turn.answer)).ariaLabel = "Copy answer";
-  if (!turn.error) Object.assign(button(view.tools, "Regenerate", again), {className: "last"});
+  if (!turn.error) button(view.tools, "Regenerate", again, "last");
   if (turn.stats) make(view.tools, "span", "stats", turn.stats);
   view.element.normalize();
 }
 
-function statsOf(turn, {began, first, pieces, usage}) {
+function statsOf({began, first, pieces, usage}) {
   if (!first || !began) return "";
   const count = usage?.completion_tokens || pieces, seconds = (performance.now() - first) / 1000;
   const unit = usage?.completion_tokens ? "tokens" : "pieces";
@@ -9007,8 +9000,8 @@ async function* readEvents(body) {
   }
 }
 
-function request(turn) {
-  const headers = {"Accept": "text/event-stream", ...credentials()}, {signal} = stop;
+function request(turn, signal) {
+  const headers = {"Accept": "text/event-stream", ...credentials()};
   if (turn.place) headers["Last-Event-ID"] = turn.place;
   if (turn.stream) return fetch(`${base}streams/${turn.stream}`, {signal, headers});
   const answered = turns.slice(0, turns.indexOf(turn)).filter(each => each.answer);
@@ -9030,17 +9023,15 @@ function tellStop({key}) {
 // Take what one connection brings.  Returns the status of the answer; raises where it was lost.
 async function receivePart(turn, measured, take) {
   turn.error = "The server could not be reached.";
-  const response = await request(turn);
-  turn.error = response.ok ? "The answer was cut off." : `The server answered with status ${response.status}.`;
-  if (!response.ok) {
+  const response = await request(turn, measured.signal), {status, ok} = response;
+  turn.error = status === 204 ? "The rest of the answer is not kept any more."
+    : ok ? "The answer was cut off." : `The server answered with status ${status}.`;
+  if (status === 204) return status;
+  if (!ok) {
     const told = await response.json().catch(() => null);   // null: by something in front of the server
     turn.error = told?.error || turn.error;
-    if (told || response.status < 500) return response.status;
+    if (told || status < 500) return status;
     throw Error(turn.error);
-  }
-  if (response.status === 204) {
-    turn.error = "The rest of the answer is not kept any more.";
-    return response.status;
   }
   measured.arrived = true;
   turn.stream = response.headers.get("Stream-Id");
@@ -9059,7 +9050,7 @@ async function receivePart(turn, measured, take) {
     measured.settled = true;
   }
   if (!measured.settled) throw Error(turn.error);
-  return response.status;
+  return status;
 }
 
 // Take what arrives into the turn, and come back for what a lost connection has left; take: called after each piece.
@@ -9070,12 +9061,12 @@ async function receive(turn, measured, take) {
     measured.arrived = false;
     try { return await receivePart(turn, measured, take); } catch {}
     if (measured.arrived) [tries, since] = [0, Date.now()];
-    if (measured.settled || stop.signal.aborted || !isKept(turn, since)) return 0;
+    if (measured.settled || measured.signal.aborted || !isKept(turn, since)) return 0;
     tell("No connection. The answer goes on when it is back.", true);
     await new Promise(goOn => {
       setTimeout(goOn, Math.min(10000, 250 * 2 ** tries));
       addEventListener("online", goOn, {once: true});
-      stop.signal.addEventListener("abort", goOn);
+      measured.signal.addEventListener("abort", goOn);
     });
   }
 }
@@ -9089,11 +9080,11 @@ function ask(question) {
 
 // Have a turn's answer come.  began: when it was asked; 0: on a page that was left since.
 async function fillIn(turn, view, began) {
-  const measured = {began, first: 0, pieces: 0, usage: null, arrived: false, settled: false};
+  setRunning(true);
+  const {signal} = stop, measured = {signal, began, first: 0, pieces: 0, usage: null, arrived: false, settled: false};
   let frame = 0;
   make(view.tools, "span", "dot");
-  setRunning(true);
-  stop.signal.addEventListener("abort", () => tellStop(turn));
+  signal.addEventListener("abort", () => tellStop(turn));
   const draw = () => {
     frame = 0;
     if (drawTexts(turn, view, false)) frame = requestAnimationFrame(draw);
@@ -9110,10 +9101,11 @@ async function fillIn(turn, view, began) {
   cancelAnimationFrame(frame);
   endThought();
   while (drawTexts(turn, view, true)) await pause();
-  if (stop.signal.aborted) [turn.error, turn.note] = ["", "Stopped."];
+  if (!turns.includes(turn)) return;   // there is a new chat
+  if (signal.aborted) [turn.error, turn.note] = ["", "Stopped."];
   if (status === 401) { takeBack(turn, view); return; }
-  Object.assign(turn, {ended: true, stats: statsOf(turn, measured)});
-  if (turns.includes(turn)) drawEnd(turn, view);
+  Object.assign(turn, {ended: true, stats: statsOf(measured)});
+  drawEnd(turn, view);
   save();
   setRunning(false);
   tell(turn.error || turn.note || "The answer is whole.");
@@ -9165,7 +9157,7 @@ function clear() {
   turns = [];
   save();
   log.replaceChildren();
-  setRunning(Boolean(stop));
+  setRunning(false);
   input.focus();
 }
 
@@ -9181,10 +9173,13 @@ async function copy(self, text) {
   setTimeout(() => { self.textContent = "Copy"; }, 1500);
 }
 
+function setText(element, text) {   // only once, or it is read out and laid out again
+  if (element.textContent !== text) element.textContent = text;
+}
+
 function tell(text, shown = false) {   // to screen readers, where others see it anyway
-  const status = $("#status");
-  status.className = shown ? "" : "label";
-  if (status.textContent !== text) status.textContent = text;   // or it is read out again
+  $("#status").className = shown ? "" : "label";
+  setText($("#status"), text);
 }
 
 // The window: scrolling, the box, keys.
