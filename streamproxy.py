@@ -8437,7 +8437,7 @@ function lineAt(text, at) {
 
 const isBlank = line => !line.trim();
 // Whether it is sure what a line is: a part of one may become something else.
-const isSure = ({line, whole}) => whole || line.length > 20 && !/^[\s=*_-]+$/.test(line);
+const isSure = ({line, whole}) => whole || line.length > 20 && !/^(?:[\s=*_-]*$| {0,3}```)/.test(line);
 
 const cells = line => line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "").split(/(?<!\\)\|/)
   .map(cell => cell.trim().replace(/\\\|/g, "|"));
@@ -8461,8 +8461,9 @@ function blockAt(text, at, before, depth) {
   if (depth < DEEPEST && QUOTE.test(line)) return readQuote(text, at, {last: ""});
   if (depth < DEEPEST && (found = ITEM.exec(line))) {
     const [mark, marker, space = ""] = found;
-    const offset = space.length > 4 ? mark.length - space.length + 1 : mark.length + (space ? 0 : 1);
-    return readItem(text, at, {list: marker.at(-1), number: parseInt(marker), offset, blank: null});
+    const bare = space.length > 4 || isBlank(line.slice(mark.length));
+    const offset = bare ? mark.length - space.length + 1 : mark.length;
+    return readItem(text, at, {list: marker.at(-1), number: parseInt(marker), offset, last: null});
   }
   const next = whole && line.includes("|") && lineAt(text, end);
   if (next?.whole && COLUMNS.test(next.line) && cells(next.line).length === cells(line).length) {
@@ -8511,7 +8512,7 @@ function readParagraph(text, start, {cut: more}) {
     if (underline && whole)
       return {...paragraph(at, whole), type: "heading", level: underline[1][0] === "=" ? 1 : 2, end};
     if (isBlank(line) || (at > start && interrupts(line))) return paragraph(at, isSure(read));
-    if (end - start > CUT) {
+    if (end - start > CUT && isSure(read)) {
       const room = start + CUT, space = text.lastIndexOf(" ", room), pair = /[\udc00-\udfff]/.test(text[room]);
       return paragraph(space > start ? space + 1 : room - pair, true, true);
     }
@@ -8522,25 +8523,26 @@ function readParagraph(text, start, {cut: more}) {
 
 const trimLines = text => text.replace(/^[ \t]+/gm, "").trimEnd();
 
+// Whether a line goes on with the paragraph at the end of a quote or an item, though it has no mark of it.
+const isLazy = (last, line) =>
+  ![last, line].some(isBlank) && !FENCE.test(last) && !interrupts(line) && !ITEM.test(line);
+
 function readQuote(text, start, {last, cut: more}) {
   const lines = readLines(text, start, ({line}) => {
     const quoted = QUOTE.exec(line);
-    const goesOn = ![last, line].some(isBlank) && !interrupts(line) && !FENCE.test(last);
-    return quoted || goesOn ? last = line.slice(quoted?.[0].length) : null;
+    return quoted || isLazy(last, line) ? last = line.slice(quoted?.[0].length) : null;
   });
   return {type: "quote", read: readQuote, last, more, ...lines};
 }
 
-// offset: of what is in the item; blank: whether the line before was, null: there is none.
-function readItem(text, start, {list, number, offset, blank, cut: more}) {
+// offset: of what is in the item; last: the line before, null where there is none.
+function readItem(text, start, {list, number, offset, last, cut: more}) {
   const lines = readLines(text, start, read => {
     const line = read.line.replace(/^\t+/, tabs => "    ".repeat(tabs.length));
-    const indent = isBlank(line) ? offset : line.search(/\S/), first = blank === null;
-    const goesOn = first || indent >= offset || !blank && !interrupts(line) && !ITEM.test(line);
-    blank = isBlank(line);
-    return goesOn ? line.slice(first ? offset : Math.min(offset, indent)) : null;
+    const indent = isBlank(line) || last === null ? offset : line.search(/\S/);
+    return indent >= offset || isLazy(last, line) ? last = line.slice(Math.min(offset, indent)) : null;
   });
-  return {type: "item", read: readItem, list, number, offset, blank, more, ...lines};
+  return {type: "item", read: readItem, list, number, offset, last, more, ...lines};
 }
 
 // Inline: strings and {type, children}.  The delimiter stack is CommonMark's, so that it is linear.  open: more may
@@ -8811,6 +8813,7 @@ function drawCode(parent, {language}, place, above) {
   }
   const shown = make(place, "code").appendChild(new Text());
   return {element, grow({text}) {
+    if (!text.startsWith(shown.data)) return false;
     shown.appendData(text.slice(shown.length));
     return true;
   }};
@@ -8867,20 +8870,19 @@ const isSame = (one, other) => KIND.every(name => Object.is(one[name], other[nam
 // Parts bound what the browser lays out with what is new.
 function growingText(element, depth = 0) {
   let text = "", at = 0, before = null, above = null, tail = [], part = depth ? element : make(element, "div", "part");
-  function takeBack(count) {
-    for (const {kept} of tail.splice(count).reverse())
-      for (const [place, size] of kept) while (place.childNodes.length > size) place.lastChild.remove();
-  }
+  const takeBack = count => tail.splice(count).forEach(({added}) => added.forEach(node => node.remove()));
   function drawLast(block, shown, open) {
-    const kept = [part, placeAbove(block, shown)].filter(Boolean).map(place => [place, place.childNodes.length]);
+    const places = [part, placeAbove(block, shown)].filter(Boolean);
+    const kept = places.map(place => place.childNodes.length);
     const drawn = drawBlock(part, block, shown, depth);
+    const added = places.flatMap((place, index) => [...place.childNodes].slice(kept[index]));
     drawn.grow?.(block, open);
-    return {...drawn, block, kept};
+    return {...drawn, block, added};
   }
   // Draw until some time, at least a block; tell if there is more.  ended: nothing will be added.
   function draw(ended, until = performance.now() + SLICE) {
     let count = 0, next = at, last = before, shown = above;
-    while (next < text.length) {
+    while (next < text.length || last?.cut && tail[count]) {   // even if nothing is left of what went on with that one
       const block = blockAt(text, next, last, depth), open = count > 0 || !(block.whole || ended), drawn = tail[count];
       if (!drawn || !isSame(drawn.block, block) || !drawn.grow?.(block, open)) {
         takeBack(count);
