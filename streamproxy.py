@@ -8771,7 +8771,10 @@ function growInline(element) {
   let drawn = [];
   return ({text}, open) => {
     const nodes = parseInline(text, open), differs = drawn.findIndex((node, index) => !isAlike(node, nodes[index]));
-    const kept = differs < 0 ? drawn.length : differs;
+    let kept = differs < 0 ? drawn.length : differs;
+    const was = drawn[kept], is = nodes[kept];
+    if (typeof was === "string" && typeof is === "string" && is.startsWith(was))   // it stays selected, if it is
+      element.childNodes[kept++].appendData(is.slice(was.length));
     while (element.childNodes.length > kept) element.lastChild.remove();
     drawInline(element, nodes.slice(kept));
     drawn = nodes;
@@ -8991,7 +8994,7 @@ async function* readEvents(body) {
     const events = (rest + decoder.decode(value, {stream: true})).split("\n\n");
     rest = events.pop();
     for (const event of events) {
-      const fields = event.split("\n").map(line => line.split(/: (.*)/));
+      const fields = event.split("\n").map(line => line.split(/: (.*)/s));
       const {id, event: type = "message", data} = Object.fromEntries(fields);
       yield {id, type, data: JSON.parse(data || "{}")};
       if (performance.now() - begun > SLICE) {
@@ -9031,7 +9034,7 @@ async function receivePart(turn, measured, take) {
   if (status === 204) return status;
   if (!ok) {
     const told = await response.json().catch(() => null);   // null: by something in front of the server
-    turn.error = told?.error || turn.error;
+    turn.error = told?.error?.message || told?.error || turn.error;
     if (told || status < 500) return status;
     throw Error(turn.error);
   }
@@ -9160,6 +9163,7 @@ function clear() {
   save();
   log.replaceChildren();
   setRunning(false);
+  tell("");
   input.focus();
 }
 

@@ -13550,6 +13550,37 @@ def test_page_escape_stops_an_answer_and_leaves_what_is_edited(page: WebDriver, 
     conversation(page, *[("user", "Hello?"), ("assistant", "a"), ("user", "draft"), ("assistant", "a")])
 
 
+def test_page_begins_a_new_chat_while_an_answer_arrives(browser: WebDriver, provider: Provider) -> None:
+    with running(provider, resume=60.0) as server:
+        browser.call("POST", "/url", {"url": server.url})
+        say(browser)
+        with provider.take() as upstream:
+            upstream.start(A)
+            growing(browser, "a")
+            browser.element("#new", "click")
+            conversation(browser)
+            say(browser, "Two")
+            assert upstream.gone()
+        answer(browser, provider, delta("b"))
+        conversation(browser, ("user", "Two"), ("assistant", "b"))
+        browser.run("sessionStorage.clear(); turns = []")
+    assert provider.nobody_came()
+    browser.log()
+
+
+def test_page_leaves_selected_what_is_selected(page: WebDriver, provider: Provider) -> None:
+    say(page)
+    with provider.take() as upstream:
+        upstream.start(delta("one\n\n*two* three"))
+        growing(page, "onetwo three")
+        page.run("getSelection().selectAllChildren(document.querySelector('.text .part'))")
+        upstream.event(delta(" four"))
+        growing(page, "onetwo three four")
+        upstream.finish()
+        conversation(page, ("user", "Hello"), ("assistant", "onetwo three four"))
+    assert page.run("return getSelection().toString()") == "one\n\ntwo three four"
+
+
 @pytest.mark.parametrize("secure", [True, False], ids=["https", "http"])
 def test_page_copies_an_answer_as_markdown_and_code_alone(page: WebDriver, provider: Provider, secure: bool) -> None:
     page.run("""document.addEventListener("copy", () => { window.copied = document.activeElement.value; });
