@@ -8326,6 +8326,7 @@ button:hover { background: var(--soft); }
 .part > :is(h3, h4) { margin-top: 1.6rem; font-size: 1.2rem; }
 .part:first-child > :first-child, :is(p.more, li > .part, blockquote > .part) { margin-top: 0; }
 .part :is(p, h3, h4, h5, h6, li, td, th, blockquote) { unicode-bidi: plaintext; text-align: start; }
+.part table:dir(rtl) :is(td, th) { text-align: right; }   /* numbers have no direction */
 .part p { white-space: pre-line; }
 .part :is(h3, h4, h5, h6) { font-weight: 650; line-height: 1.35; }
 ul { padding-inline-start: 1.6rem; }
@@ -8356,7 +8357,7 @@ tr + tr td, tbody td { border-top: 1px solid var(--line); }
 .long tbody { contain: content; }
 .long tr { display: grid; grid-template-columns: var(--columns); }
 .long td { max-width: none; overflow-wrap: anywhere; }
-details { margin-bottom: .75rem; font-size: .9rem; color: var(--quiet); }
+details { margin-bottom: 1rem; font-size: .9rem; color: var(--quiet); }
 summary { cursor: pointer; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 details > div { margin-top: .5rem; padding-inline-start: 1rem; border-inline-start: 2px solid var(--line); }
 .dot { width: .6rem; height: .6rem; margin: .65rem .5rem; border-radius: 50%; background: var(--accent); }
@@ -8404,7 +8405,7 @@ form button { padding: .4rem .9rem; border-radius: 1rem; border-color: transpare
   <button id="end" hidden>↓ To the end</button>
   <form id="access" hidden>
     <label for="token">This server asks for an access token</label>
-    <input id="token" type="password" autocomplete="off">
+    <input id="token" type="password" autocomplete="off" placeholder="Token">
     <button>Continue</button>
     <p class="error" role="alert"></p>
   </form>
@@ -8465,12 +8466,18 @@ function blockAt(text, at, before, depth) {
     const offset = bare ? mark.length - space.length + 1 : mark.length;
     return readItem(text, at, {list: marker.at(-1), number: parseInt(marker), offset, last: null});
   }
-  const next = whole && line.includes("|") && lineAt(text, end);
-  if (next?.whole && COLUMNS.test(next.line) && cells(next.line).length === cells(line).length) {
-    const align = cells(next.line).map(cell => ["", "left", "right", "center"][/^:/.test(cell) + 2 * /:$/.test(cell)]);
-    return readTable(text, next.end, {head: cells(line), align});
-  }
-  return readParagraph(text, at, {});
+  const table = tableHead(text, {line, end, whole});
+  return table ? readTable(text, table.end, table) : readParagraph(text, at, {});
+}
+
+// The head of a table that begins with a line, surely or as it seems; null where none does.
+function tableHead(text, {line, end, whole}) {
+  if (!line.includes("|")) return null;
+  const head = cells(line), next = lineAt(text, end), columns = cells(next.line), sure = whole && next.whole;
+  const seems = /^ {0,3}\|/.test(line) && /^[\s|:-]*$/.test(next.line);
+  const fits = COLUMNS.test(next.line) && columns.length === head.length;
+  const sides = columns.map(cell => ["", "left", "right", "center"][/^:/.test(cell) + 2 * /:$/.test(cell)]);
+  return (sure ? fits : seems) ? {head, align: head.map((_, index) => sides[index] || ""), end: next.end, sure} : null;
 }
 
 // The lines from a place on, as long as inner(line as read) says what of one is in the block, not null.
@@ -8512,6 +8519,8 @@ function readParagraph(text, start, {cut: more}) {
     if (underline && whole)
       return {...paragraph(at, whole), type: "heading", level: underline[1][0] === "=" ? 1 : 2, end};
     if (isBlank(line) || (at > start && interrupts(line))) return paragraph(at, isSure(read));
+    const table = at > start && tableHead(text, read);
+    if (table) return paragraph(at, table.sure);
     if (end - start > CUT && isSure(read)) {
       const room = start + CUT, space = text.lastIndexOf(" ", room), pair = /[\udc00-\udfff]/.test(text[room]);
       return paragraph(space > start ? space + 1 : room - pair, true, true);
@@ -8832,8 +8841,8 @@ function drawTable(parent, {head, align}, place, above) {
   }
   const body = make(place, "tbody");
   let count = 0, last = null;
-  return {element, grow({rows}, open) {
-    if (rows.length < count) return false;
+  return {element, grow({rows, ...now}, open) {
+    if (rows.length < count || String([now.head, now.align]) !== String([head, align])) return false;
     last?.remove();   // it may have grown
     for (const row of rows.slice(Math.max(0, count - 1)))
       last = drawRow(body, "td", row, align, open && row === rows.at(-1));

@@ -13738,7 +13738,7 @@ def test_page_fits_a_narrow_window(page: WebDriver, provider: Provider, width: i
 def test_page_of_a_language_that_is_written_from_right_to_left(page: WebDriver, provider: Provider) -> None:
     hebrew = "שלום עולם"
     say(page, hebrew)
-    answer(page, provider, delta(f"{hebrew}\n\n- {hebrew}\n\n> {hebrew}\n\n|{hebrew}|b|\n|-|-|\n\n- word"))
+    answer(page, provider, delta(f"{hebrew}\n\n- {hebrew}\n\n> {hebrew}\n\n|{hebrew}|b|\n|-|-|\n|1|2|\n\n- word"))
     page.element("#prompt", "value", text=hebrew)
     at_the_right = """return [...document.querySelectorAll(".text p, li, blockquote, tr")].map(each => {
         const range = document.createRange(), box = each.getBoundingClientRect();
@@ -13746,7 +13746,7 @@ def test_page_of_a_language_that_is_written_from_right_to_left(page: WebDriver, 
         const {left, right} = range.getBoundingClientRect();
         return [each.localName, left - box.left > box.right - right];
     })"""
-    kinds = ["p", "li", "p", "blockquote", "p", "tr"]
+    kinds = ["p", "li", "p", "blockquote", "p", "tr", "tr"]
     assert page.run(at_the_right) == [*([kind, True] for kind in kinds), ["li", False], ["p", False]]
 
 
@@ -13975,6 +13975,24 @@ def test_page_markdown_is_commonmark_however_it_arrives(page: WebDriver) -> None
         flat(new DOMParser().parseFromString(html, "text/html").body)])"""
     for (text, _), (whole, grown, expected) in zip(examples, page.run(script, examples)):
         assert whole == grown == expected, text
+
+
+UNFINISHED = {
+    "a **b": "<p >a <strong >b</strong></p>", "a **": "<p >a</p>", "a `b": "<p >a<code >b</code></p>",
+    "a [b](http://e": "<p >a b</p>", "```p": "<pre ><code ></code></pre>", "```py\na\n``": "<pre ><code >a</code></pre>",
+    "> a\n>": "<blockquote ><p >a</p></blockquote>", "- a\n-": "<ul ><li >a</li><li ></li></ul>",
+    "| a | b": "<table ><thead ><tr ><th >a</th><th >b</th></tr></thead><tbody ></tbody></table>",
+    "a:\n| b |\n|:": "<p >a:</p><table ><thead ><tr ><th >b</th></tr></thead><tbody ></tbody></table>",
+    "a\n| b |\nc": "<p >a | b | c</p>", "| a |\nb": "<p >| a | b</p>",
+    "| a |\n|-|\n| *b": "<table ><thead ><tr ><th >a</th></tr></thead><tbody ><tr ><td >*b</td></tr></tbody></table>",
+}
+
+
+def test_page_shows_what_is_not_finished(page: WebDriver) -> None:
+    script = OUTLINE + """const element = document.createElement("div"), growing = growingText(element);
+        for (const sign of arguments[0]) { growing.add(sign); growing.draw(false); }
+        return flat(element)"""
+    assert {text: page.run(script, text) for text in UNFINISHED} == UNFINISHED
 
 
 GROWING = {
