@@ -13979,7 +13979,8 @@ def test_page_markdown_is_commonmark_however_it_arrives(page: WebDriver) -> None
 
 UNFINISHED = {
     "a **b": "<p >a <strong >b</strong></p>", "a **": "<p >a</p>", "a `b": "<p >a<code >b</code></p>",
-    "a [b](http://e": "<p >a b</p>", "```p": "<pre ><code ></code></pre>", "```py\na\n``": "<pre ><code >a</code></pre>",
+    "a [b](http://e": "<p >a b</p>", "```p": "<pre ><code ></code></pre>",
+    "```py\na\n``": "<pre ><code >a</code></pre>",
     "> a\n>": "<blockquote ><p >a</p></blockquote>", "- a\n-": "<ul ><li >a</li><li ></li></ul>",
     "| a | b": "<table ><thead ><tr ><th >a</th><th >b</th></tr></thead><tbody ></tbody></table>",
     "a:\n| b |\n|:": "<p >a:</p><table ><thead ><tr ><th >b</th></tr></thead><tbody ></tbody></table>",
