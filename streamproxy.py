@@ -2242,7 +2242,8 @@ class Settings(_Rows):
         "", _read_key, "", "the API's key, or `OPENAI_API_KEY_FILE`; none is fine for a loopback upstream",
         "OPENAI_API_KEY", secret=True)
     auth_header: str = _row(
-        "Authorization: Bearer {key}", _read_auth_header, "TEMPLATE", "header field that carries the key")
+        "Authorization: Bearer {key}", _read_auth_header, "TEMPLATE", "header field that carries the key",
+        hidden=r"(?s)\A(?!.*\{key\}).+")  # the key itself, by mistake
     model: str = _row(DEFAULT_MODEL, _read_text, "NAME", "model to ask")
     param: ParamRow = _row(
         DEFAULT_PARAMS, _read_params, "NAME=JSON",
@@ -6919,7 +6920,12 @@ class Listener:
     def _bind(self, port: int, reuse_port: bool) -> None:
         if self.path:
             _remove_stale_socket(self.path)
-            self.sock.bind(self.path)
+            try:
+                self.sock.bind(self.path)
+            except OSError as error:
+                if error.errno:
+                    raise
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)) from None  # Python's has no number
             self._file = _file_at(self.path)
             os.chmod(self.path, 0o666)  # as open as a loopback port; the folder's mode can say otherwise
         else:
