@@ -313,6 +313,7 @@ def internal_error(error: BaseException) -> ProxyError:
 def reason_of(error: BaseException) -> str:
     """Why a system call or a handshake failed, in words that hold no address, path or secret."""
     for kind, words in (
+        (Refused, str(error)),
         (ssl.SSLCertVerificationError, "its certificate is not trusted"),
         (ssl.SSLError, "the TLS handshake failed"),
         (socket.gaierror, "its name was not found"),
@@ -5431,7 +5432,7 @@ class Upstream:
         try:
             return self.open(Deadline(lifeline, self._timeout))
         except (OSError, ValueError) as error:  # the last for a name like a..b
-            reason = str(error) if isinstance(error, Refused) else reason_of(error)
+            reason = reason_of(error)
             status = 504 if isinstance(error, socket.timeout) else 502
             kinds = ((socket.gaierror, "dns"), (ssl.SSLError, "tls"), (socket.timeout, "connect_timeout"))
             kind = next((kind for type, kind in kinds if isinstance(error, type)), "connect")
@@ -7438,6 +7439,8 @@ PIECES, BEHIND, BURSTS, HELD, CUT = "piece by piece", "always one behind", "in b
 TEXT_HELD, GET_HELD, COMPRESSED, CACHED = "text held", "GET held", "compressed", "cached"
 NO_PINGS, IDLE, WHOLE, STAYS, HTTP10 = "no pings", "silence", "cut as whole", "goes on", "HTTP/1.0"
 REFUSED, GUARDED, ABSENT, UNREACHED = "refused", "guarded", "not streamproxy", "not reached"
+UNSERVED = "out of reach"
+UNSEEN = "not seen: what was asked for did not come"
 
 # What to change, by who was met and what was found: where, and what.  "" is whoever leaves no trace.
 CURES = {
@@ -7507,7 +7510,7 @@ CURES = {
         IDLE: "`ProxyTimeout 130`.",
     }),
     "Caddy": ("In the Caddyfile", {
-        HELD: "`flush_interval -1` in reverse_proxy.",
+        HELD: "`flush_interval -1` in reverse_proxy, and no response_buffers (once buffer_responses).",
         COMPRESSED: "take `encode` off this path.",
         WHOLE: "nothing helps: ask for event streams, whose `event: error` tells of a cut.",
     }),
@@ -7522,10 +7525,14 @@ CURES = {
         COMPRESSED: "Somebody compresses, and holds text back for that: turn it off for this address.",
         CACHED: "Somebody answers from a cache: turn it off for this address.",
         CUT: "Somebody ends answers early: see whose log tells of this request, and its time-outs.",
-        REFUSED: "Somebody refuses what streamproxy takes: see whose log has this status, and its limits.",
-        GUARDED: "Give a token in STREAMPROXY_CHECK_TOKEN, or a file of it in STREAMPROXY_CHECK_TOKEN_FILE.",
+        REFUSED: "Somebody refuses test streams: see whose log has this status, and its limits; streamproxy's own is"
+                 f" {TEST_STREAMS['requests_per_minute']} a minute.",
+        GUARDED: "Give a token in STREAMPROXY_CHECK_TOKEN, or a file of it in STREAMPROXY_CHECK_TOKEN_FILE, and say in"
+                 " --auth-header how it is sent, if not as `Authorization: Bearer {key}`.",
         ABSENT: "Give the address below which streamproxy is, and have /healthz/stream passed on to it.",
-        UNREACHED: "See that name, port and certificate are right, and that something listens.",
+        UNSERVED: "Whoever answers does not reach streamproxy: does it run, and may they write to its socket? Their log"
+                  " says why.",
+        UNREACHED: "See that name, port and certificate (--ca-file) are right, and that something listens.",
         NO_PINGS: "Somebody drops the comments of event streams: a silence looks dead then (see --check-idle).",
         IDLE: "Somebody ends silent answers: after 30 s Google's balancer, 60 s AWS' or nginx (`proxy_read_timeout"
               " 130s;`), else maybe HAProxy (`timeout server 130s`).",
@@ -7663,9 +7670,15 @@ class Visitor:
 
     def __init__(self, settings: Settings, url: str) -> None:
         """Raises SettingsError."""
-        given = {"upstream": url, "api_key": settings.check_token, "auth_header": "Authorization: Bearer {key}"}
-        self._ways = [Upstream(settings.replace(**given), coding) for coding in ("identity", "gzip, deflate")]
-        self.url = url
+        given = settings.replace(upstream=url, api_key=settings.check_token)
+        self._ways = [Upstream(given, coding) for coding in ("identity", "gzip, deflate")]
+        self.url, self.has_token = url, bool(settings.check_token)
+
+    @property
+    def proxies(self) -> list[str]:
+        """Who is on the way because the environment says so."""
+        proxy = self._ways[0].target.proxy
+        return [f"the environment's proxy {proxy.address}"] if proxy else []
 
     def ask(self, query: str, form: Form, timeout: float = CHECK_TIMEOUT, lifeline: Lifeline | None = None) -> Reply:
         """Return what comes of it within so many seconds, in all, and until lifeline is cut."""
@@ -7814,21 +7827,29 @@ class Check:
         """Find the server, and who is on the way to it; None where it is not there."""
         for _ in range(MAX_REDIRECTS):
             reply = self._visitor.ask("events=1", FORMS[-1])
-            self.hops = hops_in(reply.fields)
+            self.hops = self._visitor.proxies + hops_in(reply.fields)
             if reply.status == 200 and events_in(reply):
                 return reply
             if not (300 <= reply.status < 400 and self._follow(reply.fields.get("location", ""))):
                 break
-        self.found, words = [ABSENT], "is not streamproxy, or one that is too old to be checked"
-        if not reply.status:
-            self.found, words = [UNREACHED], f"cannot be reached: {reply.error}"
-        elif reply.status in (401, 403):
-            self.found, words = [GUARDED], f"answers {reply.status} to whoever has no token"
-        elif reply.status != 200:
-            where = f" with {reply.fields['location'][:200]!a}" if "location" in reply.fields else ""
-            words = f"answers {reply.status}{where} in place of streamproxy"
-        self.looks = [Look("the address", words, self.found[0])]
+        self.looks = [self._look_at_stranger(reply)]
+        self.found = [self.looks[0].found]
         return None
+
+    def _look_at_stranger(self, reply: Reply) -> Look:
+        """Tell who answers where streamproxy should, and with no event."""
+        status, found, words = reply.status, ABSENT, "is not streamproxy, or one that is too old to be checked"
+        if not status:
+            found, words = UNREACHED, f"cannot be reached: {reply.error}"
+        elif status in (401, 403):
+            found, words = GUARDED, f"answers {status} to {'this' if self._visitor.has_token else 'whoever has no'} token"
+        elif status == 429:
+            found, words = REFUSED, "answers 429 to so many requests"
+        elif status != 200:
+            found = UNSERVED if status > 501 else ABSENT  # 502 to 504, and 521 to 530 of Cloudflare's
+            where = f" with {reply.fields['location'][:200]!a}" if "location" in reply.fields else ""
+            words = f"answers {status}{where} in place of streamproxy"
+        return Look("the address", words, found)
 
     def _follow(self, location: str) -> bool:
         """Go to where a redirect leads, if a streamproxy can be there; the token does not go to another host."""
@@ -7871,20 +7892,22 @@ class Check:
     def _look_at_pings(self) -> Look:
         reply = self._ask(Form("POST", sse=True), 2, 5 * self.pace, more=f"&ping={1500 * self.pace:.0f}")
         if len(events_in(reply)) < 2:
-            return Look("pings", "not seen: no events came")
+            return Look("pings", UNSEEN)
         lost = PING not in reply.body
         return Look("pings", "lost" if lost else "pass", NO_PINGS if lost else "")
 
     def _look_at_cut(self) -> Look:
         reply, name = self._ask(PLAIN, 3, more="&cut=1"), "an answer that is cut"
         if not events_in(reply):
-            return Look(name, "not seen: no events came")
+            return Look(name, UNSEEN)
         return Look(name, *(("looks whole", WHOLE) if reply.whole else ("can be told",)))
 
     def _look_at_cache(self) -> Look:
-        first, second = (self._ask(Form("GET"), 1).body for _ in range(2))
-        cached = bool(first) and first == second
-        return Look("an answer to GET", *(("comes from a cache", CACHED) if cached else ("is always new",)))
+        name, replies = "an answer to GET", [self._ask(Form("GET"), 1) for _ in range(2)]
+        if not all(map(events_in, replies)):
+            return Look(name, UNSEEN)
+        cached = replies[0].body == replies[1].body
+        return Look(name, *(("comes from a cache", CACHED) if cached else ("is always new",)))
 
     def _look_at_leaving(self) -> Look:
         """Leave, and ask the server if it goes on; of several processes, some other may have been asked."""
@@ -7892,29 +7915,40 @@ class Check:
         query = f"id={id}&events=200&every={1000 * self.pace:.0f}"
         lifelines = [Lifeline() for _ in range(4)]  # so that each of a few processes has one
 
-        def look() -> bool:
-            seen = any(self._goes_on(id, 1) for _ in range(LEAVE_LOOKS))
+        def look() -> bool | None:
+            goes_on = self._goes_on(id, 1, wanted=True)
             for lifeline in lifelines:
                 lifeline.cut()
-            return seen
+            return goes_on
 
         leave = [functools.partial(self._visitor.ask, query, PLAIN, CHECK_TIMEOUT, lifeline) for lifeline in lifelines]
-        if not together([*leave, look])[-1]:
+        *replies, goes_on = together([*leave, look])
+        if goes_on is None or not (goes_on or any(map(events_in, replies))):
+            return Look(name, UNSEEN)
+        if not goes_on:
             return Look(name, "not seen: another process answers")
-        if any(not self._goes_on(id, 4) for _ in range(LEAVE_LOOKS)):
-            return Look(name, "ends its stream")
-        return Look(name, "does not end its stream", STAYS)
+        words = {False: "ends its stream", True: "does not end its stream", None: UNSEEN}
+        goes_on = self._goes_on(id, 4, wanted=False)
+        return Look(name, words[goes_on], STAYS if goes_on else "")
 
-    def _goes_on(self, id: str, times: int) -> bool:
-        """Tell whether a stream of this id goes on, as each process says that is asked at once, after a while."""
-        time.sleep(2 * self.pace)
-        replies = together([functools.partial(self._visitor.ask, f"count={id}", PLAIN, COUNT_TIMEOUT)] * times)
-        return any(reply.status == 200 and reply.body.strip() not in (b"", b"0") for reply in replies)
+    def _goes_on(self, id: str, times: int, wanted: bool) -> bool | None:
+        """Tell whether a stream of this id goes on, as so many say that are asked at once: each process, with luck.
+
+        They are asked until it is so or not, as wanted, or for too long.  None: nobody says.
+        """
+        for _ in range(LEAVE_LOOKS):
+            time.sleep(2 * self.pace)
+            replies = together([functools.partial(self._visitor.ask, f"count={id}", PLAIN, COUNT_TIMEOUT)] * times)
+            counts = [reply.body.strip() for reply in replies if reply.status == 200 and reply.whole]
+            goes_on = any(count != b"0" for count in counts) if counts else None
+            if bool(goes_on) is wanted:
+                break
+        return goes_on
 
     def _look_at_silence(self) -> Look:
         seconds = self.settings.check_idle
         reply, name = self._ask(PLAIN, 1, seconds), f"{seconds:g} s of silence"
-        if reply.whole and events_in(reply):
+        if reply.whole and reply.ended_at > 0.95 * seconds:  # it may have been ended as if it were whole
             return Look(name, "pass")
         return Look(name, f"cut off after {reply.ended_at:.1f} s", IDLE)
 

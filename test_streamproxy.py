@@ -15635,6 +15635,10 @@ http { access_log off; proxy_http_version 1.1;
     server { listen 127.0.0.1:%d; location / { return 302 /login; } }
     server { listen 127.0.0.1:%d; location /chat/ { if ($http_authorization != "Bearer letmein") { return 401; }
         proxy_pass http://unix:/run/streamproxy/1.sock:/; } 
+        location /down/ { proxy_pass http://unix:/run/streamproxy/2.sock:/; }
+        location /full/ { return 429; }
+        location /basic/ { if ($http_authorization != "Basic bWU6eA==") { return 401; }
+            proxy_pass http://unix:/run/streamproxy/1.sock:/; }
         location /old/ { rewrite ^/old/(.*) https://localhost:%d/chat/$1 permanent; } }
     server { listen 127.0.0.1:%d ssl; ssl_certificate %s; ssl_certificate_key %s;
         location /chat/ { proxy_pass http://unix:/run/streamproxy/1.sock:/; } }
@@ -15651,7 +15655,9 @@ def test_check_says_who_is_there_instead_and_follows_redirects(tmp_path: Path, c
         for url, found, words in (
             (front.url, streamproxy.ABSENT, "is not streamproxy"),
             (f"http://127.0.0.1:{login}", streamproxy.ABSENT, "/login' in place of streamproxy"),
-            (f"http://127.0.0.1:{guard}/chat", streamproxy.GUARDED, "answers 401"),
+            (f"http://127.0.0.1:{guard}/chat", streamproxy.GUARDED, "answers 401 to whoever has no token"),
+            (f"http://127.0.0.1:{guard}/down", streamproxy.UNSERVED, "answers 502"),
+            (f"http://127.0.0.1:{guard}/full", streamproxy.REFUSED, "answers 429"),
             (f"https://localhost:{tls}/chat", streamproxy.UNREACHED, "self-signed certificate"),
             (f"http://127.0.0.1:{guard}/old", streamproxy.UNREACHED, "self-signed certificate"),
             (f"http://127.0.0.1:{free_port()}", streamproxy.UNREACHED, "connection refused"),
@@ -15659,13 +15665,35 @@ def test_check_says_who_is_there_instead_and_follows_redirects(tmp_path: Path, c
         ):
             check = checked(url, [found])
             assert check.found == [found] and words in check.looks[0].words.replace("self signed", "self-signed"), url
-        check, other = streamproxy.together([
+        basic = {"check_token": "bWU6eA==", "auth_header": "Authorization: Basic {key}"}
+        looks = [
             functools.partial(checked, f"http://127.0.0.1:{guard}/old/", ca_file=trusted),
             functools.partial(checked, f"http://127.0.0.1:{guard}/chat", check_token="letmein"),
-        ])
+            functools.partial(checked, f"http://127.0.0.1:{guard}/basic", **basic),
+            functools.partial(checked, f"http://127.0.0.1:{guard}/chat", [streamproxy.GUARDED], **basic),
+        ]
+        check, *others, guarded = streamproxy.together(looks)
         assert (check.found, check.url) == ([], f"https://localhost:{tls}/chat")
         assert "redirects to https://localhost" in check.notes[0]
-        assert other.found == []
+        assert [other.found for other in others] == [[], []]
+        assert guarded.looks[0].words == "answers 401 to this token"
+
+
+def test_check_tells_of_the_environment_s_proxy(environment: Callable[..., None]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        proxy = f"127.0.0.1:{listener.getsockname()[1]}"
+        environment(HTTPS_PROXY=f"http://user:secret@{proxy}")
+
+        def refuse() -> None:
+            with listener.accept()[0] as sock:
+                sock.recv(65536)
+                sock.sendall(b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n")
+
+        threading.Thread(target=refuse, daemon=True).start()
+        check = streamproxy.Check(streamproxy.Settings(check="https://chat.example.com"))
+        check.run()
+    assert check.text().startswith(f"https://chat.example.com, by way of the environment's proxy {proxy}\n")
+    assert "cannot be reached: the proxy refused with status 407\n" in check.text()
 
 
 def test_check_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15806,6 +15834,21 @@ def refused_post(head: bytes) -> Callable[[bytes | None], bytes]:
     return lambda data: (words if head.startswith(b"POST") else data or b"") if data else b""
 
 
+def refused_streams(head: bytes) -> Callable[[bytes | None], bytes]:
+    words = b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n\r\nno"
+    return lambda data: (words if b"events=" in head and b"every=" in head else data or b"") if data else b""
+
+
+def refused_counts(head: bytes) -> Callable[[bytes | None], bytes]:
+    words = b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n\r\nno"
+    return lambda data: (words if b"count=" in head else data or b"") if data else b""
+
+
+def ended_in_silence(head: bytes) -> Callable[[bytes | None], bytes]:
+    end = b"0\r\n\r\n" * (b"events=1&every=2000" in head)
+    return lambda data: data + end * (b";\n" in data) if data else b""
+
+
 # What a hop does to text, what is found, what was seen in one form, what is to be changed or noted.
 HOPS_AND_FINDINGS = [
     (one_behind, [streamproxy.BEHIND], "always one behind", "a piece only with the next"),
@@ -15816,6 +15859,7 @@ HOPS_AND_FINDINGS = [
     (without_pings, [streamproxy.NO_PINGS], "piece by piece", "comments of event streams"),
     (without_fields, [], "piece by piece", "Cache-Control, Incremental"),
     (refused_post, [streamproxy.REFUSED], "refused with status 405", "whose log has this status"),
+    (refused_streams, [streamproxy.REFUSED], "refused with status 429", "240 a minute"),
 ]  # fmt: skip
 
 
@@ -15828,6 +15872,24 @@ def test_check_tells_what_each_kind_of_hop_does() -> None:
         for check, (change, found, seen, words) in zip(checks, HOPS_AND_FINDINGS):
             assert (check.found, check.looks[0].words[: len(seen)]) == (found, seen), change
             assert words in (streamproxy.cure_of(check.hops, found[0]) if found else check.notes[0]), change
+
+
+@pytest.mark.usefixtures("many_checks")
+def test_check_says_what_it_has_not_seen() -> None:
+    unseen = {"a client that leaves": streamproxy.UNSEEN}
+    every = {name: streamproxy.UNSEEN for name in ("pings", "an answer that is cut", "an answer to GET", *unseen)}
+    with running(None) as server:
+        for change, expected in ((refused_counts, unseen), (refused_streams, every)):
+            with Hop(server, change) as hop:
+                looks = checked(hop.url).looks
+            assert {look.name: look.words for look in looks if look.words == streamproxy.UNSEEN} == expected
+
+
+@pytest.mark.usefixtures("many_checks")
+def test_check_takes_no_end_before_its_time_for_a_silence_that_passes() -> None:
+    with running(None) as server, Hop(server, ended_in_silence) as hop:
+        check = checked(hop.url, [streamproxy.IDLE], check_idle=2)
+    assert check.found == [streamproxy.IDLE] and check.looks[-1].words.startswith("cut off after ")
 
 
 def test_check_gives_its_token_to_no_other_host_and_believes_no_other_server() -> None:
