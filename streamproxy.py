@@ -310,13 +310,16 @@ def internal_error(error: BaseException) -> ProxyError:
     return failure
 
 
+_NO_NAME = (socket.gaierror, UnicodeError)  # the latter: for a name that cannot be one
+
+
 def reason_of(error: BaseException) -> str:
     """Why a system call or a handshake failed, in words that hold no address, path or secret."""
     for kind, words in (
         (Refused, str(error)),
         (ssl.SSLCertVerificationError, "its certificate is not trusted"),
         (ssl.SSLError, "the TLS handshake failed"),
-        (socket.gaierror, "its name was not found"),
+        (_NO_NAME, "its name was not found"),
         (socket.timeout, "it took too long"),
         (BlockingIOError, "whoever has it takes no connections"),
     ):
@@ -5434,7 +5437,7 @@ class Upstream:
         except (OSError, ValueError) as error:  # the last for a name like a..b
             reason = reason_of(error)
             status = 504 if isinstance(error, socket.timeout) else 502
-            kinds = ((socket.gaierror, "dns"), (ssl.SSLError, "tls"), (socket.timeout, "connect_timeout"))
+            kinds = ((_NO_NAME, "dns"), (ssl.SSLError, "tls"), (socket.timeout, "connect_timeout"))
             kind = next((kind for type, kind in kinds if isinstance(error, type)), "connect")
         raise UpstreamError(f"Upstream cannot be reached: {reason}.", status, reason=kind)  # here: it keeps no frames of error's
 
@@ -7782,7 +7785,7 @@ class Check:
     def __init__(self, settings: Settings, pace: float = TEST_PACE) -> None:
         """pace: seconds between two events of a test stream.  Raises SettingsError."""
         self.settings, self.pace = settings, pace
-        self.url = settings.check.rstrip("/")
+        self.url = settings.check.partition("?")[0].rstrip("/")  # as of a page, whose query is no test stream's
         self.looks: list[Look] = []
         self.found: list[str] = []
         self.hops: list[str] = []
