@@ -8603,6 +8603,8 @@ function readItem(text, start, {list, number, offset, last, cut: more}) {
 const SPECIAL = /[\\`*_~[\]<\n]|!\[|https?:\/\//g, ADDRESS = /https?:\/\/[^\s<>`"\])]+/y;
 const TARGET = /\(\s*(<[^<>\n]*>|[^\s()<>]*(?:\([^\s()]*\)[^\s()]*)*)(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/y;
 const POINTED = /<((?:https?:|mailto:)[^\s<>]*)>/y, ESCAPED = /\\([!-/:-@[-`{-~])/g;
+// Punctuation, but for that of Chinese and Japanese, which write no blanks around it.
+const MARK = /(?![\u3000-\u303f\uff00-\uffef])[\p{P}\p{S}]/u;
 
 function parseInline(text, open) {
   if (open) text = text.replace(/(?:\*\*|~~|`+)$/, "").replace(/\[([^[\]]{1,200})\]\([^\s()]{0,500}$/, "$1");
@@ -8664,13 +8666,12 @@ function parseInline(text, open) {
   function delimiters(sign, at) {
     let end = at;
     while (text[end] === sign) end++;
-    const before = text[at - 1] || " ", after = text[end] || " ", mark = /[\p{P}\p{S}]/u;
-    const left = /\S/.test(after) && (!mark.test(after) || /\s/.test(before) || mark.test(before));
-    const right = /\S/.test(before) && (!mark.test(before) || /\s/.test(after) || mark.test(after));
-    const word = sign === "_";
+    const before = text[at - 1] || " ", after = text[end] || " ", word = sign === "_";
+    const left = /\S/.test(after) && (!MARK.test(after) || /\s/.test(before) || MARK.test(before));
+    const right = /\S/.test(before) && (!MARK.test(before) || /\s/.test(after) || MARK.test(after));
     tokens.push({sign, count: end - at, size: end - at, opens: [], closes: 0,
-      canOpen: left && (!word || !right || mark.test(before)),
-      canClose: right && (!word || !left || mark.test(after))});
+      canOpen: left && (!word || !right || MARK.test(before)),
+      canClose: right && (!word || !left || MARK.test(after))});
     return end;
   }
 

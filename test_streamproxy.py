@@ -14004,6 +14004,11 @@ UNFINISHED = {
 }
 
 
+def test_page_emphasis_of_a_language_without_blanks(page: WebDriver) -> None:
+    shown = page.run(OUTLINE + "return flat(drawn(arguments[0], 1))", "これは**「強調」**です")
+    assert shown == "<p >これは<strong >「強調」</strong>です</p>"
+
+
 def test_page_shows_what_is_not_finished(page: WebDriver) -> None:
     script = OUTLINE + """const element = document.createElement("div"), growing = growingText(element);
         for (const sign of arguments[0]) { growing.add(sign); growing.draw(false); }
