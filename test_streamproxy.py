@@ -13193,7 +13193,7 @@ def test_nginx_example_instances_restarted_in_turn_under_load_cut_nothing(
         load = Load(stack.enter_context(nginx(tmp_path, config)), resume)
         load.pause = 0.002  # the more are on their way, the fewer turns show whether one was cut
         stack.enter_context(load)
-        for turn in range(5 if resume else 10):
+        for turn in range(6 if resume else 24):
             load.goes_on()
             errors = manager.stop(instances[turn % 2])
             assert ", 0 cut off" in errors, errors
