@@ -8781,48 +8781,20 @@ function aim(element, {address, children}) {
   if (children.join("") !== address) element.dataset.host = element.host || element.pathname;
 }
 
-const goesOn = ({list}, above) => above?.element?.dataset.list === list;
+// How each type of block is drawn: in a parent, below what is above it, or in that, where it goes on with it.  Returns
+// the element of the two, what was added (if not that), and a function that draws the block there, and again as it has
+// grown meanwhile; it says whether it could.  open: more of it may come.
+const DRAW = {
+  heading: (parent, {level}) => drawText(make(parent, `h${Math.min(6, level + 2)}`)),
+  paragraph: (parent, {more}) => drawText(make(parent, "p", more ? "more" : "")),
+  code: drawCode, table: drawTable, quote: drawQuote, item: drawItem,
+  rule: parent => ({element: make(parent, "hr"), grow: () => true}),
+  blank: (parent, block, above) => ({...above, added: null, grow: () => true}),
+};
 
-// Where a block goes on in what is above it: an item in its list, the rest of a code block or a table.
-function placeAbove(block, above) {
-  const list = block.type === "item" && goesOn(block, above) && above.element;
-  if (list) return block.more || list.childElementCount < MANY ? list : null;
-  return block.more && above.element.querySelector({code: "pre", table: "table"}[block.type] || "none") || null;
-}
-
-// Make room for a block below the one above, or in it.  Returns the element of the two, and a function that draws the
-// block there, and again as it has grown meanwhile; it says whether it could.  open: more of it may come.
-function drawBlock(parent, block, above, depth) {
-  const {type, more} = block, place = placeAbove(block, above);
-  if (type === "blank") return {...above, grow: null};
-  if (type === "item") {
-    const element = place || makeList(parent, block, above);
-    return drawNested(element, more ? above.inner : growingText(makeItem(element), depth + 1));
-  }
-  if (type === "code") return drawCode(parent, block, place, above);
-  if (type === "table") return drawTable(parent, block, place, above);
-  if (type === "quote" && more) return drawNested(above.element, above.inner);
-  const tag = {heading: `h${Math.min(6, block.level + 2)}`, rule: "hr", quote: "blockquote", paragraph: "p"}[type];
-  const element = make(parent, tag, more ? "more" : "");
-  if (type === "rule") return {element, grow: null};
-  if (type !== "quote") return {element, grow: growInline(element)};
-  element.dir = "auto";
-  return drawNested(element, growingText(element, depth + 1));
-}
-
-// inner: the text in a quote or an item, to which what a block brings is added.
-function drawNested(element, inner) {
-  const from = inner.length;
-  return {element, inner, grow({text, cut}, open) {
-    inner.add(text, from);
-    inner.draw(!open && !cut, Infinity);
-    return true;
-  }};
-}
-
-function growInline(element) {
+function drawText(element) {
   let drawn = [];
-  return ({text}, open) => {
+  return {element, grow({text}, open) {
     const nodes = parseInline(text, open), differs = drawn.findIndex((node, index) => !isAlike(node, nodes[index]));
     let kept = differs < 0 ? drawn.length : differs;
     const was = drawn[kept], is = nodes[kept];
@@ -8832,60 +8804,74 @@ function growInline(element) {
     drawInline(element, nodes.slice(kept));
     drawn = nodes;
     return true;
-  };
+  }};
 }
 
 const isAlike = (one, other) => one === other || Boolean(one.type) && one.type === other?.type
   && one.address === other.address && one.children?.length === other.children?.length
   && (one.children || []).every((child, index) => isAlike(child, other.children[index]));
 
-function makeList(parent, {list, number}, above) {
-  const element = make(parent, isNaN(number) ? "ul" : "ol", goesOn({list}, above) ? "more" : "");
-  element.dataset.list = list;
-  element.dir = "auto";   // of its marks and indents; each paragraph has its own
-  if (number >= 0) element.start = element.className ? above.element.start + above.element.childElementCount : number;
-  return element;
+function drawQuote(parent, {more}, above, depth) {
+  if (more) return drawNested(above.element, null, above.inner);
+  const element = make(parent, "blockquote");
+  element.dir = "auto";
+  return drawNested(element, element, growingText(element, depth + 1));
 }
 
-function makeItem(list) {
-  const item = make(list, "li");
-  list.style.setProperty("--digits", String(list.start + list.childElementCount).length);   // there is room for two
-  return item;
-}
-
-function scrollable(parent, className, label) {   // sideways, and so reached by keyboard
-  const element = make(parent, className === "wide" ? "div" : "pre", className);
-  Object.assign(element, {tabIndex: 0, role: "region", ariaLabel: label});
-  return element;
-}
-
-function drawCode(parent, {language}, place, above) {
-  const element = place ? above.element : make(parent, "div", "code");
-  if (!place) {
-    const bar = make(element, "div");
-    make(bar, "span", "", language || "text");
-    place = scrollable(element, "", "Code");
-    button(bar, "Copy", self => copy(self, place.textContent)).ariaLabel = "Copy code";
+function drawItem(parent, {list, number, more}, above, depth) {
+  if (more) return drawNested(above.element, null, above.inner);
+  const goesOn = above?.element?.dataset.list === list, fits = goesOn && above.element.childElementCount < MANY;
+  const element = fits ? above.element : make(parent, isNaN(number) ? "ul" : "ol", goesOn ? "more" : "");
+  if (!fits) {
+    element.dataset.list = list;
+    element.dir = "auto";   // of its marks and indents; each paragraph has its own
+    if (number >= 0) element.start = goesOn ? above.element.start + above.element.childElementCount : number;
   }
-  const shown = make(place, "code").appendChild(new Text());
-  return {element, grow({text}) {
+  const item = make(element, "li");
+  element.style.setProperty("--digits", String(element.start + element.childElementCount).length);
+  return drawNested(element, fits ? item : element, growingText(item, depth + 1));
+}
+
+// inner: the text in a quote or an item, to which what a block brings is added.
+function drawNested(element, added, inner) {
+  const from = inner.length;
+  return {element, added, inner, grow({text, cut}, open) {
+    inner.add(text, from);
+    inner.draw(!open && !cut, Infinity);
+    return true;
+  }};
+}
+
+function scrollable(parent, tag, className, label) {   // sideways, and so reached by keyboard
+  return Object.assign(make(parent, tag, className), {tabIndex: 0, role: "region", ariaLabel: label});
+}
+
+function drawCode(parent, {language, more}, above) {
+  const element = more ? above.element : make(parent, "div", "code");
+  if (!more) {
+    const bar = make(element, "div"), pre = scrollable(element, "pre", "", "Code");
+    make(bar, "span", "", language || "text");
+    button(bar, "Copy", self => copy(self, pre.textContent)).ariaLabel = "Copy code";
+  }
+  const code = make(element.lastChild, "code"), shown = code.appendChild(new Text());
+  return {element, added: more ? code : element, grow({text}) {
     if (!text.startsWith(shown.data)) return false;
     shown.appendData(text.slice(shown.length));
     return true;
   }};
 }
 
-function drawTable(parent, {head, align}, place, above) {
-  const element = place ? above.element : scrollable(parent, "wide", "Table");
-  if (place) fixColumns(place);
+function drawTable(parent, {head, align, more}, above) {
+  const element = more ? above.element : scrollable(parent, "div", "wide", "Table");
+  const table = more ? element.firstChild : make(element, "table");
+  if (more) fixColumns(table);
   else {
-    place = make(element, "table");
-    place.dir = "auto";
-    drawRow(make(place, "thead"), "th", head, align, false);
+    table.dir = "auto";
+    drawRow(make(table, "thead"), "th", head, align, false);
   }
-  const body = make(place, "tbody");
+  const body = make(table, "tbody");
   let count = 0, last = null;
-  return {element, grow({rows, ...now}, open) {
+  return {element, added: more ? body : element, grow({rows, ...now}, open) {
     if (rows.length < count || String([now.head, now.align]) !== String([head, align])) return false;
     last?.remove();   // it may have grown
     for (const row of rows.slice(Math.max(0, count - 1)))
@@ -8926,23 +8912,17 @@ const isSame = (one, other) => KIND.every(name => Object.is(one[name], other[nam
 // Parts bound what the browser lays out with what is new.
 function growingText(element, depth = 0) {
   let text = "", at = 0, before = null, above = null, tail = [], part = depth ? element : make(element, "div", "part");
-  const takeBack = count => tail.splice(count).forEach(({added}) => added.forEach(node => node.remove()));
-  function drawLast(block, shown, open) {
-    const places = [part, placeAbove(block, shown)].filter(Boolean);
-    const kept = places.map(place => place.childNodes.length);
-    const drawn = drawBlock(part, block, shown, depth);
-    const added = places.flatMap((place, index) => [...place.childNodes].slice(kept[index]));
-    drawn.grow?.(block, open);
-    return {...drawn, block, added};
-  }
+  const takeBack = count => tail.splice(count).forEach(({added}) => added?.remove());
   // Draw until some time, at least a block; tell if there is more.  ended: nothing will be added.
   function draw(ended, until = performance.now() + SLICE) {
     let count = 0, next = at, last = before, shown = above;
     while (next < text.length || last?.cut && tail[count]) {   // even if nothing is left of what went on with that one
       const block = blockAt(text, next, last, depth), open = count > 0 || !(block.whole || ended), drawn = tail[count];
-      if (!drawn || !isSame(drawn.block, block) || !drawn.grow?.(block, open)) {
+      if (!drawn || !isSame(drawn.block, block) || !drawn.grow(block, open)) {
         takeBack(count);
-        tail.push(drawLast(block, shown, open));
+        const made = DRAW[block.type](part, block, shown, depth);
+        tail.push({added: made.element, ...made, block});
+        tail[count].grow(block, open);
       }
       [next, last, shown] = [block.end, block, tail[count]];
       if (open) { count++; continue; }
