@@ -7424,7 +7424,8 @@ LEAVE_LOOKS = 10  # at most, whether a stream goes on, before its client leaves,
 
 # Fields by which hops can be told: what they leave, a part of its value, and who leaves that; the outermost first.
 HOPS = (
-    ("cf-ray", "", "Cloudflare"), ("x-amz-cf-id", "", "CloudFront"), ("x-azure-ref", "", "Azure Front Door"),
+    ("cf-ray", "", "Cloudflare"), ("server", "cloudflare", "Cloudflare"), ("server", "cloudfront", "CloudFront"),
+    ("x-amz-cf-id", "", "CloudFront"), ("x-azure-ref", "", "Azure Front Door"),
     ("x-served-by", "cache-", "Fastly"), ("via", "1.1 google", "Google Cloud"), ("server", "awselb", "AWS ALB"),
     ("apigw-requestid", "", "API Gateway"), ("x-amz-apigw-id", "", "API Gateway"),
     ("server", "microsoft-azure-application-gateway", "Azure Application Gateway"),
@@ -7432,7 +7433,7 @@ HOPS = (
     ("via", "squid", "Squid"), ("server", "envoy", "Envoy"), ("x-envoy-upstream-service-time", "", "Envoy"),
     ("x-powered-by", "next.js", "Next.js"), ("x-powered-by", "express", "Express"), ("x-powered-by", "arr", "IIS"),
     ("server", "microsoft-iis", "IIS"), ("server", "nginx", "nginx"), ("server", "openresty", "nginx"),
-    ("server", "apache", "Apache"), ("server", "caddy", "Caddy"), ("via", "caddy", "Caddy"),
+    ("server", "apache", "Apache"), ("server", "caddy", "Caddy"), ("via", "caddy", "Caddy"), ("server", "lighttpd", "lighttpd"),
     ("issuer", "kaspersky", "antivirus"), ("issuer", "avast", "antivirus"), ("issuer", "eset ssl", "antivirus"),
     ("issuer", "bitdefender", "antivirus"), ("issuer", "zscaler", "antivirus"),
 )  # fmt: skip
@@ -7482,7 +7483,7 @@ CURES = {
         IDLE: "raise between_bytes_timeout (60 s).",
     }),
     "Squid": ("In squid.conf", {
-        HELD: "`read_ahead_gap 0 KB`, and no adaptation of what comes from this address.",
+        HELD: "no adaptation (ICAP, eCAP) of what comes from this address.",
         CACHED: "`cache deny all`.",
     }),
     "Envoy": ("In Envoy's route", {
@@ -7517,12 +7518,17 @@ CURES = {
         COMPRESSED: "take `encode` off this path.",
         WHOLE: "nothing helps: ask for event streams, whose `event: error` tells of a cut.",
     }),
+    "lighttpd": ("In lighttpd.conf", {
+        kind: "`server.stream-response-body = 2`: by itself it collects an answer, and passes it on as whole."
+        for kind in (HELD, WHOLE, STAYS)
+    }),
     "antivirus": ("In the antivirus or gateway that opens TLS", {HELD: "exempt this address."}),
     "": ("", {
         HELD: "Somebody collects the answer who leaves no trace, like a development proxy (Vite), a Lambda behind a"
               " balancer, a scanner of TLS: ask from nearer to the server, until it passes.",
         BEHIND: "Somebody sends a piece only with the next, as what reads one ahead: ask from nearer to the server.",
-        BURSTS: "Somebody waits for more before it sends; in HAProxy's defaults: `option http-no-delay`.",
+        BURSTS: "Somebody waits for more before it sends (in HAProxy's defaults: `option http-no-delay`), or the network"
+                " is slow or uneven: ask from elsewhere, too.",
         TEXT_HELD: "Only event streams pass at once: ask with Accept: text/event-stream.",
         GET_HELD: "What is asked for by GET is held: ask with POST.",
         COMPRESSED: "Somebody compresses, and holds text back for that: turn it off for this address.",
@@ -7548,7 +7554,11 @@ CURES = {
 
 def hops_in(fields: Mapping[str, str]) -> list[str]:
     """Return who is met on the way, as fields of an answer's head tell it, the outermost first."""
-    return list(dict.fromkeys(hop for name, part, hop in HOPS if name in fields and part in fields[name].lower()))
+    met = [(name, hop) for name, part, hop in HOPS if name in fields and part in fields[name].lower()]
+    other = re.match("[A-Za-z0-9._-]{1,40}", fields.get("server", ""))
+    if other and "server" not in dict(met):
+        met.append(("server", other[0]))
+    return list(dict.fromkeys(hop for _, hop in met))
 
 
 def cure_of(hops: Sequence[str], found: str) -> str:

@@ -15569,6 +15569,9 @@ def test_whatever_is_found_has_a_cure_and_each_hop_is_known_by_a_field() -> None
     for name, part, hop in streamproxy.HOPS:
         assert streamproxy.hops_in({name: f"1 {part.title()}/2", "date": "x"}) == [hop]
     assert streamproxy.hops_in({"server": "cloudflare", "cf-ray": "1", "via": "1.1 Caddy"}) == ["Cloudflare", "Caddy"]
+    assert streamproxy.hops_in({"server": "Kestrel/2 (x)", "via": "1.1 varnish"}) == ["Varnish", "Kestrel"]
+    assert streamproxy.hops_in({"server": "\x1b[2J"}) == []
+    assert streamproxy.cure_of(["Kestrel"], HELD) == streamproxy.cure_of([], HELD)
     assert streamproxy.cure_of(["Cloudflare", "nginx"], streamproxy.HTTP10).startswith("In nginx")
     assert streamproxy.cure_of(["nginx"], streamproxy.BEHIND) == streamproxy.cure_of(["nginx"], HELD)
     assert "quick tunnel" in streamproxy.cure_of(["Cloudflare", "nginx"], streamproxy.GET_HELD)
