@@ -7441,9 +7441,9 @@ HOPS = (
 # What can be found.
 PIECES, BEHIND, BURSTS, HELD, CUT = "piece by piece", "always one behind", "in bursts", "held back", "cut off"
 TEXT_HELD, GET_HELD, COMPRESSED, CACHED = "text held", "GET held", "compressed", "cached"
-NO_PINGS, IDLE, WHOLE, STAYS, HTTP10 = "no pings", "silence", "cut as whole", "goes on", "HTTP/1.0"
+NO_PINGS, IDLE, WHOLE, ENDLESS, STAYS = "no pings", "silence", "cut as whole", "never ends", "goes on"
 REFUSED, GUARDED, ABSENT, UNREACHED = "refused", "guarded", "not streamproxy", "not reached"
-UNSERVED = "out of reach"
+UNSERVED, HTTP10 = "out of reach", "HTTP/1.0"
 UNSEEN = "not seen: what was asked for did not come"
 
 # What to change, by who was met and what was found: where, and what.  "" is whoever leaves no trace.
@@ -7493,7 +7493,10 @@ CURES = {
     "Next.js": ("In next.config.js", {
         HELD: "`compress: false`; where rewrites still hold text, let the page ask streamproxy itself.",
     }),
-    "Express": ("In webpack's devServer, or the compression middleware", {HELD: "`compress: false`, or a filter."}),
+    "Express": ("In webpack's devServer, or the compression middleware", {
+        HELD: "`compress: false`, or a filter.",
+        STAYS: "nothing helps: let the page ask streamproxy itself, with --allow-origin.",
+    }),
     "IIS": ("In IIS' ARR", {
         HELD: "set the response buffer threshold (responseBufferLimit) to 0, and turn dynamic compression off.",
         IDLE: "raise the proxy's time-out (120 s).",
@@ -7546,6 +7549,8 @@ CURES = {
         IDLE: "Somebody ends silent answers: after 30 s Google's balancer, 60 s AWS' or nginx (`proxy_read_timeout"
               " 130s;`), else maybe HAProxy (`timeout server 130s`).",
         WHOLE: "Somebody ends an answer as whole that was cut: have it speak HTTP/1.1 to streamproxy, unbuffered.",
+        ENDLESS: "Somebody goes on waiting where an answer broke off, as development proxies do (Vite, webpack): ask with"
+                 " Accept: text/event-stream, whose `event: error` tells of it.",
         STAYS: "Somebody reads on when the client has left, and the model is paid for: turn buffering off there.",
         HTTP10: "Somebody asks in HTTP/1.0, each time on a new connection: have it speak HTTP/1.1.",
     }),
@@ -7913,6 +7918,8 @@ class Check:
         reply, name = self._ask(PLAIN, 3, more="&cut=1"), "an answer that is cut"
         if not events_in(reply):
             return Look(name, UNSEEN)
+        if not reply.whole and reply.ended_at > CHECK_TIMEOUT / 2:
+            return Look(name, "never ends", ENDLESS)
         return Look(name, *(("looks whole", WHOLE) if reply.whole else ("can be told",)))
 
     def _look_at_cache(self) -> Look:

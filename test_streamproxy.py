@@ -15911,6 +15911,25 @@ def test_check_takes_no_end_before_its_time_for_a_silence_that_passes() -> None:
     assert check.found == [streamproxy.IDLE] and check.looks[-1].words.startswith("cut off after ")
 
 
+@pytest.mark.usefixtures("many_checks")
+def test_check_tells_of_an_answer_that_never_ends_once_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamproxy, "CHECK_TIMEOUT", 3.0)
+    over = threading.Event()
+
+    def kept_open(head: bytes) -> Callable[[bytes | None], bytes]:
+        def change(data: bytes | None) -> bytes:
+            if data is None and b"cut=1" in head:
+                over.wait(DEADLINE)
+            return data or b""
+
+        return change
+
+    with running(None) as server, Hop(server, kept_open) as hop:
+        check = checked(hop.url, [streamproxy.ENDLESS])
+        over.set()
+    assert check.found == [streamproxy.ENDLESS] and "(Vite, webpack)" in check.text()
+
+
 def test_check_gives_its_token_to_no_other_host_and_believes_no_other_server() -> None:
     heads: list[bytes] = []
     gzip_begin = bytes.fromhex("1f8b08000000000000ff")
