@@ -2020,6 +2020,26 @@ load_json = json.JSONDecoder(
 ).decode
 
 
+class Params(dict[str, object]):
+    """Members of the upstream request; given: the names of those that the operator has set, or removed."""
+
+    def __init__(self, values: Mapping[str, object], given: Iterable[str] | None = None) -> None:
+        """given: None for all, or, where values are Params, for theirs."""
+        super().__init__((name, value) for name, value in values.items() if value is not None)
+        self.given = frozenset(getattr(values, "given", values) if given is None else given)
+
+
+# Members of the upstream request that --param does not set.
+OWN_PARAMS = ("model", "messages", "stream")
+
+# What the script that this program replaces asked for; and the default model takes a temperature only if it does not
+# reason.
+DEFAULT_PARAMS = Params({
+    "max_tokens": 400, "temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0, "reasoning_effort": "none",
+}, given=())  # fmt: skip
+DEFAULT_MODEL = "gpt-6-luna"
+
+
 # Readers turn a setting's text, or the texts of a repeated one, into its value; their ValueError
 # says what is allowed.
 
@@ -2104,26 +2124,6 @@ def _read_params(texts: Sequence[str]) -> Params:
     return Params({**DEFAULT_PARAMS, **given}, given)
 
 
-class Params(dict[str, object]):
-    """Members of the upstream request; given: the names of those that the operator has set, or removed."""
-
-    def __init__(self, values: Mapping[str, object], given: Iterable[str] | None = None) -> None:
-        """given: None for all, or, where values are Params, for theirs."""
-        super().__init__((name, value) for name, value in values.items() if value is not None)
-        self.given = frozenset(getattr(values, "given", values) if given is None else given)
-
-
-# Members of the upstream request that --param does not set.
-OWN_PARAMS = ("model", "messages", "stream")
-
-# What the script that this program replaces asked for; and the default model takes a temperature only if it does not
-# reason.
-DEFAULT_PARAMS = Params({
-    "max_tokens": 400, "temperature": 0.5, "frequency_penalty": 0, "presence_penalty": 0, "reasoning_effort": "none",
-}, given=())  # fmt: skip
-DEFAULT_MODEL = "gpt-6-luna"
-
-
 class Setting:
     """A row of the settings table; where the default is a tuple or a mapping, the flag may be repeated."""
 
@@ -2142,6 +2142,11 @@ class Setting:
         self.flag = "" if self.secret else "--" + name.replace("_", "-")
         self.variable = self.variable or "STREAMPROXY_" + name.upper()
         owner.TABLE.append(self)
+
+    @property
+    def called(self) -> str:
+        """What to change, in a message: the flag and the variable."""
+        return f"{self.flag} ({self.variable})" if self.flag else self.variable
 
     @property
     def shown(self) -> str:
@@ -2184,12 +2189,11 @@ class Setting:
         try:
             return self._read([text] if self.repeat and isinstance(text, str) else text)
         except ValueError as error:
-            name = f"{self.flag} ({self.variable})" if self.flag else self.variable
             shown = "this value" if self.secret else ascii(self.mask(text))
-            raise SettingsError(f"{name}: {shown} is not allowed; allowed: {error}") from None
+            raise SettingsError(f"{self.called}: {shown} is not allowed; allowed: {error}") from None
 
 
-_row: Any = Setting
+_row: Any = Setting  # for type checkers, to which a row below is a value of its setting's type
 
 _IN_URL = r"(?s)(?<=//)[^/?#]+(?=@)|(?<=\?).+"  # a password, and what may hold a key
 
@@ -2338,11 +2342,16 @@ class Settings(_Rows):
         if not (self.api_key or self.demo or self.check or is_loopback(urllib.parse.urlsplit(self.upstream).hostname or "")):
             raise SettingsError("no API key: set OPENAI_API_KEY or OPENAI_API_KEY_FILE, or try --demo")
 
+    @classmethod
+    def called(cls, name: str) -> str:
+        """Return the flag and the variable of a setting, for a message that says what to change."""
+        return next(setting.called for setting in cls.TABLE if setting.name == name)
+
     @property
     def addresses(self) -> dict[str, str]:
         """Where to listen, by the flag and variable that say so: for all, and for those who come back."""
-        told = {"--bind (STREAMPROXY_BIND)": self.bind, "--resume-bind (STREAMPROXY_RESUME_BIND)": self.resume_bind}
-        return {name: address for name, address in told.items() if address}
+        told = {"bind": self.bind, "resume_bind": self.resume_bind}
+        return {self.called(name): address for name, address in told.items() if address}
 
     @classmethod
     def load(cls, environ: Mapping[str, str], flags: Mapping[str, Any] | None = None) -> Settings:
@@ -2851,8 +2860,7 @@ class WatchedFile:
         try:
             self._begin(self._read()[1])
         except ValueError as fault:
-            flag = f"--{self._setting.replace('_', '-')} (STREAMPROXY_{self._setting.upper()})"
-            raise SettingsError(f"{flag}: cannot use {path!r}: {fault}") from None
+            raise SettingsError(f"{Settings.called(self._setting)}: cannot use {path!r}: {fault}") from None
 
     def look(self) -> list[str]:
         """Take the file where it has changed; return what the log must say of it.  Blocks as long as the file does."""
@@ -5069,7 +5077,7 @@ class Trust:
         try:
             self.context = ssl.create_default_context(cafile=ca_file or None)
         except OSError:
-            raise SettingsError(f"--ca-file (STREAMPROXY_CA_FILE): cannot use {ca_file!r}") from None
+            raise SettingsError(f"{Settings.called('ca_file')}: cannot use {ca_file!r}") from None
         self.context.set_alpn_protocols(["http/1.1"])
         # Set by Python 3.11.2, for one: it takes a connection that is cut for one that is closed (CPython gh-95494).
         self.context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
@@ -6901,7 +6909,7 @@ class Listener:
         self._file = (0, 0)  # device and inode of the path that was bound
         self.is_open = True
         if reuse_port and (self.path or not hasattr(socket, "SO_REUSEPORT")):
-            raise SettingsError("--reuse-port (STREAMPROXY_REUSE_PORT): it is for HOST:PORT, on Linux, BSD and macOS")
+            raise SettingsError(f"{Settings.called('reuse_port')}: it is for HOST:PORT, on Linux, BSD and macOS")
         with contextlib.ExitStack() as stack:
             try:
                 self.sock = given or self._open(port)
