@@ -2415,14 +2415,23 @@ class Settings(_Rows):
 
 USER_AGENT = f"streamproxy/{__version__}"
 
-# Fields of a request that upstream is to see: what the call needs, and nothing that says who calls.
-PASSED_FIELDS = (
-    "content-type", "accept", "anthropic-version", "anthropic-beta", "openai-beta", "idempotency-key", "traceparent",
-    "tracestate", "x-client-request-id", "x-stainless-retry-count",
-)  # fmt: skip
 
-# What names no compression; each is sent by somebody.
-_NO_CODINGS = ("", "identity", "none", "utf-8")
+def parse_request(body: bytes) -> dict[str, Any]:
+    """Return the JSON object that a client sent.  Raises RequestError."""
+    try:
+        asked = load_json(body.decode())
+    except RecursionError:
+        raise RequestError("The JSON is nested too deeply.") from None
+    except ValueError as error:
+        why = "" if isinstance(error, (json.JSONDecodeError, UnicodeError)) else f": {error}."
+        raise RequestError("Invalid JSON data" + why) from None  # the words of the script that this replaces
+    if not isinstance(asked, dict):
+        raise RequestError("The body must be a JSON object.")
+    return asked
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
 def encode_request(asked: Mapping[str, Any], settings: Settings, refused: Container[str] = ()) -> bytes:
@@ -2628,6 +2637,10 @@ def _refusal_patterns(name: str) -> list[re.Pattern[str]]:
     return [re.compile(text.replace("{name}", spelt), re.IGNORECASE) for text in texts]
 
 
+# What names no compression; each is sent by somebody.
+_NO_CODINGS = ("", "identity", "none", "utf-8")
+
+
 def check_coding(fields: Mapping[str, str], passes: bool = False) -> None:
     """Check that a body is not compressed, unless it passes as it came (RFC 9110 section 15.5.16).
 
@@ -2743,6 +2756,13 @@ def passed_query(query: str, method: str, settings: Settings) -> str:
     return query if "*" in settings.allow_model else harmless_query(query, method)
 
 
+# Fields of a request that upstream is to see: what the call needs, and nothing that says who calls.
+PASSED_FIELDS = (
+    "content-type", "accept", "anthropic-version", "anthropic-beta", "openai-beta", "idempotency-key", "traceparent",
+    "tracestate", "x-client-request-id", "x-stainless-retry-count",
+)  # fmt: skip
+
+
 def passed_fields(fields: Mapping[str, str], settings: Settings, has_body: bool) -> dict[str, str]:
     """Return the fields of a request of the API that upstream sees.  User-Agent says who connects, and for whom."""
     passed = {name.title(): fields[name] for name in PASSED_FIELDS if name in fields}
@@ -2818,24 +2838,6 @@ def models_document(path: str, settings: Settings) -> bytes | None:
     ]  # fmt: skip
     listed = {"object": "list", "data": models, "has_more": False, "first_id": names[0], "last_id": names[-1]}
     return json.dumps(models[names.index(name)] if name else listed).encode() + b"\n"
-
-
-def parse_request(body: bytes) -> dict[str, Any]:
-    """Return the JSON object that a client sent.  Raises RequestError."""
-    try:
-        asked = load_json(body.decode())
-    except RecursionError:
-        raise RequestError("The JSON is nested too deeply.") from None
-    except ValueError as error:
-        why = "" if isinstance(error, (json.JSONDecodeError, UnicodeError)) else f": {error}."
-        raise RequestError("Invalid JSON data" + why) from None  # the words of the script that this replaces
-    if not isinstance(asked, dict):
-        raise RequestError("The body must be a JSON object.")
-    return asked
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
 # 11 ------------------------------------------------------------------ Access
