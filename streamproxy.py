@@ -2982,25 +2982,6 @@ def _parse_tokens(text: str) -> list[tuple[bytes, str]]:
     return [(hashlib.sha256(token.encode()).digest(), name) for name, token in entries]
 
 
-class OwnPage(WatchedFile):
-    """A page of the operator's own, in a file.  What it may load it says itself: it gets no policy."""
-
-    def __init__(self, path: str) -> None:
-        """Raises SettingsError where the file cannot be used."""
-        super().__init__("page", MAX_PAGE_SIZE)
-        self.html = b""
-        self.begin(path)
-
-    def _begin(self, data: bytes) -> None:
-        if not data.strip():
-            raise ValueError("it is empty")  # as while an editor writes it anew
-        self.html = data
-
-    def _take(self, data: bytes) -> list[str]:
-        self._begin(data)
-        return []
-
-
 class Limits:
     """How much a client may ask: streams at a time, its own and of all, and requests a minute."""
 
@@ -3065,8 +3046,9 @@ class Access:
         """Raises SettingsError for a token file that cannot be used."""
         self._settings = settings
         self._tokens = Tokens(settings.token_file) if settings.token_file else None
-        hosts = [parse_address(address)[1] for address in settings.addresses.values()]  # "" of a unix socket, before
-        self._names = {name.lower().strip("[]") for name in (*hosts, *settings.allow_host)}  # which proxies pass names on
+        # A unix socket has "", and no name by itself: a proxy in front of it passes on those that it is asked under.
+        hosts = [parse_address(address)[1] for address in settings.addresses.values()]
+        self._names = {name.lower().strip("[]") for name in (*hosts, *settings.allow_host)}
 
     @property
     def file(self) -> WatchedFile | None:
@@ -3176,14 +3158,14 @@ _OWN = (.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1,
 
 ENDINGS = ("complete", "disconnect", "truncated", "aborted", "error")
 
-# Why we refuse a request: see Metrics.refused.
-REFUSALS = {
+# Why we refuse a request, where the failure does not say so itself: by its status.
+REASONS = {
     400: "bad_request", 401: "token", 404: "not_found", 405: "method", 408: "client_timeout",
     411: "no_length", 413: "max_body", 414: "head_size", 415: "media_type", 426: "websocket", 431: "head_size",
     501: "method", 505: "http_version",
 }  # fmt: skip
 REFUSING = (
-    *dict.fromkeys(REFUSALS.values()), "allow_host", "allow_origin", "allow_model", "connections", "max_streams",
+    *dict.fromkeys(REASONS.values()), "allow_host", "allow_origin", "allow_model", "connections", "max_streams",
     "max_streams_per_client", "requests_per_minute", "other",
 )  # fmt: skip
 
@@ -3260,7 +3242,7 @@ class Metrics:
 
     def __init__(self, names_clients: bool = False) -> None:
         """names_clients: there are tokens, and the label client tells whose was sent."""
-        self._clients: dict[str, str] | None = {} if names_clients else None  # those that have a value of their own
+        self._clients: set[str] | None = set() if names_clients else None  # those that have a value of their own
         self._values: dict[str, dict[tuple[str, ...], float]] = {}
         self.histograms: dict[str, Histogram] = {}
         for family in METRICS:
@@ -3295,12 +3277,12 @@ class Metrics:
         if self._clients is None:
             return ()
         if name and len(self._clients) < MAX_NAMED_CLIENTS:
-            self._clients[name] = name
-        return (self._clients.get(name, "other") if name else "",)
+            self._clients.add(name)
+        return (name if not name or name in self._clients else "other",)
 
     def refused(self, failure: RequestError) -> None:
         """Count a request that was refused: by the setting that did, where one did."""
-        self.count("refusals_total", 1, failure.reason or REFUSALS.get(failure.status, "other"))
+        self.count("refusals_total", 1, failure.reason or REASONS.get(failure.status, "other"))
 
     def take_notes(self, notes: Notes, client: tuple[str, ...]) -> None:
         """Count what an answer held: see Notes."""
@@ -6879,6 +6861,25 @@ class Lookout(Stateful):
         self._release(self._waiting)
 
 
+class OwnPage(WatchedFile):
+    """A page of the operator's own, in a file.  What it may load it says itself: it gets no policy."""
+
+    def __init__(self, path: str) -> None:
+        """Raises SettingsError where the file cannot be used."""
+        super().__init__("page", MAX_PAGE_SIZE)
+        self.html = b""
+        self.begin(path)
+
+    def _begin(self, data: bytes) -> None:
+        if not data.strip():
+            raise ValueError("it is empty")  # as while an editor writes it anew
+        self.html = data
+
+    def _take(self, data: bytes) -> list[str]:
+        self._begin(data)
+        return []
+
+
 class FrontPage:
     """What a browser gets at /: the chat page, or one of the operator's own."""
 
@@ -7712,7 +7713,7 @@ class Visitor:
         """Return what comes of it within so many seconds, in all, and until lifeline is cut."""
         lifeline = lifeline or Lifeline()
         reply, way, connection = Reply(), self._ways[form.packed], None
-        accept = {"Accept": "text/event-stream" if form.sse else "*/*", "User-Agent": f"streamproxy/{__version__}"}
+        accept = {"Accept": "text/event-stream" if form.sse else "*/*", "User-Agent": USER_AGENT}
         call = Call("/healthz/stream", b"", accept, form.method, query + "&sse=1" * form.sse)
         began_at = time.monotonic()
         try:
