@@ -2982,6 +2982,17 @@ def _parse_tokens(text: str) -> list[tuple[bytes, str]]:
     return [(hashlib.sha256(token.encode()).digest(), name) for name, token in entries]
 
 
+class Share:
+    """What one client has of the limits."""
+
+    __slots__ = ("as_of", "left", "streams")
+
+    def __init__(self, left: float, as_of: float) -> None:
+        """left: how many requests of a minute, as_of when."""
+        self.streams = 0
+        self.left, self.as_of = left, as_of
+
+
 class Limits:
     """How much a client may ask: streams at a time, its own and of all, and requests a minute."""
 
@@ -2989,7 +3000,7 @@ class Limits:
         self._settings = settings
         self._clock = clock
         self.total = 0
-        self._clients: dict[str, list[float]] = {}  # streams, requests left, and as of when
+        self._clients: dict[str, Share] = {}
         self._many = MAX_QUIET_CLIENTS  # so many are looked through for those that can be forgotten
 
     def enter(self, client: str, counts: bool = True) -> None:
@@ -3000,27 +3011,27 @@ class Limits:
         limits, now = self._settings, self._clock()
         if limits.max_streams and self.total >= limits.max_streams:
             raise RequestError("Too many answers are on their way.", 503, fields=_SOON, reason="max_streams")
-        state = self._clients.setdefault(client, [0, limits.requests_per_minute, now])
-        if limits.max_streams_per_client and state[0] >= limits.max_streams_per_client:
+        share = self._clients.setdefault(client, Share(limits.requests_per_minute, now))
+        if limits.max_streams_per_client and share.streams >= limits.max_streams_per_client:
             words = "Too many of your answers are on their way."
             raise RequestError(words, 429, fields=_SOON, reason="max_streams_per_client")
         if limits.requests_per_minute and counts:  # a token bucket that holds those of a minute
             rate = limits.requests_per_minute / 60
-            left = min(limits.requests_per_minute, state[1] + (now - state[2]) * rate)
+            left = min(limits.requests_per_minute, share.left + (now - share.as_of) * rate)
             if left < 1:
                 wait = {"Retry-After": str(math.ceil((1 - left) / rate))}
                 raise RequestError("Too many requests in a minute.", 429, fields=wait, reason="requests_per_minute")
-            state[1:] = [left - 1, now]
-        state[0] += 1
+            share.left, share.as_of = left - 1, now
+        share.streams += 1
         self.total += 1
 
     def leave(self, client: str) -> None:
         """Give back the place that enter took."""
         self.total -= 1
-        self._clients[client][0] -= 1
+        self._clients[client].streams -= 1
         if len(self._clients) > self._many:
             old = self._clock() - 60  # a minute's silence leaves nothing to know of a client
-            self._clients = {name: state for name, state in self._clients.items() if state[0] or state[2] > old}
+            self._clients = {name: share for name, share in self._clients.items() if share.streams or share.as_of > old}
             self._many = max(MAX_QUIET_CLIENTS, 2 * len(self._clients))
 
 
@@ -3032,7 +3043,8 @@ _FORWARDED = re.compile(r'"?(?:\[([0-9A-Fa-f:.%\w]+)\]|([0-9.]+)(?=[:"]|$))(?::[
 
 # Fields of answers that pages of an allowed origin may read.  "*" would do for most browsers, not for all.
 _EXPOSED = ", ".join((
-    "X-Request-Id", "Request-Id", "Stream-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry", "OpenAI-Processing-Ms", "OpenAI-Version",
+    "X-Request-Id", "Request-Id", "Stream-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry", "OpenAI-Processing-Ms",
+    "OpenAI-Version",
     *(f"X-RateLimit-{what}-{of}" for what in ("Limit", "Remaining", "Reset") for of in ("Requests", "Tokens")),
     *(f"Anthropic-RateLimit-{of}-{what}" for of in ("Requests", "Tokens", "Input-Tokens", "Output-Tokens")
       for what in ("Limit", "Remaining", "Reset")),
@@ -3112,7 +3124,8 @@ class Access:
         origin, site = fields.get("origin", ""), fields.get("sec-fetch-site", "")
         host = fields.get("host", "").lower()
         own = site == "same-origin" or origin.lower() in (f"http://{host}", f"https://{host}")
-        if (origin and not own and origin not in self._settings.allow_origin) or (site in ("cross-site", "same-site") and not origin):
+        is_hidden = site in ("cross-site", "same-site") and not origin
+        if is_hidden or (origin and not own and origin not in self._settings.allow_origin):
             words = f"Pages of {origin[:100] or 'another site'} may not ask (--allow-origin)."
             raise RequestError(words, 403, reason="allow_origin")
 
@@ -3601,6 +3614,9 @@ class Job:
         self._loop.post(self._on_done)
 
 
+NO_THREAD = "no thread can be started: the system's limit is reached"
+
+
 class Workers:
     """Threads for what may block, or take its time: a few, parked for good, and more while those are held up.
 
@@ -3670,7 +3686,7 @@ class Workers:
         except RuntimeError:
             with self._lock:
                 self._starting -= 1
-            self._report("no thread can be started: the system's limit is reached")
+            self._report(NO_THREAD)
             return False
         return True
 
@@ -3703,7 +3719,7 @@ class Workers:
 
 
 def start_thread(work: Callable[[], None]) -> None:
-    """Raises RuntimeError where the system has none left."""
+    """Have a new thread do work.  Raises RuntimeError where the system has none left."""
     threading.Thread(target=work, name="worker", daemon=True).start()
 
 
@@ -4239,7 +4255,7 @@ class Exchange:
         return "" if self.client.door.listener.path else plain_address(self.client.sock.getsockname()[0])
 
     def _admit(self, then: Callable[[], None], counts: bool = True) -> None:
-        """Let in a request that costs money, count it as long as it lasts, and go on once its body is there.
+        """Let in whoever may ask, count an answer that begins as long as it lasts, and go on once the body is there.
 
         counts: among the requests of a minute.
         """
@@ -4293,7 +4309,12 @@ class Exchange:
     def _check_begins(self) -> None:
         """Check that who came in here may begin something, for RFC 9110 section 15.5.20 to have it asked elsewhere."""
         if not self.client.door.begins:
-            raise RequestError("There is no such answer here, where none is begun (--resume-bind).", 421, "complete")
+            raise RequestError("There is no such answer here, where none is begun (--resume-bind).", 421, ending="complete")
+
+    @property
+    def _goes_elsewhere(self) -> bool:
+        """Whether _check_begins has refused it: no failure to whoever led it here, and leads it on."""
+        return self.status == 421
 
     def on_body(self, part: bytes) -> bool:
         """Take a part of the body; tell if it is whole, and good."""
@@ -4656,9 +4677,9 @@ class Exchange:
         now, client = self.client.loop.clock(), self.server.hub.metrics.client(self.name)
         metrics.count("requests_total", 1, route_of(self.request.path, self.server.settings), str(self.status), *client)
         metrics.count("endings_total", 1, failure.ending if failure else "complete")
-        if self.request.path not in _OPEN_PATHS and self.status != 421:  # nobody waits for what looks how we are
+        if self.request.path not in _OPEN_PATHS and not self._goes_elsewhere:  # for those nobody waits
             metrics.observe("request_duration_seconds", now - self.began_at)
-        if isinstance(failure, RequestError) and self.status != 421:
+        if isinstance(failure, RequestError) and not self._goes_elsewhere:
             metrics.refused(failure)
         if isinstance(stream, Stream):  # what is kept is counted once, when it ends
             metrics.take_notes(stream.answer.notes, client)
@@ -4681,7 +4702,7 @@ class Exchange:
     def _is_logged(self) -> bool:
         wanted = self.server.settings.access_log
         health = self.request.path in _OPEN_PATHS and self.status == 200 and not self.failure
-        return wanted == "all" or (wanted == "on" and not (health or self.status == 421))
+        return wanted == "all" or (wanted == "on" and not (health or self._goes_elsewhere))
 
     def _log(self) -> None:
         now, failure, stream = time.time(), self.failure, self.stream
@@ -8099,7 +8120,7 @@ def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] |
         _complain(f"cannot listen at {error.filename or settings.bind}: {reason_of(error)}")
         return 1, None
     except RuntimeError:
-        _complain(_NO_THREAD)
+        _complain(NO_THREAD)
         return 1, None
     except KeyboardInterrupt:  # of who has seen enough of a check
         return 130, None
@@ -8109,9 +8130,6 @@ def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] |
     log.setLevel(settings.log_level.upper())
     _tune_process()
     return 0, functools.partial(_serve, server, signals)
-
-
-_NO_THREAD = "no thread can be started: the system's limit is reached"
 
 
 def find_settings(
@@ -8260,7 +8278,7 @@ def _serve(server: Server, signals: Signals) -> int:
         notifier.ready(f"serving at {server.url}")
         signals.asked.wait()
     except RuntimeError:
-        _complain(_NO_THREAD)
+        _complain(NO_THREAD)
         return 1
     finally:
         server.stop(notifier.stopping)
