@@ -294,6 +294,10 @@ class SettingsError(ValueError):
     """A setting that cannot be used; the text is one line that says what is allowed."""
 
 
+class NoTunnel(OSError):
+    """The proxy on the way to upstream opened no tunnel; the text says why."""
+
+
 def place_of(error: BaseException) -> str:
     """Type and place of an unexpected exception; its text could hold what nobody may read."""
     trace = error.__traceback__
@@ -316,7 +320,7 @@ _NO_NAME = (socket.gaierror, UnicodeError)  # the latter: for a name that cannot
 def reason_of(error: BaseException) -> str:
     """Why a system call or a handshake failed, in words that hold no address, path or secret."""
     for kind, words in (
-        (Refused, str(error)),
+        (NoTunnel, str(error)),
         (ssl.SSLCertVerificationError, "its certificate is not trusted"),
         (ssl.SSLError, "the TLS handshake failed"),
         (_NO_NAME, "its name was not found"),
@@ -4935,6 +4939,18 @@ def interleave(addresses: Iterable[Any]) -> list[Any]:
     return [address for row in itertools.zip_longest(*families.values()) for address in row if address]
 
 
+def tune(sock: socket.socket) -> None:
+    """Have small pieces sent at once, and a silent connection kept known to what lies between.
+
+    A balancer or NAT forgets one after 60 to 350 s, and then neither end hears of the other again.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in PROBES.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 class Race:
     """Attempts to connect to addresses of one name: the first that gets there wins.  Source: RFC 8305 section 5."""
 
@@ -5006,18 +5022,6 @@ _TELLING = {
 
 
 # 19 ------------------------------------------------------------------ Connections
-
-
-def tune(sock: socket.socket) -> None:
-    """Have small pieces sent at once, and a silent connection kept known to what lies between.
-
-    A balancer or NAT forgets one after 60 to 350 s, and then neither end hears of the other again.
-    """
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in PROBES.items():
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Connection:
@@ -5226,19 +5230,16 @@ def receive(connection: Connection, deadline: Deadline) -> bytes:
     return data
 
 
-class Refused(OSError):
-    """A proxy opened no tunnel; the text says why."""
+def open_tunnel(connection: Connection, address: str, authorization: str, deadline: Deadline) -> bytes:
+    """Have the proxy that connection leads to connect it with address (RFC 9110 section 9.3.6).
 
-
-def open_tunnel(connection: Connection, target: Target, deadline: Deadline) -> bytes:
-    """Have the proxy that connection leads to connect it with target (RFC 9110 section 9.3.6).
-
-    Returns what came behind its answer.  Raises OSError.
+    authorization: what the proxy is told of who asks; "": nothing.  Returns what came behind its answer.  Blocks.
+    Raises OSError.
     """
-    fields = {"Host": target.address}
-    if target.proxy and target.proxy.authorization:
-        fields["Proxy-Authorization"] = target.proxy.authorization
-    is_sent = connection.write(encode_head(f"CONNECT {target.address} HTTP/1.1", fields))
+    fields = {"Host": address}
+    if authorization:
+        fields["Proxy-Authorization"] = authorization
+    is_sent = connection.write(encode_head(f"CONNECT {address} HTTP/1.1", fields))
     while not is_sent:
         deadline.wait([connection.sock], selectors.EVENT_WRITE)
         is_sent = connection.flush()
@@ -5246,15 +5247,15 @@ def open_tunnel(connection: Connection, target: Target, deadline: Deadline) -> b
     while not parsed:
         more = receive(connection, deadline)
         if not more:
-            raise Refused("the proxy closed the connection without an answer")
+            raise NoTunnel("the proxy closed the connection without an answer")
         data += more
         try:
             parsed = parse_answer_head(data)
         except ValueError:
-            raise Refused("the proxy's answer cannot be read") from None
+            raise NoTunnel("the proxy's answer cannot be read") from None
     status, _, rest = parsed
     if not 200 <= status < 300:
-        raise Refused(f"the proxy refused with status {status}")
+        raise NoTunnel(f"the proxy refused with status {status}")
     return rest
 
 
@@ -5403,8 +5404,8 @@ class DialHandler(urllib.request.BaseHandler):
         try:
             if target.proxy and target.proxy.scheme == "https":
                 connection = self._secure(connection, target.proxy.host, deadline)
-            if request._tunnel_host:
-                rest = open_tunnel(connection, target, deadline)
+            if target.proxy and request._tunnel_host:
+                rest = open_tunnel(connection, target.address, target.proxy.authorization, deadline)
             if request.type == "https":
                 connection = self._secure(connection, target.host, deadline, rest)
             deadline.lifeline.release()
@@ -5468,7 +5469,7 @@ class Spare:
         self.pool, self.connection, self.body = pool, connection, body
         self.since = pool.loop.now
 
-    def on_ready(self, events: int = 0) -> None:
+    def on_ready(self, events: int) -> None:
         """Read on; close what upstream closed, or says what nobody asked for on."""
         data = self.connection.read()
         if data and not self.body.complete:
