@@ -6982,7 +6982,7 @@ class Listener:
         sock.setblocking(False)
         return sock, address
 
-    def leave(self) -> float:
+    def shut(self) -> float:
         """Have no connection begin any more; return for how many seconds those that did may still come to be there.
 
         Whoever connects meanwhile is refused by a unix socket, and goes to another; at a port, Linux does not answer,
@@ -7008,74 +7008,6 @@ class Listener:
             hang_up(self.sock)
         self.sock.close()
         self.is_open = False
-
-
-class Door:
-    """Where clients come in: accepts what connects to a listener, until it leaves."""
-
-    def __init__(self, server: Server, listener: Listener, begins: bool) -> None:
-        """begins: who comes in here may have answers begun, not only go on with what there is."""
-        self.server, self.listener, self.begins = server, listener, begins
-        self._loop = server.hub.loop
-        self._leaves = False
-        self._pause = Alarm(self._loop, self._on_pause)
-
-    def open(self) -> None:
-        if self.listener.is_open:
-            self._loop.watch(self.listener.sock, READ, self._on_connections)
-
-    def leave(self) -> None:
-        """Have no connection begin any more, and close when those that have are there."""
-        if self._leaves:
-            return
-        self._leaves = True
-        self._loop.unwatch(self.listener.sock)
-        pause = self.listener.leave()
-        if pause:
-            self._accept_rest()
-            self._pause.by(self._loop.now + pause)
-        else:
-            self._close()
-
-    def _close(self) -> None:
-        self._accept_rest()
-        self.listener.close()
-        self.server.on_left()
-
-    def _accept_rest(self) -> None:
-        if self.listener.is_ours:  # else others accept who waits
-            for _ in range(BACKLOG):
-                if not self._accept():
-                    break
-
-    def _on_pause(self) -> None:
-        (self._close if self._leaves else self.open)()
-
-    def _on_connections(self, events: int) -> None:
-        for _ in range(MAX_BEGINNINGS):
-            if not self._accept():
-                break
-
-    def _accept(self) -> bool:
-        """Accept a connection, if one is there."""
-        server = self.server
-        try:
-            sock, address = self.listener.accept()
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if not self._leaves:  # no descriptor is left
-                server.hub.log.error(f"a connection was not accepted: {reason_of(error)}")
-                self._loop.unwatch(self.listener.sock)
-                self._pause.by(self._loop.now + SHORTAGE_PAUSE)
-            return False
-        if len(server.clients) < server.max_clients + MAX_SURPLUS:
-            Client(sock, address, self)
-        else:
-            server.hub.log.error("a connection was closed: there are too many")
-            server.hub.metrics.count("refusals_total", 1, "connections")
-            sock.close()
-        return True
 
 
 # Of asm-generic/socket.h; and a filter of packets (linux/filter.h) that takes all but those that begin a connection: it
@@ -7109,6 +7041,74 @@ def _remove_stale_socket(path: str) -> None:
                 os.unlink(path)
             elif code == errno.EAGAIN:
                 raise BlockingIOError(code, os.strerror(code))
+
+
+class Door:
+    """Where clients come in: accepts what connects to a listener, until it is shut."""
+
+    def __init__(self, server: Server, listener: Listener, begins: bool) -> None:
+        """begins: who comes in here may have answers begun, not only go on with what there is."""
+        self.server, self.listener, self.begins = server, listener, begins
+        self._loop = server.hub.loop
+        self._is_shut = False
+        self._pause = Alarm(self._loop, self._on_pause)
+
+    def open(self) -> None:
+        if self.listener.is_open:
+            self._loop.watch(self.listener.sock, READ, self._on_connections)
+
+    def shut(self) -> None:
+        """Have no connection begin any more, and close when those that have are there."""
+        if self._is_shut:
+            return
+        self._is_shut = True
+        self._loop.unwatch(self.listener.sock)
+        pause = self.listener.shut()
+        if pause:
+            self._accept_rest()
+            self._pause.by(self._loop.now + pause)
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        self._accept_rest()
+        self.listener.close()
+        self.server.on_left()
+
+    def _accept_rest(self) -> None:
+        if self.listener.is_ours:  # else others accept who waits
+            for _ in range(BACKLOG):
+                if not self._accept():
+                    break
+
+    def _on_pause(self) -> None:
+        (self._close if self._is_shut else self.open)()
+
+    def _on_connections(self, events: int) -> None:
+        for _ in range(MAX_BEGINNINGS):
+            if not self._accept():
+                break
+
+    def _accept(self) -> bool:
+        """Accept a connection, if one is there."""
+        server = self.server
+        try:
+            sock, address = self.listener.accept()
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if not self._is_shut:  # no descriptor is left
+                server.hub.log.error(f"a connection was not accepted: {reason_of(error)}")
+                self._loop.unwatch(self.listener.sock)
+                self._pause.by(self._loop.now + SHORTAGE_PAUSE)
+            return False
+        if len(server.clients) < server.max_clients + MAX_SURPLUS:
+            Client(sock, address, self)
+        else:
+            server.hub.log.error("a connection was closed: there are too many")
+            server.hub.metrics.count("refusals_total", 1, "connections")
+            sock.close()
+        return True
 
 
 class Shutdown:
@@ -7186,7 +7186,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.answers = KeptAnswers(self.hub, self.on_stream_over, self.on_left)
             self.lookout = Lookout(self.access.file, self.hub)
             self.front = FrontPage(self.settings, self.hub)
-            self.doors: list[Door] = []
+            self.doors: list[Door] = []  # the last is the one for who comes back, if there is one
             if settings.resume_bind:  # first: whatever is begun can be come back for
                 self.doors.append(Door(self, Listener(settings.resume_bind), begins=False))
                 stack.callback(self.doors[0].listener.close)
@@ -7269,7 +7269,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.hub.loop.post(functools.partial(self.lookout.look, self._say_tokens))
 
     def _is_empty(self) -> bool:
-        """Tell whether nobody is connected, and none can connect any more."""
+        """Tell whether nobody is connected or can connect any more, and no answer goes on without its client."""
         return not (self.clients or self.answers.running or any(door.listener.is_open for door in self.doors))
 
     def _waited_for(self) -> str:
@@ -7291,10 +7291,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.on_left()
 
     def on_left(self) -> None:
-        """See who, and what, is left: somebody has gone, or something that clients come for or by."""
+        """See what is there still, when a client, a kept answer or a door has gone."""
         begins = self.listener.is_open or any(client.door.begins for client in self.clients)
         if self.state >= self.DRAINING and not (begins or len(self.answers)):
-            self.doors[-1].leave()  # there is nothing to come back for, and will be nothing
+            self.doors[-1].shut()  # there is nothing to come back for, and will be nothing
         if self.draining:
             self._shutdown.notify()
 
@@ -7310,7 +7310,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.hub.log.info(f"looked again, as asked: {self.lookout.trouble or self.access.verdict}")
 
     def _drain(self) -> None:
-        self.doors[0].leave()
+        self.doors[0].shut()
         self.hub.tests.abort()
         for client in list(self.clients):
             client.drain()
@@ -7318,7 +7318,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _abort(self) -> None:
         self.state = self.ABORTING
         for door in self.doors:
-            door.leave()
+            door.shut()
         self.answers.abort(Aborted("The server is shutting down."))
         for client in list(self.clients):
             client.abort(Aborted("The server is shutting down."))
@@ -8331,7 +8331,8 @@ def _announce(server: Server) -> None:
     """Say where the server is.  In a thread of its own, for whoever should read it may not."""
     lines = [f"streamproxy {__version__} on {server.url}", describe(server.settings)]
     if server.settings.demo:
-        to = f"--unix-socket {server.url[5:]} http://localhost" if server.listener.path else server.url
+        path = server.listener.path
+        to = f"--unix-socket {path} http://localhost" if path else server.url
         lines.append(f"""Try: curl -N {to} -d '{{"prompt": "Hello"}}'""")
     _say("".join(f"{line}\n" for line in lines))
 

@@ -13252,11 +13252,11 @@ def test_servers_that_hand_a_port_over_under_load_refuse_and_reset_nobody(talker
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a connection that is being made may be reset")
-def test_listener_that_leaves_has_no_connection_begin_and_keeps_those_that_have() -> None:
+def test_listener_that_is_shut_has_no_connection_begin_and_keeps_those_that_have() -> None:
     bind = f"127.0.0.1:{free_port()}"
     first = streamproxy.Listener(bind, reuse_port=True)
     with socket.create_connection(first.sock.getsockname()), socket.socket() as late:
-        first.leave()
+        first.shut()
         late.setblocking(False)
         assert late.connect_ex(first.sock.getsockname()) == errno.EINPROGRESS
         first.sock.accept()[0].close()
