@@ -7392,11 +7392,11 @@ class TextStream:
             stack.callback(_close_unread, self._reader, self._reading)
             stack.callback(hub.close)
             sock.setblocking(False)
-            listener = _ForLoop(sock, hub, call)
-            stack.callback(hub.loop.post, listener.on_lost)
-            hub.loop.post(listener.stream.ask)
+            client = _ForLoop(sock, hub, call)
+            stack.callback(hub.loop.post, client.on_lost)
+            hub.loop.post(client.stream.ask)
             hub.loop.start()
-            self._stream: Stream | None = listener.stream
+            self._stream: Stream | None = client.stream
             self._close = weakref.finalize(self, _close_apart, hub, stack.pop_all().close)
 
     def __iter__(self) -> Self:
@@ -7612,7 +7612,8 @@ class Reply:
     """What came of a test stream."""
 
     def __init__(self) -> None:
-        self.status, self.fields = 0, {}  # type: int, dict[str, str]
+        self.status = 0
+        self.fields: dict[str, str] = {}
         self.pieces: list[tuple[float, bytes]] = []  # of the body, and when each came: seconds since it was asked for
         self.ended_at = 0.0
         self.whole = False  # it ended as a body does that is whole
@@ -7635,7 +7636,8 @@ class TestEvent:
 
 def events_in(reply: Reply) -> list[TestEvent]:
     """Return the events that came whole."""
-    seen, events = b"", []  # type: bytes, list[TestEvent]
+    seen = b""
+    events: list[TestEvent] = []
     for at, piece in reply.pieces:
         seen += piece
         matches = list(_TEST_EVENT.finditer(seen))
@@ -8006,15 +8008,6 @@ class Check:
         return Look(name, f"cut off after {reply.ended_at:.1f} s", IDLE)
 
 
-def check(settings: Settings) -> int:
-    """Check an address, and say what was seen; return the exit status: 1 where something is held back or lost."""
-    checked = Check(settings)
-    checked.run(lambda seconds: _complain(f"still looking, after {seconds:.0f} s"))
-    told = json.dumps(checked.document()) if settings.log_format == "json" else checked.text()
-    _say(f"{told}\n")
-    return 1 if checked.found else 0
-
-
 # 29 ------------------------------------------------------------------ Command line
 
 
@@ -8046,91 +8039,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _NoLock(contextlib.nullcontext):  # type: ignore[type-arg]
-    """What logging takes for a lock."""
+def inherited_socket(environ: MutableMapping[str, str]) -> socket.socket | None:
+    """Return the socket that systemd has handed over (sd_listen_fds(3)), if it has; nobody else takes it for theirs.
 
-    def acquire(self) -> None:
-        pass
-
-    release = acquire
-
-
-class _Output(logging.Handler):
-    """Writes lines to a stream's descriptor, those that come together at once; a failure is the log writer's."""
-
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__()
-        self._fd = stream.fileno()
-        self._lines: list[str] = []
-
-    def createLock(self) -> None:
-        self.lock: Any = _NoLock()  # one thread writes; and at exit, logging would wait for a lock that it holds
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(self.format(record) + "\n")
-
-    def flush(self) -> None:
-        lines, self._lines = self._lines, []
-        _write_all(self._fd, "".join(lines).encode("utf-8", "backslashreplace"))
-
-
-class _LogFormatter(logging.Formatter):
-    """A line a record, as text or JSON."""
-
-    def __init__(self, style: str) -> None:
-        super().__init__()
-        self._json = style == "json"
-
-    def format(self, record: logging.LogRecord) -> str:
-        entry = record.msg
-        if not isinstance(entry, LogEntry):
-            time, level = log_time(record.created), record.levelname.lower()
-            entry = LogEntry(time=time, level=level, message=record.getMessage())
-        return json.dumps(entry) if self._json else str(entry)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until a signal ends it; return the exit status."""
-    status, serve = prepare(argv)
-    return serve() if serve else status
-
-
-def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] | None]:
-    """Return the exit status, or what serves until a signal ends it, in any thread.  For the main thread."""
-    sys.stdout, sys.stderr = sys.stdout or _open_nothing(), sys.stderr or _open_nothing()
-    flags = vars(build_parser().parse_args(argv))
+    Raises SettingsError where it is none that connections can be accepted of.
+    """
+    given = {name: environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")}
+    if given["LISTEN_PID"] != str(os.getpid()):
+        return None
+    if given["LISTEN_FDS"] != "1":
+        raise SettingsError(f"LISTEN_FDS: {given['LISTEN_FDS'][:10]!r} sockets are handed over; allowed: 1")
     try:
-        given = inherited_socket(os.environ)
-        found = find_settings(os.environ, flags, given)
-        settings = Settings.of(found)
-        if flags["print_settings"]:
-            _say("".join(setting_lines(settings, found)))
-            return 0, None
-        if settings.check:
-            return check(settings), None
-        with contextlib.ExitStack() as stack:
-            signals = Signals()
-            stack.callback(signals.close)
-            signals.start()
-            server = signals.server = Server(settings, given)
-            stack.pop_all()
-    except SettingsError as error:
-        _complain(str(error))
-        return 2, None
-    except OSError as error:
-        _complain(f"cannot listen at {error.filename or settings.bind}: {reason_of(error)}")
-        return 1, None
-    except RuntimeError:
-        _complain(NO_THREAD)
-        return 1, None
-    except KeyboardInterrupt:  # of who has seen enough of a check
-        return 130, None
-    output = _Output(sys.stderr)
-    output.setFormatter(_LogFormatter(settings.log_format))
-    log.addHandler(output)
-    log.setLevel(settings.log_level.upper())
-    _tune_process()
-    return 0, functools.partial(_serve, server, signals)
+        sock = socket.socket(fileno=3)
+        sock.set_inheritable(False)
+        if sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return sock
+    except OSError:
+        pass
+    raise SettingsError("LISTEN_FDS: descriptor 3 does not listen; allowed: a socket of ListenStream= with Accept=no")
 
 
 def find_settings(
@@ -8156,6 +8082,85 @@ def setting_lines(settings: Settings, found: Mapping[str, tuple[Any, str]]) -> I
         if setting.name not in ("host", "port"):  # they are in bind
             source = ", ".join(settings.sources(found, setting.name)) or "default"
             yield f"{setting.flag or setting.variable:27}{source:36}{setting.show(getattr(settings, setting.name))}\n"
+
+
+def _write_all(fd: int, text: str) -> None:
+    """Write without a buffer, whose lock would keep the process from ending while a reader is stuck."""
+    data = text.encode("utf-8", "backslashreplace")
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:  # somebody else that has this pipe wants it so
+            time.sleep(LOG_PAUSE)
+
+
+def _say(text: str) -> None:
+    """Write text to stdout, for whoever may read it."""
+    with contextlib.suppress(OSError, AttributeError):  # the latter: it was closed
+        _write_all(sys.stdout.fileno(), text)
+
+
+def _complain(words: str) -> None:
+    """Write a line to stderr, of what is wrong or takes its time, for whoever can still read it."""
+    with contextlib.suppress(OSError):
+        _write_all(sys.stderr.fileno(), f"streamproxy: {words}\n")
+
+
+def _open_nothing() -> TextIO:
+    """Take the place of a standard stream that is closed, whose descriptor would soon be a socket's."""
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+class _NoLock(contextlib.nullcontext):  # type: ignore[type-arg]
+    """What logging takes for a lock."""
+
+    def acquire(self) -> None:
+        pass
+
+    release = acquire
+
+
+class _Output(logging.Handler):
+    """Writes lines to a stream's descriptor, those that come together at once; a failure is the log writer's."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._fd = stream.fileno()
+        self._lines: list[str] = []
+
+    def createLock(self) -> None:
+        self.lock: Any = _NoLock()  # one thread writes; and at exit, logging would wait for a lock that it holds
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(self.format(record) + "\n")
+
+    def flush(self) -> None:
+        lines, self._lines = self._lines, []
+        _write_all(self._fd, "".join(lines))
+
+
+class _LogFormatter(logging.Formatter):
+    """A line a record, as text or JSON."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self._json = style == "json"
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = record.msg
+        if not isinstance(entry, LogEntry):
+            time, level = log_time(record.created), record.levelname.lower()
+            entry = LogEntry(time=time, level=level, message=record.getMessage())
+        return json.dumps(entry) if self._json else str(entry)
+
+
+def check(settings: Settings) -> int:
+    """Check an address, and say what was seen; return the exit status: 1 where something is held back or lost."""
+    checked = Check(settings)
+    checked.run(lambda seconds: _complain(f"still looking, after {seconds:.0f} s"))
+    told = json.dumps(checked.document()) if settings.log_format == "json" else checked.text()
+    _say(f"{told}\n")
+    return 1 if checked.found else 0
 
 
 # The third: Ctrl-Break on Windows, which can be sent there to another process, as SIGTERM cannot.
@@ -8205,26 +8210,6 @@ class Signals:
             self.asked.set()
 
 
-def inherited_socket(environ: MutableMapping[str, str]) -> socket.socket | None:
-    """Return the socket that systemd has handed over (sd_listen_fds(3)), if it has; nobody else takes it for theirs.
-
-    Raises SettingsError where it is none that connections can be accepted of.
-    """
-    given = {name: environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")}
-    if given["LISTEN_PID"] != str(os.getpid()):
-        return None
-    if given["LISTEN_FDS"] != "1":
-        raise SettingsError(f"LISTEN_FDS: {given['LISTEN_FDS'][:10]!r} sockets are handed over; allowed: 1")
-    try:
-        sock = socket.socket(fileno=3)
-        sock.set_inheritable(False)
-        if sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            return sock
-    except OSError:
-        pass
-    raise SettingsError("LISTEN_FDS: descriptor 3 does not listen; allowed: a socket of ListenStream= with Accept=no")
-
-
 class Notifier:
     """Tells systemd how the process is (sd_notify(3)), if that has asked for it."""
 
@@ -8245,71 +8230,6 @@ class Notifier:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(NOTIFY_TIMEOUT)
                 sock.sendto("\n".join(lines).encode(), self._address)
-
-
-def _say(text: str) -> None:
-    """Write to who may read it."""
-    with contextlib.suppress(OSError, AttributeError):  # the latter: it was closed
-        _write_all(sys.stdout.fileno(), text.encode("utf-8", "backslashreplace"))
-
-
-def _complain(words: str) -> None:
-    """Say why the program cannot run, to whoever can still read it."""
-    with contextlib.suppress(OSError):
-        _write_all(sys.stderr.fileno(), f"streamproxy: {words}\n".encode("utf-8", "backslashreplace"))
-
-
-def _open_nothing() -> TextIO:
-    """Take the place of a standard stream that is closed, whose descriptor would soon be a socket's."""
-    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-
-
-def _serve(server: Server, signals: Signals) -> int:
-    """Serve until a signal begins the drain; any further one ends that.  Return the exit status."""
-    notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))
-    try:
-        # As the first thread ends, older C libraries open a file, or abort the process where no descriptor is left.
-        first = threading.Thread(target=int)
-        first.start()
-        first.join()
-        server.start()
-        # Now, and not with the first signal: by then, the system may have no thread left.
-        for work in (_trim_memory, functools.partial(_announce, server)):
-            threading.Thread(target=work, daemon=True).start()
-        notifier.ready(f"serving at {server.url}")
-        signals.asked.wait()
-    except RuntimeError:
-        _complain(NO_THREAD)
-        return 1
-    finally:
-        server.stop(notifier.stopping)
-        signals.close()
-    return 0
-
-
-def run_script() -> None:
-    """Serve; with CPython in a thread that goes on after the last line of the script.
-
-    Until then, CPython keeps the script's syntax tree: half of the memory that this program takes at rest.
-    """
-    if sys.implementation.name != "cpython":
-        sys.exit(main())
-    status, serve = prepare()
-    if not serve:
-        sys.exit(status)
-
-    def go_on() -> None:
-        status = 1
-        try:
-            status = serve()
-        finally:
-            if status:
-                os._exit(status)
-
-    try:
-        threading.Thread(target=go_on, name="main").start()
-    except RuntimeError:  # there is none: to serve says so
-        sys.exit(serve())
 
 
 def describe(settings: Settings) -> str:
@@ -8346,15 +8266,6 @@ def _trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    """Write without a buffer, whose lock would keep the process from ending while a reader is stuck."""
-    while data:
-        try:
-            data = data[os.write(fd, data) :]
-        except BlockingIOError:  # somebody else that has this pipe wants it so
-            time.sleep(LOG_PAUSE)
-
-
 def _tune_process() -> None:
     """Set what is the process's, and so not for a server to set that another program has made."""
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -8369,6 +8280,98 @@ def _tune_process() -> None:
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _serve(server: Server, signals: Signals) -> int:
+    """Serve until a signal begins the drain; any further one ends that.  Return the exit status."""
+    notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))
+    try:
+        # As the first thread ends, older C libraries open a file, or abort the process where no descriptor is left.
+        first = threading.Thread(target=int)
+        first.start()
+        first.join()
+        server.start()
+        # Now, and not with the first signal: by then, the system may have no thread left.
+        for work in (_trim_memory, functools.partial(_announce, server)):
+            threading.Thread(target=work, daemon=True).start()
+        notifier.ready(f"serving at {server.url}")
+        signals.asked.wait()
+    except RuntimeError:
+        _complain(NO_THREAD)
+        return 1
+    finally:
+        server.stop(notifier.stopping)
+        signals.close()
+    return 0
+
+
+def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] | None]:
+    """Return the exit status, or what serves until a signal ends it, in any thread.  For the main thread."""
+    sys.stdout, sys.stderr = sys.stdout or _open_nothing(), sys.stderr or _open_nothing()
+    flags = vars(build_parser().parse_args(argv))
+    try:
+        given = inherited_socket(os.environ)
+        found = find_settings(os.environ, flags, given)
+        settings = Settings.of(found)
+        if flags["print_settings"]:
+            _say("".join(setting_lines(settings, found)))
+            return 0, None
+        if settings.check:
+            return check(settings), None
+        with contextlib.ExitStack() as stack:
+            signals = Signals()
+            stack.callback(signals.close)
+            signals.start()
+            server = signals.server = Server(settings, given)
+            stack.pop_all()
+    except SettingsError as error:
+        _complain(str(error))
+        return 2, None
+    except OSError as error:
+        _complain(f"cannot listen at {error.filename or settings.bind}: {reason_of(error)}")
+        return 1, None
+    except RuntimeError:
+        _complain(NO_THREAD)
+        return 1, None
+    except KeyboardInterrupt:  # of who has seen enough of a check
+        return 130, None
+    output = _Output(sys.stderr)
+    output.setFormatter(_LogFormatter(settings.log_format))
+    log.addHandler(output)
+    log.setLevel(settings.log_level.upper())
+    _tune_process()
+    return 0, functools.partial(_serve, server, signals)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal ends it; return the exit status."""
+    status, serve = prepare(argv)
+    return serve() if serve else status
+
+
+def run_script() -> None:
+    """Serve; with CPython in a thread that goes on after the last line of the script.
+
+    Until then, CPython keeps the script's syntax tree: half of the memory that this program takes at rest.
+    """
+    if sys.implementation.name != "cpython":
+        sys.exit(main())
+    status, serve = prepare()
+    if not serve:
+        sys.exit(status)
+
+    def go_on() -> None:
+        status = 1
+        try:
+            status = serve()
+        finally:
+            if status:
+                os._exit(status)
+
+    try:
+        threading.Thread(target=go_on, name="main").start()
+    except RuntimeError:  # there is none: to serve says so
+        sys.exit(serve())
 
 
 # 30 ------------------------------------------------------------------ Chat page
