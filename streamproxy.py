@@ -22,11 +22,12 @@ It terminates no TLS, writes nothing to disk and knows no users: nginx in front 
 
 Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
-    13  Loop      tells that a client's socket can be read
-    16  Client    takes the request in
-    17  Exchange  checks it, and says what upstream is asked                                 (pure: 8 to 11)
-    20  Upstream  opens a connection, in a thread of 14, unless the Pool has one that is warm  (18: names and
-                  addresses; 19: TCP, TLS and a proxy's tunnel)
+    26  Door      accepts a client's connection
+    13  Loop      tells that its socket can be read
+    16  Client    takes the request in                                                       (pure: 8)
+    17  Exchange  checks it, and says what upstream is asked           (pure: 9 and 10; 11 says who may ask)
+    20  Upstream  opens a connection, in a thread of 14, unless the Pool has one that is warm  (18: from a name to
+                  a socket; 19: TLS, and a proxy's tunnel)
     21  Source    sends the request, and reads the answer
                     BodyDecoder  upstream's framing to the bytes of the body                 (pure: 8)
                     EventParser  bytes to events                                             (pure: 4)
@@ -36,13 +37,14 @@ Life of a request.  The numbers are sections of this file; what is pure knows no
     24  KeptAnswer  stands between a Stream and the Viewers of its clients, where the answer is to outlive them
                     Metrics      what is counted on the way, for /metrics                    (pure: 12)
 
-One thread, the loop's, owns all of this and every clock, and waits for nothing but its selector.  Others have
-only what may block:
+One thread, the loop's, owns all of this and its clocks, and waits for nothing but its selector.  Others have
+only what may block, or takes long:
 
     a Job           until the loop is told that it is done: a worker.  It dials, and the loop can cut its lifeline, or
-                    looks at a body that is large
+                    works something out: a body that is large, what the system tells of this process
+    a look-up       a thread of its own: nothing ends it, but whoever waits for what it finds can be cut
     a Connection    the worker that dials it; from then on the loop's, in Source and Pool
-    the token file  the worker that looks at it; the loop reads the last version, which is replaced whole
+    a WatchedFile   the worker that looks at it; the loop goes by the last version, which is replaced whole
     a line of log   the log's thread, once it is queued
 
 A client that leaves is closed, and costs upstream nothing more, but for a KeptAnswer, which goes on for a while.
