@@ -7572,8 +7572,8 @@ CURES = {
         COMPRESSED: "Somebody compresses, and holds text back for that: turn it off for this address.",
         CACHED: "Somebody answers from a cache: turn it off for this address.",
         CUT: "Somebody ends answers early: see whose log tells of this request, and its time-outs.",
-        REFUSED: "Somebody refuses test streams: see whose log has this status, and its limits; streamproxy's own is"
-                 f" {TEST_STREAMS['requests_per_minute']} a minute.",
+        REFUSED: "Somebody refuses test streams: see whose log has this status, and its limits; streamproxy's own are"
+                 f" {TEST_STREAMS['requests_per_minute']} a minute, {TEST_STREAMS['max_streams_per_client']} at a time.",
         GUARDED: "Give a token in STREAMPROXY_CHECK_TOKEN, or a file of it in STREAMPROXY_CHECK_TOKEN_FILE, and say in"
                  " --auth-header how it is sent, if not as `Authorization: Bearer {key}`.",
         ABSENT: "Give the address below which streamproxy is, and have /healthz/stream passed on to it.",
