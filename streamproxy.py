@@ -166,6 +166,7 @@ MAX_TOKEN_FILE_SIZE = 4 * 1024 * 1024
 MAX_PAGE_SIZE = 1024 * 1024
 MAX_RECORD_SIZE = 5 + 16 * 1024 + 2048  # of TLS, as sent; RFC 5246 section 6.2.3, RFC 8446 section 5.2
 MAX_KEPT_SIZE = 4 * 1024 * 1024  # of an answer that outlives its client: what came before may be forgotten
+MAX_LOOSE_SIZE = 512  # of a piece of it that may wait to be put behind the others, and counted
 RECORD_COST = 12 * 1024  # of such an answer, beside its bytes
 MAX_DISCARDED = 64 * 1024  # of a refused request's body, read for the sake of the connection
 # Of the next request while an answer is on its way: unless they are read, the end behind them is not seen.
@@ -210,6 +211,7 @@ MAX_WORKERS = 4  # threads that are parked; more of them starve the loop of the 
 MAX_BEGINNINGS = 8  # new connections, requests, and clients that leave, of a turn of the loop
 MAX_ALARMS = 64  # that go off in a turn
 MAX_READY = 1024  # sockets seen to in a turn
+MAX_LOOSE = 16  # such pieces
 MAX_STOPS = 1000  # that are remembered for requests that they have overtaken
 MAX_LOG_LINES = 4000  # that wait to be written
 MAX_NAMED_CLIENTS = 100  # whose names are labels of metrics; the rest are "other"
@@ -624,8 +626,11 @@ class EventParser:
 
 def encode_event(data: str, type: str = "", last_event_id: str = "") -> bytes:
     """Return one event.  Line ends in data become data lines of their own (WHATWG HTML 9.2.6)."""
-    head = (f"id: {last_event_id}\n" if last_event_id else "") + (f"event: {type}\n" if type else "")
-    return (head + "".join(f"data: {line}\n" for line in re.split("\r\n|\r|\n", data)) + "\n").encode("utf-8", "replace")
+    id = f"id: {last_event_id}\n" if last_event_id else ""
+    type = f"event: {type}\n" if type else ""
+    if "\n" in data or "\r" in data:
+        data = "\ndata: ".join(re.split("\r\n|\r|\n", data))
+    return f"{id}{type}data: {data}\n\n".encode("utf-8", "replace")
 
 
 # A comment has one line end: with a blank line behind it, SDKs in wide use see an empty event.
@@ -5811,14 +5816,14 @@ class Record:
     """The bytes made of an answer that somebody may still want: those that its viewer has not taken."""
 
     def __init__(self) -> None:
-        self._data = b""
+        self.fresh = b""
 
     def append(self, data: bytes) -> None:
-        self._data = self._data + data if self._data else data
+        self.fresh = self.fresh + data if self.fresh else data
 
     def take(self) -> bytes:
         """Return what was not taken before."""
-        data, self._data = self._data, b""
+        data, self.fresh = self.fresh, b""
         return data
 
 
@@ -5835,7 +5840,7 @@ class Viewer(Stateful):
         self.intact = False  # the body ends as it should
         self._begin = begin
         self._head = self._tail = b""  # what goes before what leaves next, and behind it
-        self._chunked = False
+        self.chunked = False  # the body is
 
     @property
     def blocked(self) -> bool:
@@ -5864,7 +5869,7 @@ class Viewer(Stateful):
             if not data:
                 return
             self._open()
-        if self._chunked and data:
+        if self.chunked and data:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         if self._head or self._tail:
             data, self._head, self._tail = self._head + data + self._tail, b"", b""
@@ -5879,7 +5884,7 @@ class Viewer(Stateful):
         if self.state == self.SILENT:
             self._open()
         self.state, self.intact = self.LAST, intact
-        self._tail = LAST_CHUNK if intact and self._chunked else b""
+        self._tail = LAST_CHUNK if intact and self.chunked else b""
         self.more()
 
     def cut(self) -> None:
@@ -5887,7 +5892,7 @@ class Viewer(Stateful):
         self.state, self.intact = self.OVER, False
 
     def _open(self) -> None:
-        self._head, self._chunked = self._begin()
+        self._head, self.chunked = self._begin()
         self.state = self.OPEN
 
 
@@ -5899,11 +5904,11 @@ class Stream:
 
     attached = False  # see Watch
 
-    def __init__(self, hub: Hub, call: Call, answer: Answer, exchange: Asker) -> None:
+    def __init__(self, hub: Hub, call: Call, answer: Answer, exchange: Asker, viewer: Viewer | None = None) -> None:
         """exchange is told, by on_stream_over, when all has been sent, or nothing more can be."""
         self.hub, self.call, self.answer = hub, call, answer
-        self.record = Record()
-        self.viewer = Viewer(self.record, exchange.client, exchange.begin_stream)
+        self.viewer = viewer or Viewer(Record(), exchange.client, exchange.begin_stream)
+        self.record = self.viewer.record
         self.failure: ProxyError | None = None  # why the answer is not complete
         self.asked = False  # upstream has begun to get the request, and may have been paid
         self.first_text_at: float | None = None
@@ -6259,10 +6264,10 @@ class Hub:
         if log.isEnabledFor(logging.DEBUG):
             self.log.debug(LogEntry(time=log_time(time.time()), level="debug", id=id, step=step, **facts))
 
-    def stream(self, call: Call, answer: Answer, exchange: Asker) -> Stream:
+    def stream(self, call: Call, answer: Answer, exchange: Asker, viewer: Viewer | None = None) -> Stream:
         if self._probe.at == math.inf:
             self._set_probe()
-        return Stream(self, call, answer, exchange)
+        return Stream(self, call, answer, exchange, viewer)
 
     def _set_probe(self) -> None:
         self._probe_at = self.loop.clock() + LAG_INTERVAL
@@ -6327,17 +6332,87 @@ class Claim:
         return (match[1], int(match[2])) if match else ("", 0)
 
 
+class KeptRecord(Record):
+    """What was made of a kept answer: all of it, but for what had to be forgotten from its begin on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin = 0  # the place in the answer of the first byte that is kept
+        self.loose: list[bytes] = []  # the last few pieces as they came: to put each behind the others costs more
+        self._kept = bytearray()
+
+    def __len__(self) -> int:
+        """How many bytes are kept, but for those that are loose."""
+        return len(self._kept)
+
+    def settle(self) -> int:
+        """Have nothing loose; return how many bytes were."""
+        data = b"".join(self.loose)
+        self.loose.clear()
+        self._kept += data
+        return len(data)
+
+    @property
+    def end(self) -> int:
+        """How many bytes were made, as yet."""
+        return self.begin + len(self._kept) + sum(map(len, self.loose))
+
+    def read(self, at: int) -> bytes:
+        """Return some of what there is, and is not loose, from byte at on."""
+        return bytes(self._kept[at - self.begin : at - self.begin + READ_SIZE])
+
+    def place_behind(self, line: bytes) -> int:
+        """Return the place behind the event that has this line; -1: there is none, or not any more."""
+        mark = self._kept.find(line)
+        return self._kept.find(b"\n\n", mark) + 2 + self.begin if mark >= 0 else -1
+
+    def forget(self, size: int) -> None:
+        del self._kept[:size]
+        self.begin += size
+
+
 class Cursor(Record):
     """What of a kept answer one client has not been sent: a record that is shared, from a place in it on."""
 
-    def __init__(self, kept: KeptAnswer, at: int) -> None:
-        self.kept, self.at = kept, at
-        self.fresh = b""  # what was recorded last, if that is what comes next: it need not be looked up
+    def __init__(self, record: KeptRecord, at: int) -> None:
+        self.record, self.at = record, at
 
     def take(self) -> bytes:
-        data, self.fresh = self.fresh or self.kept.read(self.at), b""
+        data = self.record.read(self.at)
         self.at += len(data)
         return data
+
+
+class Recorder(Viewer):
+    """Has what is made of an answer kept, and sent on to those who watch it.
+
+    Mostly these keep up, and what comes next need not be looked for: it is what has come.
+    """
+
+    record: KeptRecord
+    client: KeptAnswer
+
+    def more(self) -> None:
+        record, kept = self.record, self.client
+        data, record.fresh = record.fresh, b""
+        if data:
+            self.since = kept.loop.now
+            loose, viewers = record.loose, kept.keeping_up
+            loose.append(data)
+            if len(data) >= READ_SIZE or not viewers:
+                self.open()
+                kept.send(data)
+                viewers = ()
+            for viewer in viewers:
+                client = viewer.client
+                if client.pending or client.lost:
+                    kept.leave_behind(viewer, len(data))
+                else:
+                    client.send(b"%x\r\n%b\r\n" % (len(data), data) if viewer.chunked else data)
+            if len(data) > MAX_LOOSE_SIZE or len(loose) >= MAX_LOOSE:
+                kept.settle()
+        if self.state == self.LAST:
+            self.state = self.OVER
 
 
 class Watch:
@@ -6347,7 +6422,7 @@ class Watch:
         """attached: the answer was there before."""
         self.kept, self.start, self.attached = kept, start, attached
         self.stream = kept.stream
-        self.cursor = Cursor(kept, start)
+        self.cursor = Cursor(kept.record, start)
         self.viewer = Viewer(self.cursor, exchange.client, exchange.begin_stream)
         self.failure: ProxyError | None = None
         self._exchange = exchange
@@ -6385,10 +6460,12 @@ class Watch:
     def advance(self) -> None:
         """Send what there is, as long as the client takes it."""
         kept, viewer, client = self.kept, self.viewer, self.viewer.client
+        kept.leave_behind(viewer)
+        kept.settle()
         if kept.head and viewer.state == Viewer.SILENT:
             viewer.open()
         while viewer.state == Viewer.OPEN and not (client.pending or client.lost):
-            left = kept.end - self.cursor.at
+            left = kept.record.end - self.cursor.at
             if kept.over and left <= READ_SIZE:
                 viewer.last(self.stream.viewer.intact)
             elif left:
@@ -6397,10 +6474,14 @@ class Watch:
                 break
         if self.over or (kept.over and viewer.state == Viewer.SILENT):
             self._leave(self.stream.failure)
-        else:
-            kept.make_room()  # it may have waited for this client to come, or to read
+            return
+        if viewer.state == Viewer.OPEN and not (client.pending or client.lost):
+            kept.keeping_up = (*kept.keeping_up, viewer)
+        kept.make_room()  # it may have waited for this client to come, or to read
 
     def on_drained(self) -> None:
+        self.kept.leave_behind(self.viewer)
+        self.kept.settle()
         self.viewer.more()
         self.advance()
 
@@ -6440,9 +6521,9 @@ class KeptAnswer:
         self.over = False
         self.pending = False  # as of a Peer: its stream has to wait
         self.head: tuple[int, dict[str, str]] | None = None  # once it is known
-        self.watches: list[Watch] = []
-        self._data = bytearray()
-        self._forgotten = 0  # bytes before those
+        self.record = KeptRecord()
+        self.watches: tuple[Watch, ...] = ()  # which is another when one comes or leaves
+        self.keeping_up: tuple[Viewer, ...] = ()  # those of them who have been sent all there is
         self._due = math.inf  # when it has been without a client for too long
         self._alarm = Alarm(self.loop, self._on_alarm)
 
@@ -6461,17 +6542,23 @@ class KeptAnswer:
         return b"", False
 
     def send(self, data: bytes) -> None:
-        answers, kept, size = self.answers, self._data, len(data)
-        at = self._forgotten + len(kept)
-        kept += data
-        answers.used += size
-        for watch in tuple(self.watches):  # one may leave
-            if watch.cursor.at == at and watch.viewer.state == Viewer.OPEN and size < READ_SIZE:  # mostly
-                watch.cursor.fresh = data
-                watch.viewer.more()
-            else:
-                watch.advance()
-        if len(kept) >= answers.most or answers.used >= answers.memory:
+        """Have those who watch look for data, which was recorded last."""
+        for viewer in self.keeping_up:
+            self.leave_behind(viewer, len(data))
+        self.settle()
+        self._advance()
+
+    def leave_behind(self, viewer: Viewer, size: int = 0) -> None:
+        """Have one who keeps up look for what follows; the last so many bytes it was not sent."""
+        if viewer in self.keeping_up:
+            self.keeping_up = tuple(other for other in self.keeping_up if other is not viewer)
+            assert isinstance(viewer.record, Cursor)
+            viewer.record.at = self.record.end - size
+
+    def settle(self) -> None:
+        """Count what was recorded last, and see whether there is room for more."""
+        self.answers.used += self.record.settle()
+        if self._is_full:
             self.make_room(full=True)
 
     def tell(self, step: str, **facts: object) -> None:
@@ -6482,6 +6569,7 @@ class KeptAnswer:
 
     def on_stream_over(self) -> None:
         self.over, self.pending = True, False
+        self.settle()
         self.answers.on_over(self)
         metrics = self.answers.hub.metrics
         metrics.take_notes(self.stream.answer.notes, metrics.client(self.claim.name))
@@ -6500,32 +6588,23 @@ class KeptAnswer:
         return isinstance(self.stream.failure, Stopped)
 
     @property
-    def end(self) -> int:
-        """How many bytes it has, as yet."""
-        return self._forgotten + len(self._data)
-
-    @property
     def size(self) -> int:
         """What it takes of the memory for all."""
-        return RECORD_COST + len(self._data)
-
-    def read(self, at: int) -> bytes:
-        """Return some of what there is from byte at on."""
-        begin = at - self._forgotten
-        return bytes(self._data[begin : begin + READ_SIZE])
+        return RECORD_COST + len(self.record)
 
     def watch(self, exchange: Asker, claim: Claim, attached: bool) -> Watch:
         """Have a client be sent what follows the place that it has reached.  Raises RequestError."""
         if self.stopped:
             raise RequestError("This answer was stopped.", 410)
         watch = Watch(self, exchange, self._find(claim), attached)
-        self.watches.append(watch)
+        self.watches = (*self.watches, watch)
         self._due = math.inf
         self.answers.ended.pop(self.id, None)
         return watch
 
     def leave(self, watch: Watch) -> None:
-        self.watches.remove(watch)
+        self.leave_behind(watch.viewer)
+        self.watches = tuple(other for other in self.watches if other is not watch)
         if not self.watches:
             self._set_alarm()
         self.make_room()
@@ -6536,7 +6615,7 @@ class KeptAnswer:
             at = self._find(claim)
         except RequestError:
             return False
-        return not self.over or at < self.end
+        return not self.over or at < self.record.end
 
     def stop(self) -> None:
         """End it, as its owner wants: nothing more is paid for."""
@@ -6549,16 +6628,18 @@ class KeptAnswer:
             return
         answers = self.answers
         answers.evict(1)
+        size = len(self.record)
         if self._is_full and self.watches:
-            taken = min(watch.cursor.at for watch in self.watches) - self._forgotten
-            excess = max(len(self._data) - answers.most, answers.used - answers.memory) + 1
-            gone = min(taken, max(len(self._data) // 2, excess))
-            del self._data[:gone]
-            self._forgotten += gone
+            behind = [watch.cursor.at for watch in self.watches if watch.viewer not in self.keeping_up]
+            taken = min(behind, default=self.record.end) - self.record.begin
+            excess = max(size - answers.most, answers.used - answers.memory) + 1
+            gone = min(taken, max(size // 2, excess))
+            self.record.forget(gone)
+            size -= gone
             answers.release(gone)
         # Who has had all of it is not held up by what others have.
-        waited, self.pending = self.pending, self._is_full and bool(self._data or not self.watches)
-        if self.pending and len(self._data) < answers.most:
+        waited, self.pending = self.pending, self._is_full and bool(size or not self.watches)
+        if self.pending and size < answers.most:
             answers.waiting.add(self)
         elif waited and not self.pending:
             answers.waiting.discard(self)
@@ -6566,20 +6647,20 @@ class KeptAnswer:
 
     @property
     def _is_full(self) -> bool:
-        return len(self._data) >= self.answers.most or self.answers.used >= self.answers.memory
+        return len(self.record) >= self.answers.most or self.answers.used >= self.answers.memory
 
     def _advance(self) -> None:
-        for watch in tuple(self.watches):
+        for watch in self.watches:
             watch.advance()
 
     def _find(self, claim: Claim) -> int:
         """Return the byte that follows the place which a client has reached."""
         id, count = claim.position() if claim.place else (self.id, 0)
-        at = count
+        self.settle()
+        at, record = count, self.record
         if self.claim.counts_events and count:
-            mark = self._data.find(b"id: %b.%d\n" % (self.id.encode(), count))
-            at = self._data.find(b"\n\n", mark) + 2 + self._forgotten if mark >= 0 else -1
-        if id != self.id or not self._forgotten <= at <= self.end:
+            at = record.place_behind(b"id: %b.%d\n" % (self.id.encode(), count))
+        if id != self.id or not record.begin <= at <= record.end:
             raise RequestError("What follows this Last-Event-ID is not there (any more).", 410)
         return at
 
@@ -6643,6 +6724,8 @@ class KeptAnswers:
 
     def count_into(self, metrics: Metrics) -> None:
         """Say what there is now."""
+        for kept in tuple(self._by_id.values()):  # it may make room
+            kept.settle()
         alone = sum(not (kept.over or kept.watches) for kept in self._by_id.values())
         states = {"watched": self.running - alone, "alone": alone, "ended": len(self) - self.running}
         for state, number in states.items():
@@ -6669,7 +6752,7 @@ class KeptAnswers:
         kept = KeptAnswer(self, prefix + os.urandom(16).hex(), claim, told)
         if isinstance(answer, EventAnswer):
             answer.number(kept.id)
-        kept.stream = self.hub.stream(call, answer, kept)
+        kept.stream = self.hub.stream(call, answer, kept, Recorder(kept.record, kept, kept.begin_stream))
         self._by_id[kept.id] = kept
         if claim.key:
             self._by_key[claim.owner, claim.key] = kept

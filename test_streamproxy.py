@@ -10898,19 +10898,19 @@ def test_kept_answer_is_read_as_far_as_there_is_room() -> None:
             upstream.send(chunk(delta("x" * 30000)))
             stage.turn(2)
             sent += 30000
-        assert 300_000 <= kept.end <= sent and kept._forgotten == 0 and kept.stream.viewer.blocked
+        assert 300_000 <= kept.record.end <= sent and kept.record.begin == 0 and kept.stream.viewer.blocked
         client = stage.asks("text", last=f"{name}.1")
         body = b""
         while sent > 1 + len(body):
             body = unchunked(stage.taken(client))[1]
-        assert not kept.pending and kept._forgotten and set(body[2:]) == {ord("x")}
+        assert not kept.pending and kept.record.begin and set(body[2:]) == {ord("x")}
         for _ in range(20):  # with a client, it may be longer than the record
             upstream.send(chunk(delta("y" * 30000)))
             stage.taken(client)
-            assert len(kept._data) < 400_000
+            assert len(kept.record) < 400_000
         assert stage.asks("text").head().status == 410  # the begin is lost, not the end
         assert stage.plain("GET", f"/streams/{name}", Last_Event_ID=f"{name}.1", **EVENTS).status == 204
-        assert unchunked(stage.taken(stage.asks("text", last=f"{name}.{kept.end - 5}")))[1] == b"y" * 5
+        assert unchunked(stage.taken(stage.asks("text", last=f"{name}.{kept.record.end - 5}")))[1] == b"y" * 5
         upstream.send(*[chunk(STOP), chunk(DONE), b"0\r\n\r\n"])
         assert unchunked(stage.taken(client))[2]
 
@@ -10977,7 +10977,7 @@ def test_kept_answer_that_is_read_goes_on_where_others_have_filled_the_memory() 
             assert len(unchunked(stage.taken(clients[0]))[1]) % 20 == 3  # none of it waits
         assert unchunked(clients[0].seen)[1] == b"abc" + b"y" * 400 and not read.pending
         # One that comes back, and has had all that there is.
-        client = stage.asks("text", "again", f"{names[2]}.{again.end}")
+        client = stage.asks("text", "again", f"{names[2]}.{again.record.end}")
         upstreams[2].send(chunk(delta("z" * 20)))
         body = unchunked(stage.taken(client))[1]
         assert body[-20:] == b"z" * 20 and set(body[:-20]) <= {ord("x")} and not again.pending
