@@ -15887,7 +15887,8 @@ def test_check_tells_what_each_kind_of_hop_does() -> None:
         looks = [functools.partial(checked, hop.url, found) for hop, (_, found, *_) in zip(hops, HOPS_AND_FINDINGS)]
         checks = streamproxy.together(looks)
         for check, (change, found, seen, words) in zip(checks, HOPS_AND_FINDINGS):
-            assert (check.found, check.looks[0].words[: len(seen)]) == (found, seen), change
+            assert check.found == found, change
+            assert any(look.words.startswith(seen) for look in check.looks if look.form), change  # one may have jolted
             assert words in (streamproxy.cure_of(check.hops, found[0]) if found else check.notes[0]), change
 
 
