@@ -318,6 +318,11 @@ def internal_error(error: BaseException) -> ProxyError:
     return failure
 
 
+def shutting_down() -> Aborted:
+    """Return what a request fails with that is under way, or comes, as the server ends."""
+    return Aborted("The server is shutting down.")
+
+
 _NO_NAME = (socket.gaierror, UnicodeError)  # the latter: for a name that cannot be one
 
 
@@ -2860,20 +2865,19 @@ class WatchedFile:
     One thread looks at it, as long as its file system takes; all others go by what was seen last.
     """
 
-    def __init__(self, setting: str, max_size: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: str, setting: str, max_size: int, clock: Callable[[], float] = time.monotonic) -> None:
         """setting: that names the file."""
         self.name = setting.replace("_", " ")
-        self._setting, self._max_size, self._clock = setting, max_size, clock
+        self._path, self._setting, self._max_size, self._clock = path, setting, max_size, clock
         self._lock = threading.Lock()
         self._fault, self._complained_at = "", -math.inf
 
-    def begin(self, path: str) -> None:
+    def begin(self) -> None:
         """Take the file for the first time.  Raises SettingsError where it cannot be used."""
-        self._path = path
         try:
             self._begin(self._read()[1])
         except ValueError as fault:
-            raise SettingsError(f"{Settings.called(self._setting)}: cannot use {path!r}: {fault}") from None
+            raise SettingsError(f"{Settings.called(self._setting)}: cannot use {self._path!r}: {fault}") from None
 
     def look(self) -> list[str]:
         """Take the file where it has changed; return what the log must say of it.  Blocks as long as the file does."""
@@ -2926,10 +2930,10 @@ class Tokens(WatchedFile):
 
     def __init__(self, path: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises SettingsError where the file cannot be used, or names no client."""
-        super().__init__("token_file", MAX_TOKEN_FILE_SIZE, clock)
+        super().__init__(path, "token_file", MAX_TOKEN_FILE_SIZE, clock)
         self._tokens: list[tuple[bytes, str]] = []  # digest and name
         self._text, self._since, self._settled = "", clock(), True  # as seen last, since when, and if all of it counts
-        self.begin(path)
+        self.begin()
 
     def name_of(self, token: str) -> str | None:
         """Return the name of the client whose token this is, in a time that says nothing of the others."""
@@ -3966,6 +3970,8 @@ class Client(Peer, Stateful):
 
     IDLE, HEAD, BODY, ANSWERING, LINGERING, CLOSED = range(6)
 
+    _rest: BodyDecoder  # of the body that is dropped, where this is LINGERING
+
     def __init__(self, sock: socket.socket, address: Any, door: Door) -> None:
         super().__init__(sock, door.server.hub.loop)
         self.door, self.server = door, door.server
@@ -4193,6 +4199,10 @@ _PROXY_FIELDS = frozenset(("x-forwarded-for", "forwarded", "via"))
 _REQUEST_ID = re.compile("[0-9A-Za-z._-]{1,64}")
 
 
+def _too_large(limit: int) -> RequestError:
+    return RequestError(f"The body is larger than {limit} bytes.", 413)
+
+
 class Exchange:
     """One request, its answer, and its one line in the log."""
 
@@ -4247,10 +4257,13 @@ class Exchange:
         if request.method != "POST" and not request.body.complete:
             raise RequestError("Only POST takes a body.")
         if request.path not in _OPEN_PATHS:
-            if self.client.surplus:
-                raise RequestError("Too many connections.", 503, reason="connections")
+            self._check_surplus()
             access.check_host(request.fields.get("host", "localhost"), self._own_address)
         methods[request.method](self)
+
+    def _check_surplus(self) -> None:
+        if self.client.surplus:
+            raise RequestError("Too many connections.", 503, reason="connections")
 
     def _methods(self) -> Mapping[str, Callable[[Exchange], None]]:
         """What there is at the path, by method."""
@@ -4272,7 +4285,7 @@ class Exchange:
         """
         self.server.access.check_origin(self.request.fields)
         if self.server.state == self.server.ABORTING:  # it came behind one that was
-            raise Aborted("The server is shutting down.")
+            raise shutting_down()
         self._look(self.server.lookout.look, functools.partial(self._enter, then, counts))
 
     def _look(self, look: Callable[[Callable[[], object]], None], then: Callable[[], None]) -> None:
@@ -4304,7 +4317,7 @@ class Exchange:
         if "transfer-encoding" not in fields and "content-length" not in fields:
             raise RequestError("A body needs a Content-Length.", 411)
         if int(fields.get("content-length", "0")) > settings.max_body:
-            raise RequestError(f"The body is larger than {settings.max_body} bytes.", 413)
+            raise _too_large(settings.max_body)
         expected = fields.get("expect", "").lower() == "100-continue" and self.request.http11
         if expected and not (self.client.data or self.request.body.complete):
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -4334,7 +4347,7 @@ class Exchange:
         if self.request.body.broken:
             self.refuse(RequestError("The chunked coding of the body is broken."))
         elif len(self.received) > limit:
-            self.refuse(RequestError(f"The body is larger than {limit} bytes.", 413))
+            self.refuse(_too_large(limit))
         else:
             return self.request.body.complete
         return False
@@ -4368,12 +4381,11 @@ class Exchange:
 
     def get_health(self) -> None:
         """Say that the process is alive."""
-        self._answer(200, b"ok\n", {"Content-Type": "text/plain; charset=utf-8"})
+        self._answer_words(200, "ok")
 
     def get_ready(self) -> None:
         """Say whether new requests are welcome."""
-        status, words = (503, b"draining\n") if self.server.draining else (200, b"ok\n")
-        self._answer(status, words, {"Content-Type": "text/plain; charset=utf-8"})
+        self._answer_words(*((503, "draining") if self.server.draining else (200, "ok")))
 
     def get_metrics(self) -> None:
         """Answer with what Prometheus is to know, to whoever may ask."""
@@ -4399,15 +4411,13 @@ class Exchange:
         tests, query = self.server.hub.tests, self.request.query
         self._keep_if_small()
         if query.startswith("count="):
-            words = f"{tests.count(query[len('count='):])}\n".encode()
-            self._answer(200, words, {"Content-Type": "text/plain; charset=utf-8"})
-        elif self.client.surplus:
-            raise RequestError("Too many connections.", 503, reason="connections")
-        elif self.server.state >= self.server.DRAINING:
-            raise Aborted("The server is shutting down.")
-        else:
-            self.stream = stream = tests.enter(network_of(self.who), parse_test(query), self)
-            stream.begin()
+            self._answer_words(200, str(tests.count(query[len("count=") :])))
+            return
+        self._check_surplus()
+        if self.server.state >= self.server.DRAINING:
+            raise shutting_down()
+        self.stream = stream = tests.enter(network_of(self.who), parse_test(query), self)
+        stream.begin()
 
     def get_root(self) -> None:
         """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
@@ -4432,7 +4442,7 @@ class Exchange:
         except ValueError:
             raise RequestError("The query is not UTF-8.") from None
         asked = {"prompt": prompts[0] if len(prompts) == 1 else None}
-        self._ask(*self._asked(asked, EventAnswer(self.id, self.server.hub.redact, reconnects=True)))
+        self._ask(*self._adapted(asked, EventAnswer(self.id, self.server.hub.redact, reconnects=True)))
 
     def post_prompt(self) -> None:
         """Answer a JSON body with a stream."""
@@ -4449,9 +4459,9 @@ class Exchange:
     def _prompted(self, body: bytes) -> tuple[Call, Answer]:
         redact = self.server.hub.redact
         answer = EventAnswer(self.id, redact) if self._wants_events() else TextAnswer(redact)
-        return self._asked(parse_request(body), answer)
+        return self._adapted(parse_request(body), answer)
 
-    def _asked(self, asked: Mapping[str, Any], answer: Answer) -> tuple[Call, Answer]:
+    def _adapted(self, asked: Mapping[str, Any], answer: Answer) -> tuple[Call, Answer]:
         adapted = Adapted(asked, self.server.settings, self.server.hub.refusals)
         answer.choices = adapted.choices
         return prompt_call(adapted), answer
@@ -4668,6 +4678,9 @@ class Exchange:
         self.client.send(head if self.request.method == "HEAD" else head + body)
         if not self.client.pending:
             self._end()
+
+    def _answer_words(self, status: int, words: str) -> None:
+        self._answer(status, f"{words}\n".encode(), {"Content-Type": "text/plain; charset=utf-8"})
 
     def _leave_place(self) -> None:
         if self.place:
@@ -5237,16 +5250,12 @@ def receive(connection: Connection, deadline: Deadline) -> bytes:
     return data
 
 
-def open_tunnel(connection: Connection, address: str, authorization: str, deadline: Deadline) -> bytes:
+def open_tunnel(connection: Connection, address: str, fields: Mapping[str, str], deadline: Deadline) -> bytes:
     """Have the proxy that connection leads to connect it with address (RFC 9110 section 9.3.6).
 
-    authorization: what the proxy is told of who asks; "": nothing.  Returns what came behind its answer.  Blocks.
-    Raises OSError.
+    fields: what else it is told.  Returns what came behind its answer.  Blocks.  Raises OSError.
     """
-    fields = {"Host": address}
-    if authorization:
-        fields["Proxy-Authorization"] = authorization
-    is_sent = connection.write(encode_head(f"CONNECT {address} HTTP/1.1", fields))
+    is_sent = connection.write(encode_head(f"CONNECT {address} HTTP/1.1", {"Host": address, **fields}))
     while not is_sent:
         deadline.wait([connection.sock], selectors.EVENT_WRITE)
         is_sent = connection.flush()
@@ -5285,10 +5294,10 @@ class Proxy:
             raise ValueError("not a proxy")
         self.host = urllib.parse.unquote(url.hostname)
         self.address = join_address(self.host, url.port or _PORTS[self.scheme])
-        self.authorization = ""  # Source: RFC 7617
+        self.fields: dict[str, str] = {}  # that it is told of who asks.  Source: RFC 7617
         if url.username is not None:
             user = urllib.parse.unquote(f"{url.username}:{url.password or ''}").encode()
-            self.authorization = f"Basic {base64.b64encode(user).decode()}"
+            self.fields["Proxy-Authorization"] = f"Basic {base64.b64encode(user).decode()}"
 
 
 def find_proxy(url: str, proxies: Mapping[str, str]) -> Proxy | None:
@@ -5351,8 +5360,7 @@ class Target:
         self._path, self._query = base.path.rstrip("/"), base.query
         if proxy and base.scheme == "http":  # absolute form, RFC 9112 section 3.2.2
             self._path = f"http://{base.netloc}{self._path}"
-            if proxy.authorization:
-                fields["Proxy-Authorization"] = proxy.authorization
+            fields.update(proxy.fields)
         self._fields = encode_head(" HTTP/1.1", fields)[:-2].decode("latin-1")
 
     def encode_head(self, call: Call) -> bytes:
@@ -5412,7 +5420,7 @@ class DialHandler(urllib.request.BaseHandler):
             if target.proxy and target.proxy.scheme == "https":
                 connection = self._secure(connection, target.proxy.host, deadline)
             if target.proxy and request._tunnel_host:
-                rest = open_tunnel(connection, target.address, target.proxy.authorization, deadline)
+                rest = open_tunnel(connection, target.address, target.proxy.fields, deadline)
             if request.type == "https":
                 connection = self._secure(connection, target.host, deadline, rest)
             deadline.lifeline.release()
@@ -6973,9 +6981,9 @@ class OwnPage(WatchedFile):
 
     def __init__(self, path: str) -> None:
         """Raises SettingsError where the file cannot be used."""
-        super().__init__("page", MAX_PAGE_SIZE)
+        super().__init__(path, "page", MAX_PAGE_SIZE)
         self.html = b""
-        self.begin(path)
+        self.begin()
 
     def _begin(self, data: bytes) -> None:
         if not data.strip():
@@ -7404,13 +7412,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.state = self.ABORTING
         for door in self.doors:
             door.shut()
-        self.answers.abort(Aborted("The server is shutting down."))
+        self.answers.abort(shutting_down())
         for client in list(self.clients):
-            client.abort(Aborted("The server is shutting down."))
+            client.abort(shutting_down())
 
     def _close_clients(self) -> None:
         for client in list(self.clients):
-            client.drop(Aborted("The server is shutting down."))
+            client.drop(shutting_down())
         self.answers.close()
 
     def _start_thread(self, work: Callable[[], None]) -> None:

@@ -6232,7 +6232,7 @@ def test_targets_that_share_no_connection_differ_in_their_keys() -> None:
 ])
 def test_proxy_as_curl_reads_it(text: str, scheme: str, address: str, user: str) -> None:
     proxy = streamproxy.Proxy(text)
-    shown = base64.b64decode(proxy.authorization[len("Basic ") :]).decode()
+    shown = base64.b64decode(proxy.fields.get("Proxy-Authorization", "")[len("Basic ") :]).decode()
     assert (proxy.scheme, proxy.address, shown) == (scheme, address, user) and "secret" not in repr(proxy)
 
 
