@@ -6242,7 +6242,7 @@ class TestStreams:
     def abort(self) -> None:
         """End all: a drain waits for none."""
         for stream in list(self._streams):
-            stream.fail(Aborted("The server is shutting down."))
+            stream.fail(shutting_down())
 
 
 class Hub:
@@ -6815,7 +6815,7 @@ class KeptAnswers:
 
     def close(self) -> None:
         for kept in tuple(self._by_id.values()):
-            kept.stream.drop(Aborted("The server is shutting down."))
+            kept.stream.drop(shutting_down())
             self.forget(kept)
 
 
