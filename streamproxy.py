@@ -7719,6 +7719,8 @@ class Reply:
 
 _TEST_EVENT = re.compile(rb"[0-9]{1,4} ([0-9]{1,7}) (1\.[01]) [0-9a-f]{0,16384};")  # bounded: others may answer
 
+_OUR_ERROR = re.compile(rb'\{"error": "([ !#-\[\]-~]{1,200})"\}\n')
+
 
 class TestEvent:
     """An event of a test stream: after how many seconds it left, and came."""
@@ -7989,12 +7991,13 @@ class Check:
             found, words = UNREACHED, f"cannot be reached: {reply.error}"
         elif status in (401, 403):
             found, words = GUARDED, f"answers {status} to {'this' if self._visitor.has_token else 'whoever has no'} token"
-        elif status == 429:
-            found, words = REFUSED, "answers 429 to so many requests"
         elif status != 200:
+            said = _OUR_ERROR.fullmatch(reply.body)
             found = UNSERVED if status > 501 else ABSENT  # 502 to 504, and 521 to 530 of Cloudflare's
+            found = REFUSED if status == 429 or (said and status > 501) else found
             where = f" with {reply.fields['location'][:200]!a}" if "location" in reply.fields else ""
-            words = f"answers {status}{where} in place of streamproxy"
+            words = f": {said[1].decode()}" if said else f"{where} in place of streamproxy"
+            words = f"answers {status}{words}"
         return Look("the address", words, found)
 
     def _follow(self, location: str) -> bool:

@@ -15942,6 +15942,7 @@ def test_check_gives_its_token_to_no_other_host_and_believes_no_other_server() -
         "large number": b"HTTP/1.1 200 OK\r\n\r\n1 " + b"9" * 5000 + b" 1.1 ;\n",
         "nothing, packed": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + gzip_begin,
         "no HTTP": b"SSH-2.0-OpenSSH\r\n\r\n",
+        "a drain": b'HTTP/1.1 503 No\r\nContent-Length: 42\r\n\r\n{"error": "The server is shutting down."}\n',
         "interim": b"",
     }
     endless = {
@@ -15962,10 +15963,12 @@ def test_check_gives_its_token_to_no_other_host_and_believes_no_other_server() -
 
     for name in answers:
         found = "not reached" if name in ("no HTTP", "interim") else "not streamproxy"
+        found = "refused" if name == "a drain" else found
         with socket.create_server(("0.0.0.0", 0)) as listener:
             threading.Thread(target=serve, args=(name, listener), daemon=True).start()
             check = checked(f"http://127.0.0.1:{listener.getsockname()[1]}", [found], check_token="letmein")
             assert check.found == [found], name
+            assert name != "a drain" or check.looks[0].words == "answers 503: The server is shutting down."
             listener.shutdown(socket.SHUT_RDWR)
     assert b"letmein" in heads[0]
     for head in heads[1:3]:  # nor once it is led on from there
