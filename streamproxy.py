@@ -4761,11 +4761,13 @@ def _get(function: Callable[[Exchange], None]) -> dict[str, Callable[[Exchange],
     return {"GET": function, "HEAD": function, "OPTIONS": Exchange.answer_preflight}  # HEAD: the same without the body
 
 
+TEST_PATH = "/healthz/stream"
+
 # Route, then method.
 _ROUTES: dict[str, dict[str, Callable[[Exchange], None]]] = {
     "/": {**_get(Exchange.get_root), "POST": Exchange.post_prompt},
     "/healthz": _get(Exchange.get_health),
-    "/healthz/stream": {"GET": Exchange.get_test, "POST": Exchange.get_test, "OPTIONS": Exchange.answer_preflight},
+    TEST_PATH: {"GET": Exchange.get_test, "POST": Exchange.get_test, "OPTIONS": Exchange.answer_preflight},
     "/readyz": _get(Exchange.get_ready),
     "/metrics": _get(Exchange.get_metrics),
     # Where answers are kept:
@@ -4791,7 +4793,7 @@ def route_of(path: str, settings: Settings) -> str:
 # RFC 9110 section 15.5.22: what is spoken instead.
 _UPGRADE = {"Upgrade": "HTTP/1.1", "Connection": "Upgrade, close"}
 
-_OPEN_PATHS = ("/healthz", "/healthz/stream", "/readyz")  # those that answer under any name
+_OPEN_PATHS = ("/healthz", TEST_PATH, "/readyz")  # those that answer under any name
 
 # What keeps nginx, proxies that compress, and whoever knows RFC 10036 from holding text back.
 STREAM_FIELDS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform", "Incremental": "?1"}
@@ -7144,7 +7146,8 @@ class Door:
         self.server, self.listener, self.begins = server, listener, begins
         self._loop = server.hub.loop
         self._is_shut = False
-        self._pause = Alarm(self._loop, self._on_pause)
+        self._again = Alarm(self._loop, self.open)  # once there may be descriptors
+        self._end = Alarm(self._loop, self._close)
 
     def open(self) -> None:
         if self.listener.is_open:
@@ -7155,11 +7158,12 @@ class Door:
         if self._is_shut:
             return
         self._is_shut = True
+        self._again.close()
         self._loop.unwatch(self.listener.sock)
         pause = self.listener.shut()
         if pause:
             self._accept_rest()
-            self._pause.by(self._loop.now + pause)
+            self._end.by(self._loop.now + pause)
         else:
             self._close()
 
@@ -7173,9 +7177,6 @@ class Door:
             for _ in range(BACKLOG):
                 if not self._accept():
                     break
-
-    def _on_pause(self) -> None:
-        (self._close if self._is_shut else self.open)()
 
     def _on_connections(self, events: int) -> None:
         for _ in range(MAX_BEGINNINGS):
@@ -7193,7 +7194,7 @@ class Door:
             if not self._is_shut:  # no descriptor is left
                 server.hub.log.error(f"a connection was not accepted: {reason_of(error)}")
                 self._loop.unwatch(self.listener.sock)
-                self._pause.by(self._loop.now + SHORTAGE_PAUSE)
+                self._again.by(self._loop.now + SHORTAGE_PAUSE)
             return False
         if len(server.clients) < server.max_clients + MAX_SURPLUS:
             Client(sock, address, self)
@@ -7833,7 +7834,7 @@ class Visitor:
         lifeline = lifeline or Lifeline()
         reply, way, connection = Reply(), self._ways[form.packed], None
         accept = {"Accept": "text/event-stream" if form.sse else "*/*", "User-Agent": USER_AGENT}
-        call = Call("/healthz/stream", b"", accept, form.method, query + "&sse=1" * form.sse)
+        call = Call(TEST_PATH, b"", accept, form.method, query + "&sse=1" * form.sse)
         began_at = time.monotonic()
         try:
             deadline = Deadline(lifeline, timeout)
@@ -8003,8 +8004,8 @@ class Check:
     def _follow(self, location: str) -> bool:
         """Go to where a redirect leads, if a streamproxy can be there; the token does not go to another host."""
         try:
-            place = urllib.parse.urljoin(f"{self.url}/healthz/stream", location).partition("?")[0]
-            url, is_ours = place[: -len("/healthz/stream")], place.endswith("/healthz/stream")
+            place = urllib.parse.urljoin(self.url + TEST_PATH, location).partition("?")[0]
+            url, is_ours = place[: -len(TEST_PATH)], place.endswith(TEST_PATH)
             old, new = urllib.parse.urlsplit(self.settings.check), urllib.parse.urlsplit(url)  # however far it led
             is_safe = old.hostname == new.hostname and new.scheme in (old.scheme, "https")
             self._visitor = Visitor(self.settings if is_safe else self.settings.replace(check_token=""), url)

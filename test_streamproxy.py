@@ -9601,13 +9601,20 @@ def test_drain_closes_a_connection_once_no_proxy_can_be_using_it(fields: dict[st
         assert clients[1].rest() == b"" and not still.server.clients
 
 
-def test_drain_of_an_address_that_others_reach_waits_for_connections_that_are_being_made() -> None:
+@pytest.mark.parametrize("is_short", [False, True])
+def test_drain_of_an_address_that_others_reach_waits_for_connections_that_are_being_made(is_short: bool) -> None:
     with StillServer(drain_timeout=100.0, bind="0.0.0.0:0", allow_anonymous=True) as still:
         with Client(Front(still.server.url.replace("0.0.0.0", "127.0.0.1"))) as client:
+            if is_short:  # of descriptors, a moment before
+                lack = OSError(errno.EMFILE, "")
+                with unittest.mock.patch.object(still.server.listener, "accept", side_effect=lack):
+                    assert not still.server.doors[0]._accept()
             still.server.state = still.server.DRAINING
             still.hub.loop.post(still.server._drain)
             still.turn(2)
             assert still.server.listener.is_open and len(still.server.clients) == 1
+            still.at(streamproxy.SHORTAGE_PAUSE)
+            assert still.server.listener.is_open
             still.at(streamproxy.HANDSHAKE_PAUSE)
             assert not still.server.listener.is_open
             client.ask(method="GET", path="/healthz")
