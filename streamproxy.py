@@ -2989,12 +2989,15 @@ def _text_of(data: bytes) -> str:
 
 def _parse_tokens(text: str) -> list[tuple[bytes, str]]:
     """Return (digest, name) of each token.  Raises ValueError."""
-    lines = [line.split() for line in text.split("\n")]
-    entries = [words for words in lines if words and not words[0].startswith("#")]
-    for number, words in enumerate(entries, 1):
+    tokens = []
+    for number, line in enumerate(text.split("\n"), 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
         if len(words) != 2 or not re.fullmatch(r"[\w.@-]{1,64}", words[0]) or not re.fullmatch("[!-~]+", words[1]):
-            raise ValueError(f"entry {number} is not NAME TOKEN")
-    return [(hashlib.sha256(token.encode()).digest(), name) for name, token in entries]
+            raise ValueError(f"line {number} is not NAME TOKEN")
+        tokens.append((hashlib.sha256(words[1].encode()).digest(), words[0]))
+    return tokens
 
 
 class Share:

@@ -3513,9 +3513,9 @@ def test_tokens_are_all_revoked_by_a_file_that_names_none_which_is_said_once(tmp
 
 
 BAD_TOKEN_FILES = [
-    ("alice\n", "entry 1"),
-    (f"# x\nbob {BOB}\nbob {BOB} x\n", "entry 2"),
-    (f"a/b {BOB}\n", "entry 1"),
+    ("alice\n", "line 1"),
+    (f"# x\nbob {BOB}\nbob {BOB} x\n", "line 3"),
+    (f"a/b {BOB}\n", "line 1"),
     (b"\xff\n", "UTF-8"),
     ("x" * (streamproxy.MAX_TOKEN_FILE_SIZE + 1), "larger"),
 ]  # fmt: skip
@@ -3562,7 +3562,7 @@ def test_token_in_a_last_line_without_its_end_counts_once_it_has_stayed_for_a_se
     assert file.look(f"bob {BOB}") == [] and file.known() == [BOB]  # one that counted goes on
     assert file.look(f"alice {ALICE}") == [] and file.known() == []  # revoked at once
     assert file.look(later=1) == [] and file.known() == [ALICE]
-    assert file.look("alice") == [] and "entry 1" in file.look(later=1)[0]
+    assert file.look("alice") == [] and "line 1" in file.look(later=1)[0]
 
 
 def test_looks_at_the_token_file_do_not_overtake_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3595,7 +3595,7 @@ def test_token_that_is_revoked_is_refused_by_the_server(
     path = Path(token_file(tmp_path, f"alice {ALICE}\n"))
     with running(provider, token_file=str(path)) as server, Client(server) as client:
         for text, status, words in [
-            (None, 403, ""), ("", 401, "nobody is let in"), (f"alice {ALICE}\n", 403, ""), ("x\n", 403, "entry 1"),
+            (None, 403, ""), ("", 401, "nobody is let in"), (f"alice {ALICE}\n", 403, ""), ("x\n", 403, "line 1"),
         ]:
             caplog.clear()
             path.write_text(text) if text is not None else None
@@ -11415,7 +11415,7 @@ def test_command_line_sighup_has_the_token_file_read_and_says_what_came_of_it(tm
     with launched("--demo", "--token-file", str(path)) as (process, _):
         for text, says in {
             "a token-a\nb token-b\nb token-c\n": "the token file names 2 clients",
-            "a token-a b\n": "the token file was not taken, its last version counts: entry 1 is not NAME TOKEN",
+            "a token-a b\n": "the token file was not taken, its last version counts: line 1 is not NAME TOKEN",
             "a token-a\n": "the token file names 1 client",
         }.items():
             path.write_text(text)
