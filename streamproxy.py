@@ -3753,10 +3753,11 @@ class LogWriter:
         self._lines: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
         self.lost = 0  # lines that found no room, or whose handler raised.  For any thread to read
         self._told = 0  # so many of them the log tells of
-        self._rare: dict[str, list[float]] = {}  # of each of these: when it was last said, how often it was since
+        self._said_at: dict[str, float] = {}  # by words of errors
+        self._unsaid: collections.Counter[str] = collections.Counter()  # how often each was since then
         self._clock = clock
         self._closing = threading.Event()
-        self._lock = threading.Lock()  # guards _rare, and the start
+        self._lock = threading.Lock()  # guards _said_at, _unsaid, and the start
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -3778,13 +3779,12 @@ class LogWriter:
     def error(self, words: str) -> None:
         """Say what is wrong: at once, and then once a second with how often it was since.  For any thread."""
         with self._lock:
-            now, rare = self._clock(), self._rare.setdefault(words, [-math.inf, 0])
-            rare[1] += 1
-            if now < rare[0] + 1:
+            now = self._clock()
+            self._unsaid[words] += 1
+            if now < self._said_at.get(words, -math.inf) + 1:
                 return
-            again = f" ({rare[1]:.0f} times)" if rare[1] > 1 else ""
-            rare[:] = now, 0
-        self._put(logging.ERROR, words + again)
+            self._said_at[words], times = now, self._unsaid.pop(words)
+        self._put(logging.ERROR, f"{words} ({times} times)" if times > 1 else words)
 
     def close(self, timeout: float) -> None:
         """Write what waits; give up after timeout seconds."""
@@ -4216,7 +4216,8 @@ class Exchange:
         self.began_at = client.loop.now
         self.who = client.address  # as the log names the client
         self.name = ""  # that of its token
-        self.lead = -self.began_at  # what we take until upstream is asked: when that begins counts down, its end up
+        # The seconds that we take until upstream is asked, but for the wait for the body: ends, less beginnings.
+        self.lead = -self.began_at
         self.place = ""  # under which name it counts in the limits; "": it does not
         self.cors: dict[str, str] = {}
         self.status = 0  # as told to the client
