@@ -3260,7 +3260,8 @@ class Histogram:
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def encode(self, name: str) -> Iterator[str]:
+    def lines(self, name: str) -> Iterator[str]:
+        """Yield it as Prometheus' text format has it."""
         total = 0
         for bound, count in zip((*self.bounds, "+Inf"), self.counts):
             total += count
@@ -3330,7 +3331,7 @@ class Metrics:
             if values != {}:  # of a system that does not tell
                 lines.append(f"# HELP {family.name} {family.help}\n# TYPE {family.name} {family.type}\n")
             if values is None:
-                lines += self.histograms[_short(family.name)].encode(family.name)
+                lines += self.histograms[_short(family.name)].lines(family.name)
                 continue
             for labels, value in list(values.items()):
                 pairs = ",".join([f'{name}="{_escape(label)}"' for name, label in zip(family.labels, labels)])

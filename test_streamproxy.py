@@ -9053,7 +9053,7 @@ def test_metrics_histogram_counts_a_value_in_each_bucket_that_it_fits() -> None:
     histogram = streamproxy.Histogram((0.5, 1))
     for value in (0.25, 0.5, 0.75, 1, 8):  # a bound is in its bucket
         histogram.observe(value)
-    assert "".join(histogram.encode("x")) == (
+    assert "".join(histogram.lines("x")) == (
         'x_bucket{le="0.5"} 2\n'
         'x_bucket{le="1"} 4\n'
         'x_bucket{le="+Inf"} 5\n'
