@@ -6348,42 +6348,69 @@ class Claim:
 
 
 class KeptRecord(Record):
-    """What was made of a kept answer: all of it, but for what had to be forgotten from its begin on."""
+    """What was made of a kept answer: all of it, but for what had to be forgotten from its begin on.
+
+    It is in blocks, each of whole pieces, for bytes in a row that grow would be copied again and again.
+    """
+
+    _BLOCK_SIZE = 4096  # at least, but of the last
 
     def __init__(self) -> None:
         super().__init__()
         self.begin = 0  # the place in the answer of the first byte that is kept
         self.loose: list[bytes] = []  # the last few pieces as they came: to put each behind the others costs more
-        self._kept = bytearray()
+        self._blocks: list[bytes] = []
+        self._places: list[int] = []  # where they begin
+        self._size = 0  # of all of them
 
     def __len__(self) -> int:
         """How many bytes are kept, but for those that are loose."""
-        return len(self._kept)
+        return self._size
 
     def settle(self) -> int:
         """Have nothing loose; return how many bytes were."""
         data = b"".join(self.loose)
         self.loose.clear()
-        self._kept += data
+        if self._blocks and len(self._blocks[-1]) < self._BLOCK_SIZE:
+            self._blocks[-1] += data
+        elif data:
+            self._places.append(self.begin + self._size)
+            self._blocks.append(data)
+        self._size += len(data)
         return len(data)
 
     @property
     def end(self) -> int:
         """How many bytes were made, as yet."""
-        return self.begin + len(self._kept) + sum(map(len, self.loose))
+        return self.begin + self._size + sum(map(len, self.loose))
 
     def read(self, at: int) -> bytes:
-        """Return some of what there is, and is not loose, from byte at on."""
-        return bytes(self._kept[at - self.begin : at - self.begin + READ_SIZE])
+        """Return what there is, and is not loose, from byte at on: READ_SIZE bytes, if there are so many."""
+        first = bisect.bisect_right(self._places, at) - 1
+        if first < 0:
+            return b""
+        begin = at - self._places[first]
+        data = self._blocks[first][begin : begin + READ_SIZE]
+        if len(data) < READ_SIZE:
+            data = b"".join([data, *self._blocks[first + 1 : first + 1 + READ_SIZE // self._BLOCK_SIZE]])[:READ_SIZE]
+        return data
 
     def place_behind(self, line: bytes) -> int:
         """Return the place behind the event that has this line; -1: there is none, or not any more."""
-        mark = self._kept.find(line)
-        return self._kept.find(b"\n\n", mark) + 2 + self.begin if mark >= 0 else -1
+        for place, block in zip(self._places, self._blocks):
+            mark = block.find(line)
+            if mark >= 0:
+                return place + block.find(b"\n\n", mark) + 2
+        return -1
 
     def forget(self, size: int) -> None:
-        del self._kept[:size]
         self.begin += size
+        self._size -= size
+        gone = bisect.bisect_right(self._places, self.begin) - 1
+        if gone >= 0:
+            del self._blocks[:gone], self._places[:gone]
+            self._blocks[0] = self._blocks[0][self.begin - self._places[0] :]
+            self._places[0] = self.begin
 
 
 class Cursor(Record):

@@ -10891,6 +10891,25 @@ def test_kept_answer_without_clients_goes_on_for_so_long_and_is_kept_for_so_long
         assert stage.plain("GET", f"/streams/{name}").status == 404
 
 
+def test_kept_record_reads_as_bytes_in_a_row_do() -> None:
+    for seed in range(20):
+        rng, record, made = random.Random(seed), streamproxy.KeptRecord(), b""
+        for number in range(rng.choice([5, 200])):
+            for _ in range(rng.choice([0, 1, 3])):
+                record.loose.append(b"id: %d.\n\n" % number + b"x" * rng.choice([0, 9, 900, 99_000]))
+            made += b"".join(record.loose)
+            assert record.end == len(made)
+            record.settle()
+            if rng.random() < 0.1:
+                record.forget(rng.randint(0, len(record)))
+            assert len(record) == len(made) - record.begin
+            for at in (record.begin, len(made), rng.randint(record.begin, len(made))):
+                assert record.read(at) == made[at : at + streamproxy.READ_SIZE]
+            mark = b"id: %d.\n" % rng.randint(0, number)
+            found = made.find(mark, record.begin)
+            assert record.place_behind(mark) == (found + len(mark) + 1 if found >= 0 else -1)
+
+
 def test_kept_answer_is_read_as_far_as_there_is_room() -> None:
     """A client that is fast does not wait for a slow one, until the record is full; then what both have had goes."""
     with unittest.mock.patch.object(streamproxy, "MAX_KEPT_SIZE", 300_000), KeptStage() as stage:
