@@ -379,8 +379,8 @@ _MASK = re.compile(r'\*{3}[^\s"\\]{0,1000}')
 # What stands before a mask, read backwards: as far as a blank, a quote, or an escape of JSON's.
 _WORD = re.compile(r'[^\s"\\]{0,1000}?(?=(?:[0-9a-f]{4}u|[^\s"\\])\\|[\s"\\]|\Z)', re.IGNORECASE)
 
-# JSON's escapes of what need not be escaped: visible ASCII but the quote and the backslash.  An escaped backslash before
-# u0041 makes no escape of it.
+# JSON's escapes of what need not be escaped: visible ASCII but the quote and the backslash.  An escaped backslash
+# before u0041 makes no escape of it.
 _ESCAPED = re.compile(r"\\u00(2[013-9A-Fa-f]|[346][0-9A-Fa-f]|5[0-9ABDEFabdef]|7[0-9A-Ea-e])(?<!\\\\u00..)")
 
 # What is searched at a time, and the places in a text that are looked at one by one.  A text with more of them, which
@@ -407,7 +407,7 @@ class _KeyParts:
             for at, character in enumerate(key[begin : begin + 159 + _PART_SIZE]):
                 table[character] |= 1 << at % 8
             self._tables.append(bytes(table))
-        self._turns = []  # by how many characters and bits, and masks of the bits that stay in their byte, or come round
+        self._turns = []  # by how many characters and bits; masks of the bits that stay in their byte, or come round
         for step in (1, 2, 4):
             stay = int.from_bytes(bytes([0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
             around = int.from_bytes(bytes([0xFF ^ 0xFF >> step]) * (_BLOCK_SIZE + _PART_SIZE), "little")
@@ -542,7 +542,8 @@ class EventParser:
 
         Raises Garbled past max_event_size bytes of one event.
         """
-        is_one = data[:6] == b"data: " and data[-1:] == b"\n" and data.find(b"\n") == len(data) - 2  # of one line, mostly
+        # Of one line, mostly.
+        is_one = data[:6] == b"data: " and data[-1:] == b"\n" and data.find(b"\n") == len(data) - 2
         if is_one and not (self.holds or b"\r" in data):
             self._at_start = self._after_cr = False
             return [Event("message", data[6:-2].decode("utf-8", "replace"), self._last_event_id)]
@@ -983,7 +984,9 @@ _AS_IT_COMES = re.compile("(?:audio|image|video|multipart)/|.*(?:ndjson|jsonl|js
 _WHOLE_AT_CLOSE = re.compile("(?:audio|image|video)/|application/octet-stream")
 
 # Fields of upstream's head that are for the client to see, their names in lower case.
-_BACK = frozenset(("retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "request-id", "openai-processing-ms"))
+_BACK = frozenset((
+    "retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "request-id", "openai-processing-ms",
+))  # fmt: skip
 
 
 def passes_back(name: str) -> bool:
@@ -1960,7 +1963,8 @@ def parse_request_head(data: bytes) -> tuple[Request, bytes] | None:
     if not _LINE_START.match(data, begin):
         raise RequestError(_BAD_LINE)
     if size > MAX_HEAD_SIZE:
-        raise RequestError("The head of the request is too large.", 431 if 0 <= data.find(b"\n", begin) < MAX_HEAD_SIZE else 414)
+        line_ends = 0 <= data.find(b"\n", begin) < MAX_HEAD_SIZE
+        raise RequestError("The head of the request is too large.", 431 if line_ends else 414)
     request = parse_request_line(data)
     if end < 0 or not request:
         lines = data.count(b"\r\n", begin)
@@ -2010,7 +2014,8 @@ def address_text(address: Any) -> str:
     return f"unix:{address}" if isinstance(address, str) else f"unix:@{address[1:].decode('utf-8', 'replace')}"
 
 
-# JSON of the operator's and of clients, read strictly: upstream could take for something else what is not in the grammar.
+# JSON of the operator's and of clients, read strictly: what is not in the grammar, upstream could take for something
+# else.
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -2032,8 +2037,9 @@ def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 load_json = json.JSONDecoder(
-    parse_constant=_refuse_constant, parse_int=_parse_number, parse_float=_parse_number, object_pairs_hook=_unique_members
-).decode
+    parse_constant=_refuse_constant, parse_int=_parse_number, parse_float=_parse_number,
+    object_pairs_hook=_unique_members,
+).decode  # fmt: skip
 
 
 class Params(dict[str, object]):
@@ -2235,7 +2241,7 @@ def own_variables(environ: Mapping[str, str], known: Mapping[str, str]) -> dict[
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 class _Rows:
-    """Lets type checkers know the arguments of Settings(...) by its rows (PEP 681): its own __init__ would hide them."""
+    """Lets type checkers know the arguments of Settings(...) by its rows (PEP 681), which an own one would hide."""
 
     def __init__(self, **values: Any) -> None:
         self._take(values)
@@ -2254,7 +2260,8 @@ class Settings(_Rows):
 
     bind: str = _row(
         "127.0.0.1:8000", _read_bind, "ADDRESS",
-        "listen at HOST:PORT, [IPv6]:PORT, unix:PATH, PORT (of 127.0.0.1) or :PORT (of 0.0.0.0); port 0 takes a free one")
+        "listen at HOST:PORT, [IPv6]:PORT, unix:PATH, PORT (of 127.0.0.1) or :PORT (of 0.0.0.0);"
+        " port 0 takes a free one")
     host: str = _row("", _read_host, "HOST", "in place of --bind: where to listen", shown="127.0.0.1")
     port: int | None = _row(None, _read_port, "PORT", "in place of --bind: the port to listen at", shown="8000")
     reuse_port: bool = _row(
@@ -2280,7 +2287,8 @@ class Settings(_Rows):
         10.0, _read_seconds, "SECONDS", "to connect to upstream, look-up and TLS included; 0: no limit")
     first_byte_timeout: float = _row(
         120.0, _read_seconds, "SECONDS", "from then, or the last comment, to the first event; 0: no limit")
-    idle_timeout: float = _row(60.0, _read_seconds, "SECONDS", "between two events or comments of upstream; 0: no limit")
+    idle_timeout: float = _row(
+        60.0, _read_seconds, "SECONDS", "between two events or comments of upstream; 0: no limit")
     total_timeout: float = _row(3600.0, _read_seconds, "SECONDS", "for a whole answer; 0: no limit")
     client_timeout: float = _row(
         30.0, _read_seconds, "SECONDS", "for a client to send its request, and for each stalled write; 0: no limit")
@@ -2326,8 +2334,8 @@ class Settings(_Rows):
     log_format: str = _row("text", _matching("text|json", "text or json"), "FORMAT", "log lines as text or json")
     demo: bool = _row(False, _read_switch, "", "answer from a built-in API: no key, no network")
     check: str = _row(
-        "", _read_url, "URL", "serve nobody, but say what on the way to this address holds text back, and what to change",
-        hidden=_IN_URL)
+        "", _read_url, "URL",
+        "serve nobody, but say what on the way to this address holds text back, and what to change", hidden=_IN_URL)
     check_idle: float = _row(0.0, _read_idle, "SECONDS", "of silence that --check tries; 0: none")
     check_token: str = _row(
         "", _read_key, "", "token that --check sends, or `STREAMPROXY_CHECK_TOKEN_FILE`", secret=True)
@@ -2355,7 +2363,8 @@ class Settings(_Rows):
                     f"{name}: {address!r} lets others spend your money; allowed: a loopback address, a unix socket, or"
                     " any with --token-file or --allow-anonymous"
                 )
-        if not (self.api_key or self.demo or self.check or is_loopback(urllib.parse.urlsplit(self.upstream).hostname or "")):
+        local = is_loopback(urllib.parse.urlsplit(self.upstream).hostname or "")
+        if not (self.api_key or self.demo or self.check or local):
             raise SettingsError("no API key: set OPENAI_API_KEY or OPENAI_API_KEY_FILE, or try --demo")
 
     @classmethod
@@ -2602,7 +2611,8 @@ def _statements(payload: object, depth: int = 0) -> Iterator[tuple[str, str, str
         for item in payload:
             yield from _statements(item, depth + 1)
     elif isinstance(payload, dict) and depth < 10:
-        named = next((payload[name] for name in ("param", "loc", "parameter", "field", "path") if payload.get(name)), "")
+        names = ("param", "loc", "parameter", "field", "path")
+        named = next((payload[name] for name in names if payload.get(name)), "")
         place = ".".join(map(str, named)) if isinstance(named, list) else str(named)
         said = [payload.get(name) for name in ("message", "msg", "detail", "error")]
         words = " ".join(text for text in said if isinstance(text, str))
@@ -2798,7 +2808,7 @@ _ID = "(?!input_tokens(?:/|$))[A-Za-z0-9_:=~-][A-Za-z0-9._:=~-]{0,511}"
 # No route lists what others have made: who knows an ID was told it.
 ROUTES = (
     Route("POST", "/v1/(?:chat/completions|completions|responses|embeddings|messages)"),
-    Route("POST", "/v1/messages/count_tokens", counts=False),  # it costs nothing, and editors ask 50 times at their start
+    Route("POST", "/v1/messages/count_tokens", counts=False),  # costs nothing, and editors ask 50 times at their start
     Route("POST", "/v1/responses/input_tokens"),
     Route("GET DELETE", f"/v1/responses/{_ID}", has_model=False, name="/v1/responses/{id}"),
     Route("POST", f"/v1/responses/{_ID}/cancel", has_model=False, name="/v1/responses/{id}/cancel"),
@@ -3061,8 +3071,8 @@ _FORWARDED = re.compile(r'"?(?:\[([0-9A-Fa-f:.%\w]+)\]|([0-9.]+)(?=[:"]|$))(?::[
 
 # Fields of answers that pages of an allowed origin may read.  "*" would do for most browsers, not for all.
 _EXPOSED = ", ".join((
-    "X-Request-Id", "Request-Id", "Stream-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry", "OpenAI-Processing-Ms",
-    "OpenAI-Version",
+    "X-Request-Id", "Request-Id", "Stream-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry",
+    "OpenAI-Processing-Ms", "OpenAI-Version",
     *(f"X-RateLimit-{what}-{of}" for what in ("Limit", "Remaining", "Reset") for of in ("Requests", "Tokens")),
     *(f"Anthropic-RateLimit-{of}-{what}" for of in ("Requests", "Tokens", "Input-Tokens", "Output-Tokens")
       for what in ("Limit", "Remaining", "Reset")),
@@ -3183,7 +3193,9 @@ def network_of(address: str) -> str:
 
 # Seconds.  The first are OpenTelemetry's for GenAI servers, and what comes beyond; the second are its for requests.
 _FIRST_TOKEN = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 30, 60, 120)  # fmt: skip
-_DURATION = (.01, .02, .04, .08, .16, .32, .64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163, 327, 655, 1310, 3600)  # fmt: skip
+_DURATION = (
+    .01, .02, .04, .08, .16, .32, .64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163, 327, 655, 1310, 3600,
+)  # fmt: skip
 _BETWEEN = (.001, .0025, .005, .01, .025, .05, .075, .1, .15, .2, .3, .5, .75, 1, 2.5, 5, 10, 30, 60)  # fmt: skip
 _OWN = (.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)  # fmt: skip
 
@@ -3212,7 +3224,8 @@ Family = collections.namedtuple("Family", "type name help labels known buckets",
 # All there is.  A new one is a line here, one in README's table, and a call of Metrics.count where it happens.  The
 # label client is there only where tokens name clients.
 METRICS = (
-    Family("counter", "streamproxy_requests_total", "Requests that ended, by route and status.", ("route", "status", "client")),
+    Family("counter", "streamproxy_requests_total", "Requests that ended, by route and status.",
+           ("route", "status", "client")),
     Family("counter", "streamproxy_endings_total", "Requests that ended, by how.", ("ending",), ENDINGS),
     Family("gauge", "streamproxy_streams", "Answers on their way."),
     Family("gauge", "streamproxy_connections", "Connections of clients."),
@@ -3223,20 +3236,26 @@ METRICS = (
            "which none did, and that were stopped.", ("event",), ("attached", "abandoned", "stopped")),
     Family("gauge", "streamproxy_threads", "Threads that may block."),
     Family("gauge", "streamproxy_warm_connections", "Connections to upstream that wait for a request."),
-    Family("histogram", "streamproxy_time_to_first_token_seconds", "From a request to its first text.", buckets=_FIRST_TOKEN),
-    Family("histogram", "streamproxy_request_duration_seconds", "From a request to the end of its answer.", buckets=_DURATION),
-    Family("histogram", "streamproxy_time_between_pieces_seconds", "Between two reads that brought text.", buckets=_BETWEEN),
+    Family("histogram", "streamproxy_time_to_first_token_seconds", "From a request to its first text.",
+           buckets=_FIRST_TOKEN),
+    Family("histogram", "streamproxy_request_duration_seconds", "From a request to the end of its answer.",
+           buckets=_DURATION),
+    Family("histogram", "streamproxy_time_between_pieces_seconds", "Between two reads that brought text.",
+           buckets=_BETWEEN),
     Family("histogram", "streamproxy_overhead_seconds", "Our own share of the time to the first token.", buckets=_OWN),
     Family("counter", "streamproxy_text_bytes_total", "Text that was passed on, in /v1 bytes of body.", ("client",)),
     Family("counter", "streamproxy_tokens_total", "Tokens, where upstream told their number.", ("type", "client")),
-    Family("counter", "streamproxy_upstream_connections_total", "Requests sent to upstream, by whether their connection "
-           "had carried one before.", ("reused",), ("true", "false")),
-    Family("counter", "streamproxy_upstream_failures_total", "Failures of upstream, those tried again too.", ("reason",), FAILURES),
-    Family("counter", "streamproxy_refusals_total", "Requests and connections that were refused here.", ("reason",), REFUSING),
+    Family("counter", "streamproxy_upstream_connections_total", "Requests sent to upstream, by whether their "
+           "connection had carried one before.", ("reused",), ("true", "false")),
+    Family("counter", "streamproxy_upstream_failures_total", "Failures of upstream, those tried again too.",
+           ("reason",), FAILURES),
+    Family("counter", "streamproxy_refusals_total", "Requests and connections that were refused here.",
+           ("reason",), REFUSING),
     Family("counter", "streamproxy_heartbeats_total", "Heartbeats that were sent."),
     Family("histogram", "streamproxy_loop_lag_seconds", "By how much the loop was late for an alarm.", buckets=_OWN),
     Family("counter", "streamproxy_log_lines_dropped_total", "Lines of log that were lost."),
-    Family("gauge", "streamproxy_build_info", "1, with the version of the program and of Python.", ("version", "python")),
+    Family("gauge", "streamproxy_build_info", "1, with the version of the program and of Python.",
+           ("version", "python")),
     Family("counter", "process_cpu_seconds_total", "CPU time, in seconds."),
     Family("gauge", "process_resident_memory_bytes", "Resident memory."),
     Family("gauge", "process_virtual_memory_bytes", "Virtual memory."),
@@ -4338,7 +4357,8 @@ class Exchange:
     def _check_begins(self) -> None:
         """Check that who came in here may begin something, for RFC 9110 section 15.5.20 to have it asked elsewhere."""
         if not self.client.door.begins:
-            raise RequestError("There is no such answer here, where none is begun (--resume-bind).", 421, ending="complete")
+            words = "There is no such answer here, where none is begun (--resume-bind)."
+            raise RequestError(words, 421, ending="complete")
 
     @property
     def _goes_elsewhere(self) -> bool:
@@ -4597,7 +4617,7 @@ class Exchange:
         self._answer(failure.status, encode_error(failure, self.request.path), fields)
 
     def _keep_if_small(self) -> None:
-        """Keep the connection, behind an answer that comes before the body is there, only where little of that is left."""
+        """Keep the connection, behind an answer that came before the body, only where little of that is left."""
         body = self.request.body
         small = body.left is not None and body.left <= MAX_DISCARDED and "expect" not in self.request.fields
         self.client.keeps_alive = self.client.keeps_alive and (body.complete or small)
@@ -5450,7 +5470,7 @@ class Upstream:
     """The API, whose connections are opened by urllib, so that the proxies of the environment count."""
 
     def __init__(self, settings: Settings, coding: str = "identity") -> None:
-        """coding: see Target.  Raises SettingsError for certificates that cannot be read, and a proxy that cannot be used."""
+        """coding: see Target.  Raises SettingsError for certificates that cannot be read, or a proxy of no use."""
         proxies, proxy = urllib.request.getproxies(), None
         # Other systems than those of variables have rules of their own.
         if proxies and not urllib.request.proxy_bypass(urllib.parse.urlsplit(settings.upstream).netloc):
@@ -5475,7 +5495,8 @@ class Upstream:
             status = 504 if isinstance(error, socket.timeout) else 502
             kinds = ((_NO_NAME, "dns"), (ssl.SSLError, "tls"), (socket.timeout, "connect_timeout"))
             kind = next((kind for type, kind in kinds if isinstance(error, type)), "connect")
-        raise UpstreamError(f"Upstream cannot be reached: {reason}.", status, reason=kind)  # here: it keeps no frames of error's
+        # Raised here, it keeps no frames of error's.
+        raise UpstreamError(f"Upstream cannot be reached: {reason}.", status, reason=kind)
 
     def open(self, deadline: Deadline) -> Connection:
         """Return a new connection.  Blocks.  Raises OSError, and ValueError for a name that cannot be one."""
@@ -7592,7 +7613,8 @@ HOPS = (
     ("via", "squid", "Squid"), ("server", "envoy", "Envoy"), ("x-envoy-upstream-service-time", "", "Envoy"),
     ("x-powered-by", "next.js", "Next.js"), ("x-powered-by", "express", "Express"), ("x-powered-by", "arr", "IIS"),
     ("server", "microsoft-iis", "IIS"), ("server", "nginx", "nginx"), ("server", "openresty", "nginx"),
-    ("server", "apache", "Apache"), ("server", "caddy", "Caddy"), ("via", "caddy", "Caddy"), ("server", "lighttpd", "lighttpd"),
+    ("server", "apache", "Apache"), ("server", "caddy", "Caddy"), ("via", "caddy", "Caddy"),
+    ("server", "lighttpd", "lighttpd"),
     ("issuer", "kaspersky", "antivirus"), ("issuer", "avast", "antivirus"), ("issuer", "eset ssl", "antivirus"),
     ("issuer", "bitdefender", "antivirus"), ("issuer", "zscaler", "antivirus"),
 )  # fmt: skip
@@ -7689,15 +7711,16 @@ CURES = {
         HELD: "Somebody collects the answer who leaves no trace, like a development proxy (Vite), a Lambda behind a"
               " balancer, a scanner of TLS: ask from nearer to the server, until it passes.",
         BEHIND: "Somebody sends a piece only with the next, as what reads one ahead: ask from nearer to the server.",
-        BURSTS: "Somebody waits for more before it sends (in HAProxy's defaults: `option http-no-delay`), or the network"
-                " is slow or uneven: ask from elsewhere, too.",
+        BURSTS: "Somebody waits for more before it sends (in HAProxy's defaults: `option http-no-delay`), or the"
+                " network is slow or uneven: ask from elsewhere, too.",
         TEXT_HELD: "Only event streams pass at once: ask with Accept: text/event-stream.",
         GET_HELD: "What is asked for by GET is held: ask with POST.",
         COMPRESSED: "Somebody compresses, and holds text back for that: turn it off for this address.",
         CACHED: "Somebody answers from a cache: turn it off for this address.",
         CUT: "Somebody ends answers early: see whose log tells of this request, and its time-outs.",
         REFUSED: "Somebody refuses test streams: see whose log has this status, and its limits; streamproxy's own are"
-                 f" {TEST_STREAMS['requests_per_minute']} a minute, {TEST_STREAMS['max_streams_per_client']} at a time.",
+                 f" {TEST_STREAMS['requests_per_minute']} a minute, {TEST_STREAMS['max_streams_per_client']} at a"
+                 " time.",
         GUARDED: "Give a token in STREAMPROXY_CHECK_TOKEN, or a file of it in STREAMPROXY_CHECK_TOKEN_FILE, and say in"
                  " --auth-header how it is sent, if not as `Authorization: Bearer {key}`.",
         ABSENT: "Give the address below which streamproxy is, and have /healthz/stream passed on to it.",
@@ -7708,8 +7731,8 @@ CURES = {
         IDLE: "Somebody ends silent answers: after 30 s Google's balancer, 60 s AWS' or nginx (`proxy_read_timeout"
               " 130s;`), else maybe HAProxy (`timeout server 130s`).",
         WHOLE: "Somebody ends an answer as whole that was cut: have it speak HTTP/1.1 to streamproxy, unbuffered.",
-        ENDLESS: "Somebody goes on waiting where an answer broke off, as development proxies do (Vite, webpack): ask with"
-                 " Accept: text/event-stream, whose `event: error` tells of it.",
+        ENDLESS: "Somebody goes on waiting where an answer broke off, as development proxies do (Vite, webpack): ask"
+                 " with Accept: text/event-stream, whose `event: error` tells of it.",
         STAYS: "Somebody reads on when the client has left, and the model is paid for: turn buffering off there.",
         HTTP10: "Somebody asks in HTTP/1.0, each time on a new connection: have it speak HTTP/1.1.",
     }),
@@ -8023,7 +8046,8 @@ class Check:
         if not status:
             found, words = UNREACHED, f"cannot be reached: {reply.error}"
         elif status in (401, 403):
-            found, words = GUARDED, f"answers {status} to {'this' if self._visitor.has_token else 'whoever has no'} token"
+            whose = "this" if self._visitor.has_token else "whoever has no"
+            found, words = GUARDED, f"answers {status} to {whose} token"
         elif status != 200:
             said = _OUR_ERROR.fullmatch(reply.body)
             found = UNSERVED if status > 501 else ABSENT  # 502 to 504, and 521 to 530 of Cloudflare's
@@ -8150,8 +8174,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _ArgumentParser(
         prog="streamproxy.py",
         description="A streaming proxy between web pages and an OpenAI-compatible API.",
-        epilog="The API key comes from OPENAI_API_KEY, or from a file that OPENAI_API_KEY_FILE names; so does the token that"
-        " --check sends from STREAMPROXY_CHECK_TOKEN or STREAMPROXY_CHECK_TOKEN_FILE."
+        epilog="The API key comes from OPENAI_API_KEY, or from a file that OPENAI_API_KEY_FILE names; so does the token"
+        " that --check sends from STREAMPROXY_CHECK_TOKEN or STREAMPROXY_CHECK_TOKEN_FILE."
         f" Example: OPENAI_API_KEY=sk-... python3 streamproxy.py --model {DEFAULT_MODEL}",
         allow_abbrev=False,
     )
