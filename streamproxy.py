@@ -185,6 +185,7 @@ KEEP_ALIVE_TIMEOUT = 60.0  # for a connection to upstream between two requests
 STALE_WINDOW = 0.5  # for upstream to say that it had closed a connection before it was used again
 MAX_CONNECTION_AGE = 300.0  # of a connection to upstream: later ones may lead to servers that are new there
 SWITCH_INTERVAL = 0.001  # for the loop to get the interpreter from another thread (Python's own: 0.005)
+MAX_NOTED = 256  # pauses between pieces of text that are counted together
 LAG_INTERVAL = 1.0  # between two looks at how late the loop is, while text comes
 LOOK_TIMEOUT = 1.0  # for the token file to be looked at, before its last version counts
 RELIEF_PAUSE = 0.005  # for busy threads to take another job, before more are started
@@ -3274,13 +3275,22 @@ class Histogram:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)  # in each bucket by itself
         self.sum = 0.0
+        self.noted: list[float] = []  # values that are yet to be observed, all at once, which costs each of them less
 
     def observe(self, value: float) -> None:
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def observe_noted(self) -> None:
+        bounds, counts = self.bounds, self.counts
+        for value in self.noted:
+            counts[bisect.bisect_left(bounds, value)] += 1
+        self.sum += sum(self.noted)
+        self.noted.clear()
+
     def lines(self, name: str) -> Iterator[str]:
         """Yield it as Prometheus' text format has it."""
+        self.observe_noted()
         total = 0
         for bound, count in zip((*self.bounds, "+Inf"), self.counts):
             total += count
@@ -5800,7 +5810,10 @@ class Source(Stateful):
         if pieces != self._pieces:  # text came
             now = self.hub.loop.now
             if self._pieces:
-                self._between.observe(now - self._text_at)
+                noted = self._between.noted
+                noted.append(now - self._text_at)
+                if len(noted) > MAX_NOTED:
+                    self._between.observe_noted()
             else:
                 first, stream.first_text_at = True, now
                 stream.tell("first text")
@@ -6312,6 +6325,7 @@ class Hub:
     def _on_probe(self) -> None:
         """See how late the loop is, and look again while text comes: a process with nothing to do sleeps."""
         self.metrics.observe("loop_lag_seconds", max(0.0, self.loop.clock() - self._probe_at))
+        self.metrics.between_pieces.observe_noted()
         came, self._probed = self._probed, self.metrics.between_pieces.sum
         if came != self._probed:
             self._set_probe()

@@ -9155,6 +9155,7 @@ def test_metrics_times_by_the_clock() -> None:
             assert b"x" in stage.seen(second)
         stage.upstream.send(chunk(delta("y")), chunk(delta("z")))  # one read
         stage.at(0.5)
+        metrics.between_pieces.observe_noted()
         assert metrics.between_pieces.sum == pytest.approx(0.5) and sum(metrics.between_pieces.counts) == 3
         stage.at(1.75)  # of a loop that was held up for 0.75 s
         lag = metrics.histograms["loop_lag_seconds"]
