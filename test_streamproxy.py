@@ -9549,6 +9549,7 @@ def test_drain_says_how_many_streams_it_waits_for_and_what_became_of_them(
         thread = threading.Thread(target=server.stop, args=[told.append])
         thread.start()
         wait_for(lambda: [record for record in caplog.records if record.getMessage().startswith("shutting down")])
+        wait_for(lambda: told)  # which comes behind that line
         for upstream in upstreams[:2]:
             upstream.finish()
         wait_for(lambda: server.snapshot()["streams"] == 1)
