@@ -2242,7 +2242,7 @@ def own_variables(environ: Mapping[str, str], known: Mapping[str, str]) -> dict[
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 class _Rows:
-    """Lets type checkers know the arguments of Settings(...) by its rows (PEP 681), which an own one would hide."""
+    """Has type checkers know the arguments of Settings(...) by its rows (PEP 681): its own __init__ would hide them."""
 
     def __init__(self, **values: Any) -> None:
         self._take(values)
@@ -2351,10 +2351,10 @@ class Settings(_Rows):
             if value and all(isinstance(text, str) for text in texts):
                 value = setting.parse(value)
             vars(self)[setting.name] = Params(value) if isinstance(value, dict) else value
-        path, host, port = parse_address(self.bind)
         if self.host or self.port is not None:  # they are parts of it
-            path, host, port = "", self.host or host or "127.0.0.1", port if self.port is None else self.port
-            vars(self).update(bind=join_address(host, port), host="", port=None)
+            _, host, port = parse_address(self.bind)
+            bind = join_address(self.host or host or "127.0.0.1", port if self.port is None else self.port)
+            vars(self).update(bind=bind, host="", port=None)
         for name, address in self.addresses.items():
             path, host, _ = parse_address(address)
             if path and not hasattr(socket, "AF_UNIX"):
@@ -3282,6 +3282,7 @@ class Histogram:
         self.sum += value
 
     def observe_noted(self) -> None:
+        """Take what was noted.  Whoever notes has this done before there is much of it."""
         bounds, counts = self.bounds, self.counts
         for value in self.noted:
             counts[bisect.bisect_left(bounds, value)] += 1
@@ -6485,7 +6486,7 @@ class Recorder(Viewer):
                 if client.pending or client.lost:
                     kept.leave_behind(viewer, len(data))
                 else:
-                    client.send(b"%x\r\n%b\r\n" % (len(data), data) if viewer.chunked else data)
+                    client.send(encode_chunk(data) if viewer.chunked else data)
             if len(data) > MAX_LOOSE_SIZE or len(loose) >= MAX_LOOSE:
                 kept.settle()
         if self.state == self.LAST:
@@ -7453,11 +7454,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def on_left(self) -> None:
         """See what is there still, when a client, a kept answer or a door has gone."""
+        if not self.draining:
+            return
         begins = self.listener.is_open or any(client.door.begins for client in self.clients)
         if self.state >= self.DRAINING and not (begins or len(self.answers)):
             self.doors[-1].shut()  # there is nothing to come back for, and will be nothing
-        if self.draining:
-            self._shutdown.notify()
+        self._shutdown.notify()
 
     def _say_goodbye(self) -> None:
         delay = self.settings.leave_delay

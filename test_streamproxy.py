@@ -61,7 +61,7 @@ PROGRAM = HERE / "streamproxy.py"
 README = HERE / "README.md"
 resource: Any = pytest.importorskip("resource") if os.name == "posix" else None
 DEADLINE = 20.0  # seconds until what should have happened is called missing
-ORDERS = int(os.environ.get("TEST_ORDERS", "300"))  # of all that may happen, that are played; garbage is in proportion
+ORDERS = int(os.environ.get("TEST_ORDERS", "500"))  # of all that may happen, that are played; garbage is in proportion
 KEY = "sk-Qk7vNw3zTt9pXb2e"  # in no output of any test: see no_key_anywhere
 
 
@@ -13593,21 +13593,28 @@ def test_page_escape_stops_an_answer_and_leaves_what_is_edited(page: WebDriver, 
     conversation(page, *[("user", "Hello?"), ("assistant", "a"), ("user", "draft"), ("assistant", "a")])
 
 
-def test_page_begins_a_new_chat_while_an_answer_arrives(browser: WebDriver, provider: Provider) -> None:
+@contextlib.contextmanager
+def begun(browser: WebDriver, provider: Provider) -> Iterator[tuple[streamproxy.Server, UpstreamPeer]]:
+    """The server and the upstream of an answer that has begun, and would go on without the page; no other is asked."""
     with running(provider, resume=60.0) as server:
         browser.call("POST", "/url", {"url": server.url})
         say(browser)
         with provider.take() as upstream:
             upstream.start(A)
             growing(browser, "a")
-            browser.element("#new", "click")
-            conversation(browser)
-            say(browser, "Two")
-            assert upstream.gone()
-        answer(browser, provider, delta("b"))
-        conversation(browser, ("user", "Two"), ("assistant", "b"))
+            yield server, upstream
         browser.run("sessionStorage.clear(); turns = []")
     assert provider.nobody_came()
+
+
+def test_page_begins_a_new_chat_while_an_answer_arrives(browser: WebDriver, provider: Provider) -> None:
+    with begun(browser, provider) as (_, upstream):
+        browser.element("#new", "click")
+        conversation(browser)
+        say(browser, "Two")
+        assert upstream.gone()
+        answer(browser, provider, delta("b"))
+        conversation(browser, ("user", "Two"), ("assistant", "b"))
     browser.log()
 
 
@@ -14169,28 +14176,21 @@ def test_page_comes_back_for_what_it_has_not_had(browser: WebDriver, provider: P
 
 @pytest.mark.parametrize("where", ["connected", "cut off", "reloaded"])
 def test_page_stops_an_answer_that_would_go_on(browser: WebDriver, provider: Provider, where: str) -> None:
-    with running(provider, resume=60.0) as server:
-        browser.call("POST", "/url", {"url": server.url})
-        say(browser)
-        with provider.take() as upstream:
-            upstream.start(A)
+    with begun(browser, provider) as (server, upstream):
+        if where == "cut off":
+            browser.run("""window.real = fetch;
+                const refusal = () => new Response("<html>", {status: 502});   // by a proxy in front
+                fetch = async (url, sent) => sent.method === "DELETE" ? real(url, sent) : refusal();""")
+            cut_clients(server)
+            said = browser.wait("return document.querySelector('#status:not(.label)')?.textContent")
+            assert said == "No connection. The answer goes on when it is back."
+        if where == "reloaded":
+            browser.call("POST", "/refresh", {})
             growing(browser, "a")
-            if where == "cut off":
-                browser.run("""window.real = fetch;
-                    const refusal = () => new Response("<html>", {status: 502});   // by a proxy in front
-                    fetch = async (url, sent) => sent.method === "DELETE" ? real(url, sent) : refusal();""")
-                cut_clients(server)
-                said = browser.wait("return document.querySelector('#status:not(.label)')?.textContent")
-                assert said == "No connection. The answer goes on when it is back."
-            if where == "reloaded":
-                browser.call("POST", "/refresh", {})
-                growing(browser, "a")
-            browser.element("#stop", "click")
-            assert upstream.gone()
+        browser.element("#stop", "click")
+        assert upstream.gone()
         conversation(browser, ("user", "Hello"), ("assistant", "a"), ("ending", "Stopped."))
         assert browser.run("return document.querySelector('#status').className") == "label"
-        browser.run("sessionStorage.clear(); turns = []")
-    assert provider.nobody_came()
     browser.log()
 
 
