@@ -201,6 +201,7 @@ FOREVER = 86400.0  # where a wait needs a number and there is no limit
 
 # Counts.
 MAX_FIELDS = 100  # of a head; 40 are seen in practice
+MAX_FIELD_LINES = 1024  # that are remembered as they were read
 MAX_INTERIM = 10  # answers (100, 103) before the one that counts
 MAX_IDLE_CONNECTIONS = 128  # to upstream, between two requests
 MAX_MODELS = 1000  # of which it is remembered which defaults upstream refuses
@@ -1700,8 +1701,6 @@ _VALUES = re.compile(_VALUE)
 
 # Lines of RFC 9112, matched whole: int() would also take "+5", "0x5" and "1_0".
 _FIELD_LINE = f"({_TOKEN}):({_VALUE})"  # section 5: no space before the colon, no folding
-_STRICT_LINE = re.compile(_FIELD_LINE)
-_LENIENT_LINE = re.compile(f"({_TOKEN})[ \t]*:({_VALUE})")  # in an answer the space does no harm: it is dropped
 _STATUS_LINE = re.compile(f"HTTP/1\\.([01]) ([1-5][0-9][0-9])(?: {_VALUE})?")  # section 4
 _CHUNK_LINE = re.compile(  # section 7.1
     f"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|{_QUOTED}))?)*".encode("latin-1")
@@ -1720,35 +1719,51 @@ def encode_head(line: str, fields: Mapping[str, str]) -> bytes:
     """Return a head.  Raises ValueError for a value that would forge a line."""
     if not _VALUES.fullmatch("".join(fields.values())):
         raise ValueError("a bad value in a header field")
-    lines = [line, *[f"{name}: {value}" for name, value in fields.items()]]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+    return "\r\n".join((line, *map(": ".join, fields.items()), "\r\n")).encode("latin-1")
 
 
-def parse_head(head: bytes, lenient: bool = False) -> tuple[str, dict[str, str]]:
-    """Return the first line of a head, and its fields by name in lower case.
+class FieldLines(dict[str, "tuple[str, str]"]):
+    """The name, in lower case, and the value of each field line that is looked up.  Raises ValueError.
 
-    lenient: it is upstream's, where blanks before a field's colon do no harm.
-
-    Fields of one name are joined with ", " (RFC 9110 section 5.3).  Raises ValueError for what
-    is not in the grammar of RFC 9112 section 5, or too much.
+    Of heads, most lines are those of the one before: they are remembered, but for what is long, or a secret.
     """
-    first, _, text = head.decode("latin-1").partition("\r\n")
-    if text.count("\r\n") >= MAX_FIELDS:
+
+    def __init__(self, grammar: str) -> None:
+        super().__init__()
+        self._grammar = re.compile(grammar)
+
+    def __missing__(self, line: str) -> tuple[str, str]:
+        match = self._grammar.fullmatch(line)
+        if not match:
+            raise ValueError("a header field is not in HTTP's grammar")
+        field = match[1].lower(), match[2].strip(" \t")
+        if len(line) < 100 and field[0] not in _SECRET_FIELDS:
+            if len(self) >= MAX_FIELD_LINES:
+                self.clear()
+            self[line] = field
+        return field
+
+
+_SECRET_FIELDS = ("authorization", "x-api-key", "api-key", "cookie", "set-cookie")
+_STRICT_LINES = FieldLines(_FIELD_LINE)
+_LENIENT_LINES = FieldLines(f"({_TOKEN})[ \t]*:({_VALUE})")  # in an answer the space does no harm: it is dropped
+
+
+def parse_fields(lines: Sequence[str], known: FieldLines = _STRICT_LINES) -> dict[str, str]:
+    """Return the fields of a head by name in lower case.
+
+    Those of one name are joined with ", " (RFC 9110 section 5.3).  Raises ValueError for what is not in the grammar
+    of RFC 9112 section 5, or too much.
+    """
+    if len(lines) > MAX_FIELDS:
         raise ValueError("too many header fields")
-    fields: dict[str, str] = {}
-    for line in text.split("\r\n") if text else ():
-        name, value = parse_field(line, lenient) if len(line) < 100 else parse_field.__wrapped__(line, lenient)
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    return first, fields
-
-
-@functools.lru_cache(maxsize=1024)  # of heads, most lines are those of the one before
-def parse_field(line: str, lenient: bool) -> tuple[str, str]:
-    """Return the name, in lower case, and the value of a field.  Raises ValueError."""
-    match = (_LENIENT_LINE if lenient else _STRICT_LINE).fullmatch(line)
-    if not match:
-        raise ValueError("a header field is not in HTTP's grammar")
-    return match[1].lower(), match[2].strip(" \t")
+    parsed = list(map(known.__getitem__, lines))
+    fields = dict(parsed)
+    if len(fields) < len(parsed):
+        fields.clear()
+        for name, value in parsed:
+            fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
 
 
 def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
@@ -1762,8 +1777,8 @@ def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
             break
         if not end:
             return None
-        line, fields = parse_head(head, lenient=True)
-        match = _STATUS_LINE.fullmatch(line)
+        line, *lines = head.decode("latin-1").split("\r\n")
+        fields, match = parse_fields(lines, _LENIENT_LINES), _STATUS_LINE.fullmatch(line)
         if not match:
             break
         if match[1] == "0":
@@ -1879,28 +1894,29 @@ class ChunkedDecoder(BodyDecoder):
         self.broken = misplaced or len(line) > MAX_CHUNK_LINE or b"\n" in line
 
 
-def body_decoder(fields: Mapping[str, str], default: BodyDecoder, lenient: bool = False) -> BodyDecoder:
-    """Return the decoder for the body behind a head; default where the head says nothing of it.
+def body_decoder(fields: Mapping[str, str], left: int | None, lenient: bool = False) -> BodyDecoder:
+    """Return the decoder for the body behind a head; left: that of a BodyDecoder where the head says nothing of it.
 
     lenient: see ChunkedDecoder.
 
     Source: RFC 9112 section 6.3, read strictly: a length beside a coding, or two lengths, are how
     one message hides in another.  Raises ValueError.
     """
-    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
-    if coding is not None:
-        if coding.lower() != "chunked":
+    length = fields.get("content-length")
+    if "transfer-encoding" in fields:
+        if fields["transfer-encoding"].lower() != "chunked":
             raise ValueError("a transfer coding that is not chunked")
         if length is not None:
             raise ValueError("Content-Length beside Transfer-Encoding")
         return ChunkedDecoder(lenient)
-    if length is None:
-        return default
-    if not (length.isascii() and length.isdigit() and len(length) < 16):
-        raise ValueError("a Content-Length that is not one number")
-    return BodyDecoder(int(length))
+    if length is not None:
+        if not _LENGTH.fullmatch(length):
+            raise ValueError("a Content-Length that is not one number")
+        left = int(length)
+    return BodyDecoder(left)
 
 
+_LENGTH = re.compile("[0-9]{1,15}")
 _LINE_START = re.compile(f"{_TOKEN[:-1]}|\r?\\Z".encode())  # or what can become one
 _REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])")  # RFC 9112 section 3
 _BAD_LINE = "The request line is not in HTTP's grammar."
@@ -1910,22 +1926,23 @@ _HOST = re.compile(r"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?
 class Request:
     """The head of a request; "-" for what of it cannot be read."""
 
+    body = BodyDecoder()  # which is not complete: who knows what comes
+    keeps_alive = False
+
     def __init__(self, method: str = "-", target: str = "-", http11: bool = True) -> None:
         self.method, self.http11 = method, http11
         self.path, _, self.query = target.partition("?")
         self.fields: dict[str, str] = {}
-        self.body = BodyDecoder()  # which is not complete: who knows what comes
-        self.keeps_alive = False
 
-    def take_fields(self, head: bytes) -> None:
+    def take_fields(self, lines: Sequence[str]) -> None:
         """Take the fields, and from them the framing of the body.  Raises RequestError."""
-        if head.count(b"\r\n") > MAX_FIELDS:
-            raise RequestError("The request has too many header fields.", 431)
+        if len(lines) > MAX_FIELDS:
+            raise _too_many_fields()
         try:
-            fields = parse_head(head)[1]
+            fields = parse_fields(lines)
             if "transfer-encoding" in fields and not self.http11:
                 raise ValueError("a transfer coding in HTTP/1.0")
-            body = body_decoder(fields, BodyDecoder(0))
+            body = body_decoder(fields, 0)
         except ValueError as error:
             raise RequestError(f"The request cannot be read: {error}.") from None
         host = fields.get("host", "" if self.http11 else "localhost")
@@ -1936,21 +1953,21 @@ class Request:
             if scheme.lower() in ("http", "https") and rest.partition("/")[0].lower() == host.lower():
                 self.path = "/" + rest.partition("/")[2]
         self.fields, self.body = fields, body
-        tokens = fields.get("connection", "").lower()
-        self.keeps_alive = self.http11 and "close" not in [token.strip() for token in tokens.split(",")]
+        self.keeps_alive = self.http11 and not _CLOSE.search(fields.get("connection", ""))
 
 
-def parse_request_line(data: bytes) -> Request | None:
-    """Return what the first line of a head says; None while it is not whole.  Raises RequestError."""
-    line, line_ends, _ = data.removeprefix(b"\r\n").partition(b"\n")
-    if not line_ends:
-        return None
-    match = _REQUEST_LINE.fullmatch(line.decode("latin-1").removesuffix("\r"))
-    if not match or line[-1:] != b"\r":
+_CLOSE = re.compile("(?i)(?:^|,)[ \t]*close[ \t]*(?:,|$)")  # RFC 9112 section 9.6
+
+
+def parse_request_line(line: str) -> Request:
+    """Return what the first line of a head says.  Raises RequestError."""
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match:
         raise RequestError(_BAD_LINE)
-    if match[3] != "1":
+    method, target, major, minor = match.groups()
+    if major != "1":
         raise RequestError("This server speaks HTTP/1.1 and HTTP/1.0.", 505)
-    return Request(match[1], match[2], match[4] != "0")
+    return Request(method, target, minor != "0")
 
 
 def parse_request_head(data: bytes) -> tuple[Request, bytes] | None:
@@ -1958,30 +1975,41 @@ def parse_request_head(data: bytes) -> tuple[Request, bytes] | None:
 
     Raises RequestError, at once also where it cannot become one: HTTP/0.9, TLS, a line that ends in a bare LF.
     """
-    begin = 2 if data.startswith(b"\r\n") else 0  # RFC 9112 section 2.2
-    end = data.find(b"\r\n\r\n", begin)
-    size = (len(data) if end < 0 else end) - begin
-    if not _LINE_START.match(data, begin):
-        raise RequestError(_BAD_LINE)
-    if size > MAX_HEAD_SIZE:
-        line_ends = 0 <= data.find(b"\n", begin) < MAX_HEAD_SIZE
-        raise RequestError("The head of the request is too large.", 431 if line_ends else 414)
-    request = parse_request_line(data)
-    if end < 0 or not request:
-        lines = data.count(b"\r\n", begin)
-        if data.count(b"\n", begin) > lines:
-            raise RequestError("A line of the request ends in a bare LF.")
-        if lines > MAX_FIELDS + 1:
-            raise RequestError("The request has too many header fields.", 431)
+    head, end, rest = data.removeprefix(b"\r\n").partition(b"\r\n\r\n")  # RFC 9112 section 2.2
+    if not end or len(head) > MAX_HEAD_SIZE:
+        _check_start(head)
         return None
-    request.take_fields(data[begin:end])
-    return request, data[end + 4 :]
+    line, *lines = head.decode("latin-1").split("\r\n")
+    request = parse_request_line(line)
+    request.take_fields(lines)
+    return request, rest
+
+
+def _check_start(head: bytes) -> None:
+    """Raise RequestError for what is no start of a head that may come."""
+    if not _LINE_START.match(head):
+        raise RequestError(_BAD_LINE)
+    line, line_ends, _ = head.partition(b"\n")
+    if len(head) > MAX_HEAD_SIZE:
+        raise RequestError("The head of the request is too large.", 431 if len(line) < MAX_HEAD_SIZE else 414)
+    if line_ends:
+        parse_request_line(line.decode("latin-1").removesuffix("\r"))
+    lines = head.count(b"\r\n")
+    if head.count(b"\n") > lines:
+        raise RequestError("A line of the request ends in a bare LF.")
+    if lines > MAX_FIELDS + 1:
+        raise _too_many_fields()
+
+
+def _too_many_fields() -> RequestError:
+    return RequestError("The request has too many header fields.", 431)
 
 
 def readable_line(data: bytes) -> Request:
     """Return what can be said of a request whose head cannot be read, to answer and to log it."""
+    line, line_ends, _ = data.removeprefix(b"\r\n").partition(b"\r\n")
     with contextlib.suppress(RequestError):
-        return parse_request_line(data) or Request()
+        return parse_request_line(line.decode("latin-1")) if line_ends else Request()
     return Request()
 
 
@@ -5776,7 +5804,7 @@ class Source(Stateful):
             if not parsed:
                 return
             status, fields, rest = parsed
-            body = BodyDecoder(0) if status in (204, 304) else body_decoder(fields, BodyDecoder(), lenient=True)
+            body = BodyDecoder(0) if status in (204, 304) else body_decoder(fields, None, lenient=True)
         except ValueError as error:
             self.stream.fail(Garbled(f"Upstream's answer cannot be read: {error}."))
             return
@@ -7953,7 +7981,7 @@ class Visitor:
                 data += came
         reply.status, fields, data = parsed
         reply.fields.update(fields)
-        body = body_decoder(fields, BodyDecoder(), lenient=True)
+        body = body_decoder(fields, None, lenient=True)
         packed = fields.get("content-encoding", "").lower() in ("gzip", "deflate")
         unzip = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress
         while not (body.complete or body.broken):
