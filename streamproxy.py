@@ -2696,26 +2696,29 @@ def _refusal_patterns(name: str) -> list[re.Pattern[str]]:
 _NO_CODINGS = ("", "identity", "none", "utf-8")
 
 
-def check_coding(fields: Mapping[str, str], passes: bool = False) -> None:
-    """Check that a body is not compressed, unless it passes as it came (RFC 9110 section 15.5.16).
-
-    Raises RequestError.
-    """
-    codings = [coding.strip() for coding in fields.get("content-encoding", "").split(",")]
+def check_coding(fields: Mapping[str, str]) -> None:
+    """Check that a body is not compressed (RFC 9110 section 15.5.16).  Raises RequestError."""
+    if "content-encoding" not in fields:
+        return
+    codings = [coding.strip() for coding in fields["content-encoding"].split(",")]
     bad = [coding for coding in codings if coding.lower() not in _NO_CODINGS]
-    if bad and not passes:
+    if bad:
         words = f"A body in the content coding {bad[0][:100]!a} cannot be read here: send it as it is."
         raise RequestError(words, 415, fields={"Accept-Encoding": "identity"})
 
 
 def check_media(fields: Mapping[str, str], settings: Settings) -> None:
     """Check, before it is read, that a body of the API's is one whose model can be seen.  Raises RequestError."""
-    any_model = "*" in settings.allow_model
-    check_coding(fields, any_model)
-    kind = fields.get("content-type", "").partition(";")[0].strip().lower()
-    if not any_model and kind.startswith(("multipart/", "audio/", "image/", "video/")):
-        words = f"The model cannot be seen in a body of the type {kind[:100]!a}: that takes --allow-model '*'."
+    if "*" in settings.allow_model:
+        return
+    check_coding(fields)
+    kind = _NO_TEXT.match(fields.get("content-type", ""))
+    if kind:
+        words = f"The model cannot be seen in a body of the type {kind[0][:100]!a}: that takes --allow-model '*'."
         raise RequestError(words, 415)
+
+
+_NO_TEXT = re.compile("(?i)(?:multipart|audio|image|video)/[^; \t]*")
 
 
 def check_model(body: bytes, settings: Settings, needed: bool = True) -> dict[str, Any]:
@@ -2728,11 +2731,11 @@ def check_model(body: bytes, settings: Settings, needed: bool = True) -> dict[st
             return parse_request(body)
         return {}
     asked = parse_request(body) if body or needed else {}
-    names = [name for name in asked if name.casefold() == "model"]  # servers in Go take "Model" too
-    if names != ["model"] * (needed or bool(names)) or not isinstance(asked.get("model", ""), str):
+    names = [*map(str.casefold, asked)].count("model")  # servers in Go take "Model" too
+    if names < needed or names != ("model" in asked) or not isinstance(asked.get("model", ""), str):
         raise RequestError('The body must have one "model", a string.', code="model_not_found")
     for member, model in _named_models(asked):
-        if model not in (settings.model, *settings.allow_model):
+        if model != settings.model and model not in settings.allow_model:
             raise unknown_model(model, "" if member == "model" else member)
     return asked
 
@@ -2750,17 +2753,16 @@ _CONTENT = frozenset((
 def _named_models(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (member of asked, name) for all that may be the name of a model."""
     rest: list[tuple[str, object, bool]] = [("", asked, False)]
-    while rest:
-        top, value, named = rest.pop()
+    for top, value, named in rest:  # which grows meanwhile
         if isinstance(value, list):
             rest += [(top, item, named) for item in value]
         elif isinstance(value, dict):
             named = named and "model" not in value  # {"a model": ["its fallback"]}, not {"model": ..., "messages": ...}
             for member, inner in value.items():
-                folded = member.casefold()  # as servers in Go do
                 if named:
                     yield top, member
-                if named or folded not in _CONTENT:
+                folded = member.casefold()  # as servers in Go do
+                if named or (isinstance(inner, (str, list, dict)) and folded not in _CONTENT):
                     rest.append((top or member, inner, named or bool(_MODEL_NAMES.search(folded))))
         elif named and isinstance(value, str):
             yield top, value
@@ -2769,12 +2771,17 @@ def _named_models(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def count_choices(asked: Mapping[str, Any]) -> int:
     """Return how many choices a completion has: n for each prompt."""
     n = prompts = 1
+    if _COUNTED.isdisjoint(map(str.casefold, asked)):
+        return 1
     for name, value in asked.items():
         if name in ("n", "N"):
             n = max(n, _whole(value))
         elif name.casefold() == "prompt" and isinstance(value, list) and value and isinstance(value[0], (str, list)):
             prompts = max(prompts, len(value))
     return n * prompts
+
+
+_COUNTED = frozenset(("n", "prompt"))
 
 
 def _whole(value: object) -> int:
@@ -2820,12 +2827,13 @@ PASSED_FIELDS = (
 
 def passed_fields(fields: Mapping[str, str], settings: Settings, has_body: bool) -> dict[str, str]:
     """Return the fields of a request of the API that upstream sees.  User-Agent says who connects, and for whom."""
-    passed = {name.title(): fields[name] for name in PASSED_FIELDS if name in fields}
+    passed = {name.title(): fields[name] for name in filter(fields.__contains__, PASSED_FIELDS)}
     if has_body and "*" not in settings.allow_model:
         passed["Content-Type"] = "application/json"  # as check_model has read it
     elif has_body and "content-encoding" in fields:
         passed["Content-Encoding"] = fields["content-encoding"]
-    return {**passed, "User-Agent": f"{USER_AGENT} {fields.get('user-agent', '')}".strip()}
+    passed["User-Agent"] = f"{USER_AGENT} {fields['user-agent']}" if fields.get("user-agent") else USER_AGENT
+    return passed
 
 
 # A request of the API that is passed on.  has_model: its body must name one; counts: among the requests of a minute;
@@ -3065,15 +3073,17 @@ class Limits:
 
         counts: among the requests of a minute.
         """
-        limits, now = self._settings, self._clock()
+        limits = self._settings
         if limits.max_streams and self.total >= limits.max_streams:
             raise RequestError("Too many answers are on their way.", 503, fields=_SOON, reason="max_streams")
-        share = self._clients.setdefault(client, Share(limits.requests_per_minute, now))
+        share = self._clients.get(client)
+        if not share:
+            share = self._clients[client] = Share(limits.requests_per_minute, self._clock())
         if limits.max_streams_per_client and share.streams >= limits.max_streams_per_client:
             words = "Too many of your answers are on their way."
             raise RequestError(words, 429, fields=_SOON, reason="max_streams_per_client")
         if limits.requests_per_minute and counts:  # a token bucket that holds those of a minute
-            rate = limits.requests_per_minute / 60
+            now, rate = self._clock(), limits.requests_per_minute / 60
             left = min(limits.requests_per_minute, share.left + (now - share.as_of) * rate)
             if left < 1:
                 wait = {"Retry-After": str(math.ceil((1 - left) / rate))}
@@ -3131,7 +3141,7 @@ class Access:
 
     def address_of(self, peer: str, forwarded: str) -> str:
         """Return the client's address: peer, or what trusted proxies say of it; "unix" for a unix socket."""
-        hops = forwarded.split(",") if forwarded else []
+        hops = forwarded.split(",")
         while hops and self._trusts(peer):
             try:
                 hop = hops.pop().strip()
@@ -3146,8 +3156,10 @@ class Access:
 
         own_address returns the address that was connected to.  Raises RequestError.
         """
+        if self._tokens:
+            return
         name = _PORT.sub("", host).strip("[]").lower()
-        if not (self._tokens or name in self._names or is_loopback(name) or name == own_address()):
+        if not (name in self._names or is_loopback(name) or name == own_address()):
             words = f"This server does not answer to the name {name[:100]!a} (--allow-host)."
             raise RequestError(words, 403, reason="allow_host")
 
@@ -3179,6 +3191,8 @@ class Access:
     def check_origin(self, fields: Mapping[str, str]) -> None:
         """Check that no page asks but our own, or one of an allowed origin.  Raises RequestError."""
         origin, site = fields.get("origin", ""), fields.get("sec-fetch-site", "")
+        if not (origin or site):  # no browser
+            return
         host = fields.get("host", "").lower()
         own = site == "same-origin" or origin.lower() in (f"http://{host}", f"https://{host}")
         is_hidden = site in ("cross-site", "same-site") and not origin
