@@ -1804,12 +1804,12 @@ class BodyDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """Return the body's part of data.  What came before the framing broke still counts."""
-        if self.left is None:
-            return data
-        body, self.rest = data[: self.left], data[self.left :]
-        self.left -= len(body)
-        self.complete = self.left == 0
-        return body
+        if self.left is not None:
+            self.left -= len(data)
+            self.complete = self.left <= 0
+            if self.left < 0:
+                data, self.rest, self.left = data[: self.left], data[self.left :], 0
+        return data
 
     def close(self) -> None:
         """Take the end of the connection: where that ends the body, only its text can tell if it is whole."""
@@ -2855,15 +2855,13 @@ ROUTES = (
 )
 
 
-@functools.lru_cache(maxsize=64)
-def _routes_at(path: str, is_allowed: bool) -> Mapping[str, Route]:
+def api_routes(path: str, is_allowed: bool) -> dict[str, Route]:
+    """Return the Route of each method that the API has at path; {}: there is nothing.
+
+    is_allowed: --allow-path names it.
+    """
     routes = [route for route in ROUTES if re.fullmatch(route.path, path)] + [Route("POST", path)] * is_allowed
     return {method: route for route in reversed(routes) for method in route.methods.split()}
-
-
-def api_routes(path: str, settings: Settings) -> Mapping[str, Route]:
-    """Return the Route of each method that the API has at path; {}: there is nothing."""
-    return _routes_at(path, path in settings.allow_path)
 
 
 # What is put before the path that is meant, or instead of /v1; Azure's deployments are among it.
@@ -2876,7 +2874,8 @@ def meant_path(path: str, settings: Settings) -> str | None:
     base = _OTHER_BASE.match(plain)
     rest = plain[base.end() if base else 0 :]
     for meant in (plain, plain.lower(), f"/v1{rest}", f"/v1{rest.lower()}", f"/v1{rest.lower()}s"):
-        if meant != path and (meant in ("/", "/healthz", "/readyz", "/metrics") or api_routes(meant, settings)):
+        known = meant in ("/", "/healthz", "/readyz", "/metrics") or api_routes(meant, meant in settings.allow_path)
+        if known and meant != path:
             return meant
     return None
 
@@ -4071,7 +4070,7 @@ class Client(Peer, Stateful):
         self.data = self.data + data if self.data else data
         if self.state == self.BODY:
             if self._read_body() and self.exchange:
-                self.loop.begin(self.exchange.go_on)
+                self.loop.begin(self.exchange.on_whole_body)
             return
         if self.state == self.IDLE or (self.state == self.HEAD and (b"\n" in data or len(self.data) > MAX_HEAD_SIZE)):
             self.loop.begin(self.begin)
@@ -4083,14 +4082,15 @@ class Client(Peer, Stateful):
 
     def _listen(self) -> None:
         """Go on to listen to a client from which more came than could be taken at once."""
-        if len(self.data) > MAX_PIPELINED and not self.lost:
+        if not self.lost:
             self._watch()
 
     def begin(self) -> None:
         """Begin with the request that is there, if one is."""
-        if self.state not in (self.IDLE, self.HEAD) or self.lost:
+        if self.state > self.HEAD or self.lost:
             return
-        self._listen()
+        if len(self.data) > MAX_PIPELINED:
+            self._listen()
         try:
             parsed = parse_request_head(self.data)
         except RequestError as error:
@@ -4105,12 +4105,12 @@ class Client(Peer, Stateful):
             self.state, self.since = self.HEAD, self.loop.now
             self._set_alarm()
 
-    def expect_body(self) -> None:
-        """Read the body of the request, and have its exchange go on once it is there."""
+    def expect_body(self) -> bool:
+        """Read the body of the request; tell if it is there, whole and good.  Else its exchange is told once it is."""
         self.state = self.BODY
-        self._listen()
-        if self._read_body() and self.exchange:
-            self.exchange.go_on()
+        if len(self.data) > MAX_PIPELINED:
+            self._listen()
+        return self._read_body()
 
     def on_answered(self, cut: bool) -> None:
         """The answer has left: read on, or close; at once where it was cut, or it would look complete."""
@@ -4123,7 +4123,8 @@ class Client(Peer, Stateful):
             if not self.keeps_alive:
                 with contextlib.suppress(OSError):
                     self.sock.shutdown(socket.SHUT_WR)
-            self._listen()
+            if len(self.data) > MAX_PIPELINED:
+                self._listen()
             data, self.data = self.data, b""
             self._set_alarm()
             self._linger(data)
@@ -4213,15 +4214,16 @@ class Client(Peer, Stateful):
 
     def _read_body(self) -> bool:
         """Take what has come of the body; tell if it is whole, and good."""
-        assert self.exchange
-        body = self.exchange.request.body
+        exchange = self.exchange
+        assert exchange
+        body = exchange.request.body
         part = body.feed(self.data)
         self.data = body.rest
         if body.complete:
             self.state = self.ANSWERING
         else:
             self._set_alarm()
-        return self.exchange.on_body(part)
+        return exchange.on_body(part)
 
     def _linger(self, data: bytes) -> None:
         """Drop what is left of a request: a little for the sake of the connection, else until the client closes."""
@@ -4279,30 +4281,30 @@ def _too_large(limit: int) -> RequestError:
     return RequestError(f"The body is larger than {limit} bytes.", 413)
 
 
+def _surplus() -> RequestError:
+    return RequestError("Too many connections.", 503, reason="connections")
+
+
 class Exchange:
     """One request, its answer, and its one line in the log."""
 
+    name = ""  # that of its token
+    place = ""  # under which name it counts in the limits; "": it does not
+    claim: Claim | None = None  # where answers outlive their clients
+    status = 0  # as told to the client
+    failure: ProxyError | None = None
+    _then: Callable[[], None] | None = None  # once what it waits for is there: the body, a look, ...
+
     def __init__(self, client: Client, request: Request) -> None:
-        self.client, self.request = client, request
+        self.client, self.request, self.server = client, request, client.server
         given = request.fields.get("x-request-id", "")
-        self.id = given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
+        self.id = given if given and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
         self.began_at = client.loop.now
         self.who = client.address  # as the log names the client
-        self.name = ""  # that of its token
         # The seconds that we take until upstream is asked, but for the wait for the body: ends, less beginnings.
         self.lead = -self.began_at
-        self.place = ""  # under which name it counts in the limits; "": it does not
-        self.cors: dict[str, str] = {}
-        self.status = 0  # as told to the client
-        self.failure: ProxyError | None = None
-        self.stream: Stream | Watch | TestStream | None = None
         self.received = bytearray()  # of the body
-        self.claim: Claim | None = None  # where answers outlive their clients
-        self._then: Callable[[], None] | None = None  # once what it waits for is there: the body, a look, ...
-
-    @property
-    def server(self) -> Server:
-        return self.client.server
+        self.stream: Stream | Watch | TestStream | None = None
 
     # What is asked.
 
@@ -4317,40 +4319,33 @@ class Exchange:
 
     def _dispatch(self) -> None:
         """Check what every request must have, and call the function of its path and method."""
-        request, access = self.request, self.server.access
-        self.who = access.address_of(self.client.address, request.fields.get("x-forwarded-for", ""))
-        self.cors = access.cors_fields(request.fields)
+        client, request, access = self.client, self.request, self.server.access
+        fields, resource = request.fields, resource_at(request.path, self.server.settings)
+        if "x-forwarded-for" in fields:
+            self.who = access.address_of(client.address, fields["x-forwarded-for"])
         self.tell("request", client=self.who, method=request.method, path=request.path[:200])
-        if request.path.startswith("/v1/") and "websocket" in request.fields.get("upgrade", "").lower():
+        if "upgrade" in fields and request.path.startswith("/v1/") and "websocket" in fields["upgrade"].lower():
             raise RequestError("Ask with POST: WebSocket is not spoken here.", 426, fields=_UPGRADE)
-        methods = self._methods()
-        if not methods:
-            meant = meant_path(request.path, self.server.settings)
-            raise RequestError("There is nothing at this path" + (f": {meant} is meant." if meant else "."), 404)
-        if request.method not in methods:
-            known = request.method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT")
-            allowed = ", ".join(methods)
-            raise RequestError(f"This path takes {allowed} only.", 405 if known else 501, fields={"Allow": allowed})
+        run = resource.methods.get(request.method) or self._without_method(resource)
         if request.method != "POST" and not request.body.complete:
             raise RequestError("Only POST takes a body.")
-        if request.path not in _OPEN_PATHS:
-            self._check_surplus()
-            access.check_host(request.fields.get("host", "localhost"), self._own_address)
-        methods[request.method](self)
+        if not resource.is_open:
+            if client.surplus:
+                raise _surplus()
+            access.check_host(fields.get("host", "localhost"), self._own_address)
+        run(self)
 
-    def _check_surplus(self) -> None:
-        if self.client.surplus:
-            raise RequestError("Too many connections.", 503, reason="connections")
-
-    def _methods(self) -> Mapping[str, Callable[[Exchange], None]]:
-        """What there is at the path, by method."""
-        routes = api_routes(self.request.path, self.server.settings)
-        if not routes:
-            lost = self.cors and self.request.method == "OPTIONS"  # a page is to read that there is nothing
-            pattern = route_of(self.request.path, self.server.settings)
-            return _ROUTES.get(pattern, {"OPTIONS": Exchange.answer_preflight} if lost else {})
-        answer = Exchange.get_models if self.request.path.startswith("/v1/models") else Exchange.pass_on
-        return {**dict.fromkeys(routes, answer), "OPTIONS": Exchange.answer_preflight}
+    def _without_method(self, resource: Resource) -> Callable[[Exchange], None]:
+        """Return what answers a method that the path does not have.  Raises RequestError, mostly."""
+        method, settings = self.request.method, self.server.settings
+        if not resource.methods:
+            if method == "OPTIONS" and self.request.fields.get("origin") in settings.allow_origin:
+                return Exchange.answer_preflight  # a page is to read that there is nothing
+            meant = meant_path(self.request.path, settings)
+            raise RequestError("There is nothing at this path" + (f": {meant} is meant." if meant else "."), 404)
+        known = method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT")
+        allowed = ", ".join(resource.methods)
+        raise RequestError(f"This path takes {allowed} only.", 405 if known else 501, fields={"Allow": allowed})
 
     def _own_address(self) -> str:
         return "" if self.client.door.listener.path else plain_address(self.client.sock.getsockname()[0])
@@ -4360,15 +4355,19 @@ class Exchange:
 
         counts: among the requests of a minute.
         """
-        self.server.access.check_origin(self.request.fields)
-        if self.server.state == self.server.ABORTING:  # it came behind one that was
+        server = self.server
+        server.access.check_origin(self.request.fields)
+        if server.state == server.ABORTING:  # it came behind one that was
             raise shutting_down()
-        self._look(self.server.lookout.look, functools.partial(self._enter, then, counts))
+        self._look(server.lookout, functools.partial(self._enter, then, counts))
 
-    def _look(self, look: Callable[[Callable[[], object]], None], then: Callable[[], None]) -> None:
-        """Go on once a file was looked at."""
-        self._then = then
-        look(self.go_on)
+    def _look(self, lookout: Lookout, then: Callable[[], None]) -> None:
+        """Go on once a file was looked at, if there is one."""
+        if lookout.file:
+            self._then = then
+            lookout.look(self.go_on)
+        else:
+            then()
 
     def _waits(self) -> bool:
         """Tell whether there is still somebody who was neither answered nor refused."""
@@ -4379,27 +4378,34 @@ class Exchange:
         self.who = self.name or self.who
 
     def _enter(self, then: Callable[[], None], counts: bool) -> None:
-        fields, settings = self.request.fields, self.server.settings
         self._identify()
+        request, answers, claim = self.request, self.server.answers, None
         place = self.name or network_of(self.who)
-        self._then, answers = then, self.server.answers
         if answers.on:
-            self.claim = Claim(self.request, place, self.name, self._wants_events(), counts)
-        if not self.claim or (self.claim.begins and not answers.find(self.claim)):
+            self.claim = claim = Claim(request, place, self.name, self._wants_events(), counts)
+        if not claim or (claim.begins and not answers.find(claim)):
             self._take_place(place, counts)
         self.tell("let in", client=self.who)
-        if self.request.method != "POST" or (self.claim and self.claim.id):
-            self.go_on()
-            return
-        if "transfer-encoding" not in fields and "content-length" not in fields:
+        if request.method == "POST" and not (claim and claim.id):
+            self._expect_body(then)
+        else:
+            then()
+
+    def _expect_body(self, then: Callable[[], None]) -> None:
+        client, request, limit = self.client, self.request, self.server.settings.max_body
+        if "content-length" in request.fields:
+            if int(request.fields["content-length"]) > limit:
+                raise _too_large(limit)
+        elif "transfer-encoding" not in request.fields:
             raise RequestError("A body needs a Content-Length.", 411)
-        if int(fields.get("content-length", "0")) > settings.max_body:
-            raise _too_large(settings.max_body)
-        expected = fields.get("expect", "").lower() == "100-continue" and self.request.http11
-        if expected and not (self.client.data or self.request.body.complete):
-            self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.lead += self.client.loop.clock()
-        self.client.expect_body()
+        expected = request.http11 and request.fields.get("expect", "").lower() == "100-continue"
+        if expected and not (client.data or request.body.complete):
+            client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if client.expect_body():
+            then()
+        elif self._waits():
+            self._then = then
+            self.lead += client.loop.clock()
 
     def _take_place(self, name: str, counts: bool) -> None:
         """Count an answer that is about to begin.  Raises RequestError: there are too many, or none begins here."""
@@ -4430,6 +4436,11 @@ class Exchange:
             return self.request.body.complete
         return False
 
+    def on_whole_body(self) -> None:
+        """Go on: the rest of the body has come."""
+        self.lead -= self.client.loop.clock()
+        self.go_on()
+
     def go_on(self) -> None:
         """Do what waited for the body, or for a thread."""
         then, self._then = self._then, None
@@ -4453,7 +4464,7 @@ class Exchange:
 
     def answer_preflight(self) -> None:
         """Tell a page of an allowed origin what it may send (WHATWG Fetch section 3.2.2)."""
-        methods = ", ".join(self._methods())
+        methods = ", ".join(resource_at(self.request.path, self.server.settings).methods or ("OPTIONS",))
         fields = self.server.access.preflight_fields(self.request.fields, methods)
         self._answer(204, b"", fields or {"Allow": methods})
 
@@ -4468,7 +4479,7 @@ class Exchange:
     def get_metrics(self) -> None:
         """Answer with what Prometheus is to know, to whoever may ask."""
         self.server.access.check_origin(self.request.fields)
-        self._look(self.server.lookout.look, self._look_at_process)
+        self._look(self.server.lookout, self._look_at_process)
 
     def _look_at_process(self) -> None:
         self._identify()
@@ -4491,7 +4502,8 @@ class Exchange:
         if query.startswith("count="):
             self._answer_words(200, str(tests.count(query[len("count=") :])))
             return
-        self._check_surplus()
+        if self.client.surplus:
+            raise _surplus()
         if self.server.state >= self.server.DRAINING:
             raise shutting_down()
         self.stream = stream = tests.enter(network_of(self.who), parse_test(query), self)
@@ -4500,7 +4512,7 @@ class Exchange:
     def get_root(self) -> None:
         """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
         if not self._wants_events():
-            self._look(self.server.front.look, self._answer_page)
+            self._look(self.server.front.lookout, self._answer_page)
         elif "last-event-id" in self.request.fields and not self.server.answers.on:
             self._answer(204, b"", {})  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
         else:
@@ -4544,18 +4556,16 @@ class Exchange:
         answer.choices = adapted.choices
         return prompt_call(adapted), answer
 
-    def pass_on(self) -> None:
+    def pass_on(self, route: Route) -> None:
         """Pass a request of the API on, and its answer back."""
         if self.request.method == "POST":
             check_media(self.request.fields, self.server.settings)
-        route = api_routes(self.request.path, self.server.settings)[self.request.method]
-        self._admit(functools.partial(self._ask_by, self._passed), route.counts)
+        self._admit(functools.partial(self._ask_by, functools.partial(self._passed, route)), route.counts)
 
-    def _passed(self, body: bytes) -> tuple[Call, Answer]:
-        settings, request = self.server.settings, self.request
-        asked: dict[str, Any] = {}
+    def _passed(self, route: Route, body: bytes) -> tuple[Call, Answer]:
+        request, asked = self.request, {}
         if request.method == "POST":
-            asked = check_model(body, settings, api_routes(request.path, settings)["POST"].has_model)
+            asked = check_model(body, self.server.settings, route.has_model)
         messages, streamed = request.path == "/v1/messages", asked.get("stream") is True
         answer = PassedAnswer(self.server.hub.redact, count_choices(asked), messages, streamed)
         return self._passed_call(body), answer
@@ -4563,7 +4573,7 @@ class Exchange:
     def _passed_call(self, body: bytes = b"") -> Call:
         request, settings = self.request, self.server.settings
         fields = passed_fields(request.fields, settings, bool(body))
-        query = passed_query(request.query, request.method, settings)
+        query = request.query and passed_query(request.query, request.method, settings)
         return Call(request.path[len("/v1") :], body, fields, request.method, query)
 
     def get_models(self) -> None:
@@ -4585,36 +4595,34 @@ class Exchange:
     def _ask_by(self, make: Callable[[bytes], tuple[Call, Answer]]) -> None:
         """Ask upstream what make makes of the body: in a thread, where that takes its time."""
         body, self.received = self.received, bytearray()
-        if self.request.method == "POST":  # its body had to come
-            self.lead -= self.client.loop.clock()
-        claim = self.claim
-
-        def work() -> tuple[Call, Answer]:
-            if claim and claim.key:
-                claim.take_body(body)
-            return make(bytes(body))
-
+        work = functools.partial(_make, make, body, self.claim)
         if len(body) <= MAX_PARSED:
             self._ask(*work())
         else:
             self._run(work, lambda made: self._ask(*made))
 
     def _ask(self, call: Call, answer: Answer) -> None:
-        claim, answers = self.claim, self.server.answers
-        if claim and (not claim.begins or answers.find(claim)):
-            self._attach()
+        if self.claim and self._resume(self.claim, call, answer):
             return
-        if claim and not self.place:  # the answer that was there when this was let in has gone
+        self.stream = self.server.hub.stream(call, answer, self)
+        self.stream.ask()
+        self.lead += self.client.loop.clock()
+
+    def _resume(self, claim: Claim, call: Call, answer: Answer) -> bool:
+        """Go on with an answer that outlives its clients, or begin it; False: it is to be one that does not."""
+        answers = self.server.answers
+        if not claim.begins or answers.find(claim):
+            self._attach()
+            return True
+        if not self.place:  # the answer that was there when this was let in has gone
             self._take_place(claim.owner, claim.counts)
-        kept = answers.keep(claim, call, answer, self._told()) if claim and claim.keeps else None
-        if claim and kept:
+        kept = answers.keep(claim, call, answer, self._told()) if claim.keeps else None
+        if kept:
             self.place = ""  # which is the answer's now
             self.stream = kept.watch(self, claim, attached=False)
             kept.stream.ask()
-        else:
-            self.stream = self.server.hub.stream(call, answer, self)
-            self.stream.ask()
-        self.lead += self.client.loop.clock()
+            self.lead += self.client.loop.clock()
+        return bool(kept)
 
     def get_answer(self) -> None:
         """Go on with an answer, by its ID."""
@@ -4722,18 +4730,20 @@ class Exchange:
 
     def _begin_answer(self, status: int, fields: Mapping[str, str]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
-        self.client.keeps_alive = self.client.keeps_alive and not (self.server.draining or self.client.surplus)
-        common = {
-            "Date": http_date(int(time.time())),
-            "X-Request-Id": self.id,
-            "X-Content-Type-Options": "nosniff",
-        }
-        if not self.client.keeps_alive:
-            common["Connection"] = "close"
-        elif self.server.settings.keep_alive_timeout:  # for whoever would send the next request just then
-            common["Keep-Alive"] = f"timeout={self.server.settings.keep_alive_timeout:.0f}"
-        line = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
-        head = encode_head(line, {**common, **self.cors, **fields})
+        client, server, asked = self.client, self.server, self.request.fields
+        if client.surplus or server.draining:
+            client.keeps_alive = False
+        all_fields = {
+            "Date": http_date(int(time.time())), "X-Request-Id": self.id, "X-Content-Type-Options": "nosniff",
+        }  # fmt: skip
+        if not client.keeps_alive:
+            all_fields["Connection"] = "close"
+        elif server.settings.keep_alive_timeout:  # for whoever would send the next request just then
+            all_fields["Keep-Alive"] = f"timeout={server.settings.keep_alive_timeout:.0f}"
+        if "origin" in asked:
+            all_fields.update(server.access.cors_fields(asked))
+        all_fields.update(fields)
+        head = encode_head(f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", all_fields)
         self.status = status
         return head
 
@@ -4777,7 +4787,8 @@ class Exchange:
     def _count(self) -> None:
         metrics, failure, stream = self.server.hub.metrics, self.failure, self.stream
         now, client = self.client.loop.clock(), self.server.hub.metrics.client(self.name)
-        metrics.count("requests_total", 1, route_of(self.request.path, self.server.settings), str(self.status), *client)
+        route = resource_at(self.request.path, self.server.settings).name
+        metrics.count("requests_total", 1, route, str(self.status), *client)
         metrics.count("endings_total", 1, failure.ending if failure else "complete")
         if self.request.path not in _OPEN_PATHS and not self._goes_elsewhere:  # for those nobody waits
             metrics.observe("request_duration_seconds", now - self.began_at)
@@ -4835,43 +4846,71 @@ def notes_of(stream: Stream | Watch) -> dict[str, object]:
     }  # fmt: skip
 
 
+def _make(
+    make: Callable[[bytes], tuple[Call, Answer]], body: bytearray, claim: Claim | None
+) -> tuple[Call, Answer]:
+    if claim and claim.key:
+        claim.take_body(body)
+    return make(bytes(body))
+
+
+_PREFLIGHT = {"OPTIONS": Exchange.answer_preflight}
+
+
 def _get(function: Callable[[Exchange], None]) -> dict[str, Callable[[Exchange], None]]:
-    return {"GET": function, "HEAD": function, "OPTIONS": Exchange.answer_preflight}  # HEAD: the same without the body
+    return {"GET": function, "HEAD": function, **_PREFLIGHT}  # HEAD: the same without the body
 
 
 TEST_PATH = "/healthz/stream"
+_OPEN_PATHS = ("/healthz", TEST_PATH, "/readyz")  # those that answer under any name
 
 # Route, then method.
 _ROUTES: dict[str, dict[str, Callable[[Exchange], None]]] = {
     "/": {**_get(Exchange.get_root), "POST": Exchange.post_prompt},
     "/healthz": _get(Exchange.get_health),
-    TEST_PATH: {"GET": Exchange.get_test, "POST": Exchange.get_test, "OPTIONS": Exchange.answer_preflight},
+    TEST_PATH: {"GET": Exchange.get_test, "POST": Exchange.get_test, **_PREFLIGHT},
     "/readyz": _get(Exchange.get_ready),
     "/metrics": _get(Exchange.get_metrics),
     # Where answers are kept:
-    "/streams": {"DELETE": Exchange.stop_answer, "OPTIONS": Exchange.answer_preflight},
-    "/streams/{id}": {
-        "GET": Exchange.get_answer, "DELETE": Exchange.stop_answer, "OPTIONS": Exchange.answer_preflight,
-    },
-    "/streams/{id}/stop": {"POST": Exchange.stop_answer, "OPTIONS": Exchange.answer_preflight},
-}  # fmt: skip
+    "/streams": {"DELETE": Exchange.stop_answer, **_PREFLIGHT},
+    "/streams/{id}": {"GET": Exchange.get_answer, "DELETE": Exchange.stop_answer, **_PREFLIGHT},
+    "/streams/{id}/stop": {"POST": Exchange.stop_answer, **_PREFLIGHT},
+}
 
 
-def route_of(path: str, settings: Settings) -> str:
-    """Return the name of a path in metrics: of all that there are, there is a bounded number."""
-    if path.startswith("/streams"):
-        pattern = re.sub("^/streams/[^/]+", "/streams/{id}", path)
-        return pattern if settings.resume and pattern in _ROUTES else "other"
-    if path in _ROUTES:
-        return path
-    routes = api_routes(path, settings)
-    return next((route.name or path for route in routes.values()), "other")
+class Resource:
+    """What there is at a path: what answers a request, by its method.
+
+    name: that in metrics; of all that there are, there is a bounded number.  is_open: it answers under any name.
+    """
+
+    def __init__(self, name: str, methods: Mapping[str, Callable[[Exchange], None]]) -> None:
+        self.name, self.methods, self.is_open = name, methods, name in _OPEN_PATHS
+
+
+def resource_at(path: str, settings: Settings) -> Resource:
+    """Return what there is at path; where that is nothing, it has no methods."""
+    return _resource_at(path, path in settings.allow_path, settings.resume > 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _resource_at(path: str, is_allowed: bool, resumes: bool) -> Resource:
+    routes = api_routes(path, is_allowed)
+    if routes:
+        names = [route.name or path for route in routes.values()]
+        return Resource(names[0], {**{method: _passing(route) for method, route in routes.items()}, **_PREFLIGHT})
+    pattern = re.sub("^/streams/[^/]+", "/streams/{id}", path)
+    if pattern in _ROUTES and (resumes or not path.startswith("/streams")):
+        return Resource(pattern, _ROUTES[pattern])
+    return Resource("other", {})
+
+
+def _passing(route: Route) -> Callable[[Exchange], None]:
+    return Exchange.get_models if "/v1/models" in route.path else lambda exchange: exchange.pass_on(route)
 
 
 # RFC 9110 section 15.5.22: what is spoken instead.
 _UPGRADE = {"Upgrade": "HTTP/1.1", "Connection": "Upgrade, close"}
-
-_OPEN_PATHS = ("/healthz", TEST_PATH, "/readyz")  # those that answer under any name
 
 # What keeps nginx, proxies that compress, and whoever knows RFC 10036 from holding text back.
 STREAM_FIELDS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform", "Incremental": "?1"}
@@ -6543,7 +6582,7 @@ class Watch:
         self.kept, self.start, self.attached = kept, start, attached
         self.stream = kept.stream
         self.cursor = Cursor(kept.record, start)
-        self.viewer = Viewer(self.cursor, exchange.client, exchange.begin_stream)
+        self.viewer: Viewer = Viewer(self.cursor, exchange.client, exchange.begin_stream)
         self.failure: ProxyError | None = None
         self._exchange = exchange
         self._began_at = kept.loop.now
@@ -7024,7 +7063,7 @@ class Lookout(Stateful):
 
     def __init__(self, file: WatchedFile | None, hub: Hub) -> None:
         self.state = self.IDLE
-        self._file, self._hub = file, hub
+        self.file, self._hub = file, hub
         self._waiting: list[Callable[[], object]] = []  # for a look that begins after they asked
         self._looking: list[Callable[[], object]] = []  # for the one that is under way
         self._since = 0.0  # when the look under way began
@@ -7033,13 +7072,13 @@ class Lookout(Stateful):
     @property
     def trouble(self) -> str:
         """Why the file cannot be looked at now; "" where it can."""
-        if self.state != self.HANGING or not self._file:
+        if self.state != self.HANGING or not self.file:
             return ""
-        return f"the {self._file.name} cannot be looked at, its last version counts: it takes too long"
+        return f"the {self.file.name} cannot be looked at, its last version counts: it takes too long"
 
     def look(self, then: Callable[[], object]) -> None:
         """Call then once the file was looked at."""
-        if self.state == self.HANGING or not self._file:
+        if self.state == self.HANGING or not self.file:
             then()
             return
         self._waiting.append(then)
@@ -7058,9 +7097,9 @@ class Lookout(Stateful):
 
     def _look(self) -> None:
         """In a thread that may wait."""
-        assert self._file
+        assert self.file
         try:
-            for complaint in self._file.look():
+            for complaint in self.file.look():
                 self._hub.log.error(complaint)
         finally:
             self._hub.loop.post(self._on_looked)
@@ -7114,12 +7153,12 @@ class FrontPage:
         """Raises SettingsError for a page of one's own that cannot be used."""
         self._own = OwnPage(settings.page) if settings.page else None
         self._chat = b"" if self._own else chat_page(settings)
-        self._lookout = Lookout(self._own, hub)
-        self.look, self.close = self._lookout.look, self._lookout.close
+        self.lookout = Lookout(self._own, hub)
+        self.close = self.lookout.close
 
     @property
     def shown(self) -> tuple[bytes, Mapping[str, str]]:
-        """The page and its fields, as of the last look.  look(then) looks first."""
+        """The page and its fields, as of the last look of lookout."""
         if self._own:
             return self._own.html, {"Content-Type": "text/html; charset=utf-8"}
         return self._chat, PAGE_FIELDS
