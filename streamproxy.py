@@ -2762,7 +2762,7 @@ def _named_models(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 if named:
                     yield top, member
                 folded = member.casefold()  # as servers in Go do
-                if named or (isinstance(inner, (str, list, dict)) and folded not in _CONTENT):
+                if isinstance(inner, (str, list, dict)) and (named or folded not in _CONTENT):
                     rest.append((top or member, inner, named or bool(_MODEL_NAMES.search(folded))))
         elif named and isinstance(value, str):
             yield top, value
@@ -3504,7 +3504,8 @@ class Alarm:
 
     def close(self) -> None:
         self.call = None  # the loop may hold an alarm for long, but not what it would call
-        self._loop.arm(self, math.inf)
+        if self.at != math.inf:
+            self._loop.disarm(self)
 
 
 class Loop:
@@ -3596,14 +3597,18 @@ class Loop:
     def arm(self, alarm: Alarm, when: float) -> None:
         """Have an alarm go off at when, and no longer when it would have: see Alarm.by."""
         assert self._owner in (None, threading.get_ident())
-        self._stale += alarm.at != math.inf
+        self.disarm(alarm)
         alarm.at = when
-        if when != math.inf:
-            heapq.heappush(self._alarms, (when, alarm))
+        heapq.heappush(self._alarms, (when, alarm))
         if self._stale > 1000 + len(self._alarms) // 2:  # they would stay until their time
             self._alarms = [entry for entry in self._alarms if entry[1].at == entry[0]]
             heapq.heapify(self._alarms)
             self._stale = 0
+
+    def disarm(self, alarm: Alarm) -> None:
+        """Have an alarm not go off."""
+        self._stale += alarm.at != math.inf
+        alarm.at = math.inf
 
     def turn(self, timeout: float = FOREVER) -> None:
         """Wait for at most timeout seconds, or until an alarm, then do all there is to do."""
@@ -4906,7 +4911,7 @@ def _resource_at(path: str, is_allowed: bool, resumes: bool) -> Resource:
 
 
 def _passing(route: Route) -> Callable[[Exchange], None]:
-    return Exchange.get_models if "/v1/models" in route.path else lambda exchange: exchange.pass_on(route)
+    return Exchange.get_models if route.path.startswith("/v1/models") else lambda exchange: exchange.pass_on(route)
 
 
 # RFC 9110 section 15.5.22: what is spoken instead.
@@ -5480,20 +5485,18 @@ class Target:
         if proxy and base.scheme == "http":  # absolute form, RFC 9112 section 3.2.2
             self._path = f"http://{base.netloc}{self._path}"
             fields.update(proxy.fields)
-        self._fields = encode_head(" HTTP/1.1", fields)[:-2].decode("latin-1")
+        self._fields = fields
 
     def encode_head(self, call: Call) -> bytes:
         """Return the head of the request.  Raises ValueError for a value that would forge a line."""
-        fields, query = call.fields, call.query or self._query
-        if call.query and self._query:
-            query = f"{self._query}&{query}"
+        query = "&".join(filter(None, (self._query, call.query)))
         path = f"{self._path}{call.path}?{query}" if query else self._path + call.path
-        if not (_PATH.fullmatch(path) and _VALUES.fullmatch("".join(fields.values()))):
-            raise ValueError("a bad value in a path or a header field")
-        lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+        if not _PATH.fullmatch(path):
+            raise ValueError("a bad value in a path")
+        fields = {**self._fields, **call.fields}
         if call.body or call.method == "POST":  # RFC 9110 section 8.6
-            lines += f"Content-Length: {len(call.body)}\r\n"
-        return f"{call.method} {path}{self._fields}{lines}\r\n".encode("latin-1")
+            fields["Content-Length"] = str(len(call.body))
+        return encode_head(f"{call.method} {path} HTTP/1.1", fields)
 
 
 _PATH = re.compile("[!-~\x80-\xff]+")
@@ -5643,26 +5646,26 @@ class Pool:
     def settle(self, connection: Connection, body: BodyDecoder) -> None:
         """Keep a connection whose answer nobody waits for any more, once body, the rest of it, has ended."""
         spare = Spare(self, connection, body)
-        self._settling[spare] = None
         self.loop.watch(connection.sock, READ, spare.on_ready)
         self.sort(spare)
 
     def sort(self, spare: Spare) -> None:
         """Put a connection where it belongs by what has come of its body."""
         body, connection = spare.body, spare.connection
-        old = self.loop.now - connection.opened_at > MAX_CONNECTION_AGE
-        if body.broken or (body.complete and (body.rest or old)):
-            self.drop(spare)
-        elif body.complete:
-            del self._settling[spare]
-            idle = self._idle.setdefault(connection.key, [])
-            idle.append(spare)
-            spare.since = self.loop.now
-            self._alarm.by(spare.since + KEEP_ALIVE_TIMEOUT)
-            if len(idle) > MAX_IDLE_CONNECTIONS:
-                self._close(idle.pop(0))
-        else:
+        if not (body.complete or body.broken):
+            self._settling[spare] = None
             self._alarm.by(spare.since + END_GRACE)
+            return
+        self._settling.pop(spare, None)
+        if body.broken or body.rest or self.loop.now > connection.opened_at + MAX_CONNECTION_AGE:
+            self._close(spare)
+            return
+        idle = self._idle.setdefault(connection.key, [])
+        idle.append(spare)
+        spare.since = self.loop.now
+        self._alarm.by(spare.since + KEEP_ALIVE_TIMEOUT)
+        if len(idle) > MAX_IDLE_CONNECTIONS:
+            self._close(idle.pop(0))
 
     def drop(self, spare: Spare) -> None:
         if spare in self._settling:
