@@ -1781,10 +1781,11 @@ def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
         fields, match = parse_fields(lines, _LENIENT_LINES), _STATUS_LINE.fullmatch(line)
         if not match:
             break
-        if match[1] == "0":
+        minor, status = match.groups()
+        if minor == "0":
             fields["connection"] = "close"  # as good as said
-        if match[2] == "101" or match[2] >= "200":
-            return int(match[2]), fields, rest
+        if status >= "200" or status == "101":
+            return int(status), fields, rest
         data = rest
     raise ValueError("not an answer")
 
@@ -1940,7 +1941,7 @@ class Request:
             raise _too_many_fields()
         try:
             fields = parse_fields(lines)
-            if "transfer-encoding" in fields and not self.http11:
+            if not self.http11 and "transfer-encoding" in fields:
                 raise ValueError("a transfer coding in HTTP/1.0")
             body = body_decoder(fields, 0)
         except ValueError as error:
@@ -2749,6 +2750,8 @@ _CONTENT = frozenset((
     "input_schema", "schema", "json_schema", "function", "functions", "documents", "text",
 ))  # fmt: skip
 
+_HOLDING = frozenset((str, list, dict))  # the types of what may name a model
+
 
 def _named_models(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (member of asked, name) for all that may be the name of a model."""
@@ -2758,11 +2761,12 @@ def _named_models(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
             rest += [(top, item, named) for item in value]
         elif isinstance(value, dict):
             named = named and "model" not in value  # {"a model": ["its fallback"]}, not {"model": ..., "messages": ...}
-            for member, inner in value.items():
-                if named:
-                    yield top, member
+            if named:
+                yield from zip(itertools.repeat(top), value)
+            holding = map(_HOLDING.__contains__, map(type, value.values()))
+            for member, inner in itertools.compress(value.items(), holding):
                 folded = member.casefold()  # as servers in Go do
-                if isinstance(inner, (str, list, dict)) and (named or folded not in _CONTENT):
+                if named or folded not in _CONTENT:
                     rest.append((top or member, inner, named or bool(_MODEL_NAMES.search(folded))))
         elif named and isinstance(value, str):
             yield top, value
@@ -3944,6 +3948,10 @@ def hang_up(sock: socket.socket) -> None:
     sock.close()
 
 
+def too_large(limit: int) -> RequestError:
+    return RequestError(f"The body is larger than {limit} bytes.", 413)
+
+
 class Peer:
     """A client's socket, which the loop reads from and writes to without waiting."""
 
@@ -4058,6 +4066,7 @@ class Client(Peer, Stateful):
         self.address = "unix" if door.listener.path else plain_address(address[0])
         self.surplus = len(self.server.clients) >= self.server.max_clients  # it is told so
         self.data = b""  # came, and was not taken
+        self.body = bytearray()  # of the request, as far as it was read
         self.exchange: Exchange | None = None
         self.state = self.IDLE
         self.since = self.loop.now  # in this state; of HEAD and BODY together; of the last progress of what is sent
@@ -4105,14 +4114,15 @@ class Client(Peer, Stateful):
             if self.state == self.IDLE:
                 self.since = self.loop.now
             request, self.data = parsed
-            self._exchange_for(request).begin()
+            exchange = self._exchange_for(request)
+            exchange.step(exchange.dispatch)
         elif self.state == self.IDLE and self.data.strip(b"\r\n"):  # empty lines are none of a request
             self.state, self.since = self.HEAD, self.loop.now
             self._set_alarm()
 
     def expect_body(self) -> bool:
         """Read the body of the request; tell if it is there, whole and good.  Else its exchange is told once it is."""
-        self.state = self.BODY
+        self.state, self.body = self.BODY, bytearray()
         if len(self.data) > MAX_PIPELINED:
             self._listen()
         return self._read_body()
@@ -4120,7 +4130,7 @@ class Client(Peer, Stateful):
     def on_answered(self, cut: bool) -> None:
         """The answer has left: read on, or close; at once where it was cut, or it would look complete."""
         exchange, self.exchange = self.exchange, None
-        self.since = self.loop.now
+        self.since, self.body = self.loop.now, bytearray()
         if not exchange or self.lost or cut:
             self.close()
         elif not exchange.request.body.complete or (self.data and not self.keeps_alive):
@@ -4219,16 +4229,22 @@ class Client(Peer, Stateful):
 
     def _read_body(self) -> bool:
         """Take what has come of the body; tell if it is whole, and good."""
-        exchange = self.exchange
+        exchange, limit = self.exchange, self.server.settings.max_body
         assert exchange
         body = exchange.request.body
-        part = body.feed(self.data)
+        self.body += body.feed(self.data)
         self.data = body.rest
         if body.complete:
             self.state = self.ANSWERING
         else:
             self._set_alarm()
-        return exchange.on_body(part)
+        if body.broken:
+            exchange.refuse(RequestError("The chunked coding of the body is broken."))
+        elif len(self.body) > limit:
+            exchange.refuse(too_large(limit))
+        else:
+            return body.complete
+        return False
 
     def _linger(self, data: bytes) -> None:
         """Drop what is left of a request: a little for the sake of the connection, else until the client closes."""
@@ -4282,10 +4298,6 @@ _PROXY_FIELDS = frozenset(("x-forwarded-for", "forwarded", "via"))
 _REQUEST_ID = re.compile("[0-9A-Za-z._-]{1,64}")
 
 
-def _too_large(limit: int) -> RequestError:
-    return RequestError(f"The body is larger than {limit} bytes.", 413)
-
-
 def _surplus() -> RequestError:
     return RequestError("Too many connections.", 503, reason="connections")
 
@@ -4302,36 +4314,34 @@ class Exchange:
 
     def __init__(self, client: Client, request: Request) -> None:
         self.client, self.request, self.server = client, request, client.server
+        self.resource = resource_at(request.path, self.server.settings)
         given = request.fields.get("x-request-id", "")
         self.id = given if given and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
         self.began_at = client.loop.now
         self.who = client.address  # as the log names the client
         # The seconds that we take until upstream is asked, but for the wait for the body: ends, less beginnings.
         self.lead = -self.began_at
-        self.received = bytearray()  # of the body
         self.stream: Stream | Watch | TestStream | None = None
 
     # What is asked.
 
-    def begin(self) -> None:
-        self._step(self._dispatch)
-
-    def _step(self, step: Callable[[], None]) -> None:
+    def step(self, step: Callable[[], None]) -> None:
+        """Make a step; where it fails, the client is told."""
         try:
             step()
         except ProxyError as failure:
             self.refuse(failure)
 
-    def _dispatch(self) -> None:
+    def dispatch(self) -> None:
         """Check what every request must have, and call the function of its path and method."""
         client, request, access = self.client, self.request, self.server.access
-        fields, resource = request.fields, resource_at(request.path, self.server.settings)
+        fields, resource = request.fields, self.resource
         if "x-forwarded-for" in fields:
             self.who = access.address_of(client.address, fields["x-forwarded-for"])
         self.tell("request", client=self.who, method=request.method, path=request.path[:200])
         if "upgrade" in fields and request.path.startswith("/v1/") and "websocket" in fields["upgrade"].lower():
             raise RequestError("Ask with POST: WebSocket is not spoken here.", 426, fields=_UPGRADE)
-        run = resource.methods.get(request.method) or self._without_method(resource)
+        run = resource.methods.get(request.method) or self._without_method()
         if request.method != "POST" and not request.body.complete:
             raise RequestError("Only POST takes a body.")
         if not resource.is_open:
@@ -4340,16 +4350,16 @@ class Exchange:
             access.check_host(fields.get("host", "localhost"), self._own_address)
         run(self)
 
-    def _without_method(self, resource: Resource) -> Callable[[Exchange], None]:
+    def _without_method(self) -> Callable[[Exchange], None]:
         """Return what answers a method that the path does not have.  Raises RequestError, mostly."""
         method, settings = self.request.method, self.server.settings
-        if not resource.methods:
+        if not self.resource.methods:
             if method == "OPTIONS" and self.request.fields.get("origin") in settings.allow_origin:
                 return Exchange.answer_preflight  # a page is to read that there is nothing
             meant = meant_path(self.request.path, settings)
             raise RequestError("There is nothing at this path" + (f": {meant} is meant." if meant else "."), 404)
         known = method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT")
-        allowed = ", ".join(resource.methods)
+        allowed = ", ".join(self.resource.methods)
         raise RequestError(f"This path takes {allowed} only.", 405 if known else 501, fields={"Allow": allowed})
 
     def _own_address(self) -> str:
@@ -4364,7 +4374,10 @@ class Exchange:
         server.access.check_origin(self.request.fields)
         if server.state == server.ABORTING:  # it came behind one that was
             raise shutting_down()
-        self._look(server.lookout, functools.partial(self._enter, then, counts))
+        if server.lookout.file:
+            self._look(server.lookout, functools.partial(self._enter, then, counts))
+        else:
+            self._enter(then, counts)
 
     def _look(self, lookout: Lookout, then: Callable[[], None]) -> None:
         """Go on once a file was looked at, if there is one."""
@@ -4400,7 +4413,7 @@ class Exchange:
         client, request, limit = self.client, self.request, self.server.settings.max_body
         if "content-length" in request.fields:
             if int(request.fields["content-length"]) > limit:
-                raise _too_large(limit)
+                raise too_large(limit)
         elif "transfer-encoding" not in request.fields:
             raise RequestError("A body needs a Content-Length.", 411)
         expected = request.http11 and request.fields.get("expect", "").lower() == "100-continue"
@@ -4429,18 +4442,6 @@ class Exchange:
         """Whether _check_begins has refused it: no failure to whoever led it here, and leads it on."""
         return self.status == 421
 
-    def on_body(self, part: bytes) -> bool:
-        """Take a part of the body; tell if it is whole, and good."""
-        self.received += part
-        limit = self.server.settings.max_body
-        if self.request.body.broken:
-            self.refuse(RequestError("The chunked coding of the body is broken."))
-        elif len(self.received) > limit:
-            self.refuse(_too_large(limit))
-        else:
-            return self.request.body.complete
-        return False
-
     def on_whole_body(self) -> None:
         """Go on: the rest of the body has come."""
         self.lead -= self.client.loop.clock()
@@ -4450,7 +4451,7 @@ class Exchange:
         """Do what waited for the body, or for a thread."""
         then, self._then = self._then, None
         if then and self._waits():
-            self._step(then)
+            self.step(then)
 
     def _run(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Go on with what work returns, once a thread has done it."""
@@ -4469,7 +4470,7 @@ class Exchange:
 
     def answer_preflight(self) -> None:
         """Tell a page of an allowed origin what it may send (WHATWG Fetch section 3.2.2)."""
-        methods = ", ".join(resource_at(self.request.path, self.server.settings).methods or ("OPTIONS",))
+        methods = ", ".join(self.resource.methods or ("OPTIONS",))
         fields = self.server.access.preflight_fields(self.request.fields, methods)
         self._answer(204, b"", fields or {"Allow": methods})
 
@@ -4599,7 +4600,7 @@ class Exchange:
 
     def _ask_by(self, make: Callable[[bytes], tuple[Call, Answer]]) -> None:
         """Ask upstream what make makes of the body: in a thread, where that takes its time."""
-        body, self.received = self.received, bytearray()
+        body, self.client.body = self.client.body, bytearray()
         work = functools.partial(_make, make, body, self.claim)
         if len(body) <= MAX_PARSED:
             self._ask(*work())
@@ -4722,16 +4723,17 @@ class Exchange:
         """Take the end of the stream: tell why there is no answer, or end with it."""
         stream, client = self.stream, self.client
         assert stream
-        self.failure = stream.failure
+        failure, intact = stream.failure, stream.viewer.intact
+        self.failure = failure
         self._leave_place()  # before the next request is begun: a client that saw the end may ask again
-        if self.failure and not (self.status or client.lost):
-            self.refuse(self.failure)
-            return
-        if self.failure:
-            self.status = self.status or self.failure.status
-        if stream.viewer.intact and client.resets:
+        if failure:
+            if not (self.status or client.lost):
+                self.refuse(failure)
+                return
+            self.status = self.status or failure.status
+        if intact and client.resets:
             client.reset(False)
-        self._end(cut=not stream.viewer.intact)
+        self._end(cut=not intact)
 
     def _begin_answer(self, status: int, fields: Mapping[str, str]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
@@ -4792,8 +4794,7 @@ class Exchange:
     def _count(self) -> None:
         metrics, failure, stream = self.server.hub.metrics, self.failure, self.stream
         now, client = self.client.loop.clock(), self.server.hub.metrics.client(self.name)
-        route = resource_at(self.request.path, self.server.settings).name
-        metrics.count("requests_total", 1, route, str(self.status), *client)
+        metrics.count("requests_total", 1, self.resource.name, str(self.status), *client)
         metrics.count("endings_total", 1, failure.ending if failure else "complete")
         if self.request.path not in _OPEN_PATHS and not self._goes_elsewhere:  # for those nobody waits
             metrics.observe("request_duration_seconds", now - self.began_at)
@@ -5489,8 +5490,9 @@ class Target:
 
     def encode_head(self, call: Call) -> bytes:
         """Return the head of the request.  Raises ValueError for a value that would forge a line."""
-        query = "&".join(filter(None, (self._query, call.query)))
-        path = f"{self._path}{call.path}?{query}" if query else self._path + call.path
+        path = self._path + call.path
+        if call.query or self._query:
+            path += "?" + "&".join(filter(None, (self._query, call.query)))
         if not _PATH.fullmatch(path):
             raise ValueError("a bad value in a path")
         fields = {**self._fields, **call.fields}

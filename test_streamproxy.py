@@ -10268,7 +10268,7 @@ class Play:
                 (streamproxy.Answer, "feed"),
                 (streamproxy.Answer, "close"),
                 (streamproxy.Client, "begin"),
-                (streamproxy.Exchange, "on_body"),
+                (streamproxy.Client, "expect_body"),
                 (streamproxy.Source, "on_ready"),
                 (streamproxy.Source, "open"),
                 (streamproxy.Viewer, "more"),
