@@ -1954,7 +1954,7 @@ class Request:
             if scheme.lower() in ("http", "https") and rest.partition("/")[0].lower() == host.lower():
                 self.path = "/" + rest.partition("/")[2]
         self.fields, self.body = fields, body
-        self.keeps_alive = self.http11 and not _CLOSE.search(fields.get("connection", ""))
+        self.keeps_alive = self.http11 and not ("connection" in fields and _CLOSE.search(fields["connection"]))
 
 
 _CLOSE = re.compile("(?i)(?:^|,)[ \t]*close[ \t]*(?:,|$)")  # RFC 9112 section 9.6
@@ -3068,6 +3068,7 @@ class Limits:
         self._settings = settings
         self._clock = clock
         self.total = 0
+        self._shares = bool(settings.max_streams_per_client or settings.requests_per_minute)  # each client has one
         self._clients: dict[str, Share] = {}
         self._many = MAX_QUIET_CLIENTS  # so many are looked through for those that can be forgotten
 
@@ -3079,30 +3080,35 @@ class Limits:
         limits = self._settings
         if limits.max_streams and self.total >= limits.max_streams:
             raise RequestError("Too many answers are on their way.", 503, fields=_SOON, reason="max_streams")
-        share = self._clients.get(client)
-        if not share:
-            share = self._clients[client] = Share(limits.requests_per_minute, self._clock())
+        if self._shares:
+            self._take_share(client, counts)
+        self.total += 1
+
+    def leave(self, client: str) -> None:
+        """Give back the place that enter took."""
+        self.total -= 1
+        if not self._shares:
+            return
+        self._clients[client].streams -= 1
+        if len(self._clients) > self._many:
+            old = self._clock() - 60  # a minute's silence leaves nothing to know of a client
+            self._clients = {name: share for name, share in self._clients.items() if share.streams or share.as_of > old}
+            self._many = max(MAX_QUIET_CLIENTS, 2 * len(self._clients))
+
+    def _take_share(self, client: str, counts: bool) -> None:
+        limits, now = self._settings, self._clock()
+        share = self._clients.setdefault(client, Share(limits.requests_per_minute, now))
         if limits.max_streams_per_client and share.streams >= limits.max_streams_per_client:
             words = "Too many of your answers are on their way."
             raise RequestError(words, 429, fields=_SOON, reason="max_streams_per_client")
         if limits.requests_per_minute and counts:  # a token bucket that holds those of a minute
-            now, rate = self._clock(), limits.requests_per_minute / 60
+            rate = limits.requests_per_minute / 60
             left = min(limits.requests_per_minute, share.left + (now - share.as_of) * rate)
             if left < 1:
                 wait = {"Retry-After": str(math.ceil((1 - left) / rate))}
                 raise RequestError("Too many requests in a minute.", 429, fields=wait, reason="requests_per_minute")
             share.left, share.as_of = left - 1, now
         share.streams += 1
-        self.total += 1
-
-    def leave(self, client: str) -> None:
-        """Give back the place that enter took."""
-        self.total -= 1
-        self._clients[client].streams -= 1
-        if len(self._clients) > self._many:
-            old = self._clock() - 60  # a minute's silence leaves nothing to know of a client
-            self._clients = {name: share for name, share in self._clients.items() if share.streams or share.as_of > old}
-            self._many = max(MAX_QUIET_CLIENTS, 2 * len(self._clients))
 
 
 _SOON = {"Retry-After": "1"}
@@ -3193,9 +3199,9 @@ class Access:
 
     def check_origin(self, fields: Mapping[str, str]) -> None:
         """Check that no page asks but our own, or one of an allowed origin.  Raises RequestError."""
-        origin, site = fields.get("origin", ""), fields.get("sec-fetch-site", "")
-        if not (origin or site):  # no browser
+        if "origin" not in fields and "sec-fetch-site" not in fields:  # no browser
             return
+        origin, site = fields.get("origin", ""), fields.get("sec-fetch-site", "")
         host = fields.get("host", "").lower()
         own = site == "same-origin" or origin.lower() in (f"http://{host}", f"https://{host}")
         is_hidden = site in ("cross-site", "same-site") and not origin
@@ -3509,7 +3515,8 @@ class Alarm:
     def close(self) -> None:
         self.call = None  # the loop may hold an alarm for long, but not what it would call
         if self.at != math.inf:
-            self._loop.disarm(self)
+            self.at = math.inf
+            self._loop.stale += 1
 
 
 class Loop:
@@ -3533,7 +3540,7 @@ class Loop:
         self._begun: collections.deque[Callable[[], object]] = collections.deque()
         self._full = 0  # turns in which not all could be seen to, since an alarm is due
         self._alarms: list[tuple[float, Alarm]] = []  # a heap; an entry counts if its alarm has that time
-        self._stale = 0  # of those, how many do not count, about
+        self.stale = 0  # of those, how many do not count, about
         self._bell, self._rope = socket.socketpair()  # pulling the rope rings the bell, which wakes the selector
         self._bell.setblocking(False)
         self._asleep = False
@@ -3601,18 +3608,14 @@ class Loop:
     def arm(self, alarm: Alarm, when: float) -> None:
         """Have an alarm go off at when, and no longer when it would have: see Alarm.by."""
         assert self._owner in (None, threading.get_ident())
-        self.disarm(alarm)
+        if alarm.at != math.inf:
+            self.stale += 1
         alarm.at = when
         heapq.heappush(self._alarms, (when, alarm))
-        if self._stale > 1000 + len(self._alarms) // 2:  # they would stay until their time
+        if self.stale > 1000 and self.stale > len(self._alarms) // 2:  # they would stay until their time
             self._alarms = [entry for entry in self._alarms if entry[1].at == entry[0]]
             heapq.heapify(self._alarms)
-            self._stale = 0
-
-    def disarm(self, alarm: Alarm) -> None:
-        """Have an alarm not go off."""
-        self._stale += alarm.at != math.inf
-        alarm.at = math.inf
+            self.stale = 0
 
     def turn(self, timeout: float = FOREVER) -> None:
         """Wait for at most timeout seconds, or until an alarm, then do all there is to do."""
@@ -4122,7 +4125,7 @@ class Client(Peer, Stateful):
 
     def expect_body(self) -> bool:
         """Read the body of the request; tell if it is there, whole and good.  Else its exchange is told once it is."""
-        self.state, self.body = self.BODY, bytearray()
+        self.state = self.BODY
         if len(self.data) > MAX_PIPELINED:
             self._listen()
         return self._read_body()
@@ -4130,7 +4133,8 @@ class Client(Peer, Stateful):
     def on_answered(self, cut: bool) -> None:
         """The answer has left: read on, or close; at once where it was cut, or it would look complete."""
         exchange, self.exchange = self.exchange, None
-        self.since, self.body = self.loop.now, bytearray()
+        self.since = self.loop.now
+        self.body.clear()  # if nobody has taken it
         if not exchange or self.lost or cut:
             self.close()
         elif not exchange.request.body.complete or (self.data and not self.keeps_alive):
@@ -4396,7 +4400,8 @@ class Exchange:
         self.who = self.name or self.who
 
     def _enter(self, then: Callable[[], None], counts: bool) -> None:
-        self._identify()
+        if self.server.lookout.file:  # of tokens
+            self._identify()
         request, answers, claim = self.request, self.server.answers, None
         place = self.name or network_of(self.who)
         if answers.on:
@@ -4601,11 +4606,12 @@ class Exchange:
     def _ask_by(self, make: Callable[[bytes], tuple[Call, Answer]]) -> None:
         """Ask upstream what make makes of the body: in a thread, where that takes its time."""
         body, self.client.body = self.client.body, bytearray()
-        work = functools.partial(_make, make, body, self.claim)
+        if self.claim and self.claim.key:
+            make = self.claim.taking(make)
         if len(body) <= MAX_PARSED:
-            self._ask(*work())
+            self._ask(*make(bytes(body)))
         else:
-            self._run(work, lambda made: self._ask(*made))
+            self._run(lambda: make(bytes(body)), lambda made: self._ask(*made))
 
     def _ask(self, call: Call, answer: Answer) -> None:
         if self.claim and self._resume(self.claim, call, answer):
@@ -4738,7 +4744,7 @@ class Exchange:
     def _begin_answer(self, status: int, fields: Mapping[str, str]) -> bytes:
         """Return a head with the fields that every answer has, and Connection where it is the last."""
         client, server, asked = self.client, self.server, self.request.fields
-        if client.surplus or server.draining:
+        if client.surplus or server.state != server.SERVING:
             client.keeps_alive = False
         all_fields = {
             "Date": http_date(int(time.time())), "X-Request-Id": self.id, "X-Content-Type-Options": "nosniff",
@@ -4850,14 +4856,6 @@ def notes_of(stream: Stream | Watch) -> dict[str, object]:
         "model": notes.model, "finish_reason": notes.finish_reason, "pieces": notes.pieces, "bytes": notes.size,
         "usage": notes.usage, "upstream_id": notes.request_id,
     }  # fmt: skip
-
-
-def _make(
-    make: Callable[[bytes], tuple[Call, Answer]], body: bytearray, claim: Claim | None
-) -> tuple[Call, Answer]:
-    if claim and claim.key:
-        claim.take_body(body)
-    return make(bytes(body))
 
 
 _PREFLIGHT = {"OPTIONS": Exchange.answer_preflight}
@@ -6459,9 +6457,13 @@ class Claim:
         self.asked = b""  # a digest of the request
         self._head = f"{request.method} {path}?{request.query} {events}".encode()
 
-    def take_body(self, body: bytes | bytearray) -> None:
-        """Know the request from another."""
-        self.asked = hashlib.sha256(self._head + b"\n" + body).digest()
+    def taking(self, make: Callable[[bytes], tuple[Call, Answer]]) -> Callable[[bytes], tuple[Call, Answer]]:
+        """Return make, which takes note of the body, too: this knows the request from another by it."""
+        def make_and_note(body: bytes) -> tuple[Call, Answer]:
+            self.asked = hashlib.sha256(self._head + b"\n" + body).digest()
+            return make(body)
+
+        return make_and_note
 
     def position(self) -> tuple[str, int]:
         """Return the ID of the answer that was begun, and how much of it has come; "" for none that can be read."""

@@ -3845,7 +3845,8 @@ def test_limits_forget_quiet_clients() -> None:
 
 def test_limits_look_seldom_for_whom_to_forget_where_nobody_is_quiet() -> None:
     looks = []
-    limits = streamproxy.Limits(streamproxy.Settings(api_key=KEY), lambda: looks.append(1) or 100.0)
+    settings = streamproxy.Settings(api_key=KEY, requests_per_minute=1)
+    limits = streamproxy.Limits(settings, lambda: looks.append(1) or 100.0)
     count = 2 * streamproxy.MAX_QUIET_CLIENTS
     for number in range(count):
         limits.enter(str(number))
