@@ -1166,6 +1166,10 @@ class Answer:
             self.failure = cut or UpstreamError("Upstream ended before the end of its answer.", ending="truncated")
         return b"".join(out)
 
+    def skim(self, body: bytes) -> bool:
+        """Take body if it is whole events with which a stream just goes on, and tell so: then it passes as it is."""
+        return False
+
     def end(self) -> bytes:
         """Return what follows the last text of a complete answer."""
         return b""
@@ -1562,21 +1566,28 @@ class PassedAnswer(Answer):
     def _take_other(self, body: bytes, out: list[bytes]) -> None:
         self._pass(body, out)
 
-    def _take_events(self, body: bytes, out: list[bytes]) -> None:
-        cutter, notes = self._cutter, self.notes
-        if body[-2:] == b"\n\n" and not cutter.rest:  # mostly, whole events come, and nothing is held
-            block, passed, rest = body, 0, b""
-        else:
-            passed, block = cutter.passed, cutter.feed(body)
-            rest = cutter.pass_on(0 if block else passed)
-        count = goes_on(block) if notes.events and block and self.state < self.ENDING else 0
+    def skim(self, body: bytes) -> bool:
+        notes = self.notes
+        if body[-2:] != b"\n\n" or self._cutter.rest or not notes.events:
+            return False
+        if self._form != _EVENTS or self.state >= self.ENDING:
+            return False
+        count = goes_on(body)
         if count:
             notes.events += count
+            notes.pieces += 1
+            notes.size += len(body)
             self.life += count
-            data = block[passed:] if passed else block
-        else:
-            data = self._look_through(block, passed)
-        self._pass(data + rest if rest else data, out)
+        return count > 0
+
+    def _take_events(self, body: bytes, out: list[bytes]) -> None:
+        if self.skim(body):
+            out.append(body)
+            return
+        cutter = self._cutter
+        passed, block = cutter.passed, cutter.feed(body)
+        rest = cutter.pass_on(0 if block else passed)
+        self._pass(self._look_through(block, passed) + rest, out)
 
     def _look_through(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""
@@ -1839,18 +1850,18 @@ class ChunkedDecoder(BodyDecoder):
     def feed(self, data: bytes) -> bytes:
         if self._line:
             data, self._line = self._line + data, b""
-        elif not self._chunk_left and data[-2:] == b"\r\n":  # mostly, one chunk comes at a time
-            line, _, rest = data.partition(b"\r\n")
-            if len(line) < 16 and len(rest) - 2 == parse_chunk_line(line) > 0 and not self._in_trailer:
+        if data[-2:] == b"\r\n" and not (self._chunk_left or self._in_trailer or self.broken):
+            line, _, rest = data.partition(b"\r\n")  # mostly, one chunk comes at a time
+            if len(line) < 16 and len(rest) - 2 == parse_chunk_line(line) > 0:
                 return rest[:-2]
+            parts = data.split(b"\r\n")  # or several that are whole, and hold no such line end
+            lines, pieces = parts[:-1:2], parts[1::2]
+            if len(parts) % 2 and max(map(len, lines)) < 16 and [*map(len, pieces)] == [*map(parse_chunk_line, lines)]:
+                end = pieces.index(b"") + 1 if b"" in pieces else 0
+                if end in (0, len(pieces)):
+                    self.complete = self._in_trailer = end > 0
+                    return b"".join(pieces)
         at, end, out = 0, len(data), []
-        if not (self._chunk_left or self._in_trailer or self.broken):  # or several that are whole
-            while 0 < (line_end := data.find(b"\r\n", at, at + 16)):
-                stop = line_end + 2 + parse_chunk_line(data[at:line_end])
-                if stop < line_end + 3 or data[stop : stop + 2] != b"\r\n":
-                    break
-                out.append(data[line_end + 2 : stop])
-                at = stop + 2
         while at < end and not (self.complete or self.broken):
             if self._chunk_left > 2:
                 piece = data[at : at + self._chunk_left - 2]
@@ -3334,9 +3345,9 @@ class Histogram:
 
     def observe_noted(self) -> None:
         """Take what was noted.  Whoever notes has this done before there is much of it."""
-        bounds, counts = self.bounds, self.counts
-        for value in self.noted:
-            counts[bisect.bisect_left(bounds, value)] += 1
+        buckets = collections.Counter(map(functools.partial(bisect.bisect_left, self.bounds), self.noted))
+        for bucket, count in buckets.items():
+            self.counts[bucket] += count
         self.sum += sum(self.noted)
         self.noted.clear()
 
@@ -3640,8 +3651,7 @@ class Loop:
 
     def _poll(self, timeout: float) -> list[tuple[int, int]]:
         if self._alarms:
-            due = self._alarms[0][0] - self.clock()
-            timeout = due if 0 < due < timeout else timeout if due > 0 else 0
+            timeout = max(0, min(timeout, self._alarms[0][0] - self.clock()))
         self._asleep = True  # from here on, a post rings the bell; those before are seen here
         ready: list[tuple[int, int]] = self._epoll.poll(0 if self._posts or self._begun else timeout, MAX_READY)
         self._asleep = False
@@ -5884,37 +5894,38 @@ class Source(Stateful):
 
     def _take(self, body: BodyDecoder, data: bytes, closed: bool = False) -> None:
         """Pass on what data adds to the answer; closed: it is the last of the connection."""
-        answer, life = self.answer, self.answer.life
-        out = answer.feed(body.feed(data))
+        answer, stream, now = self.answer, self.stream, self.hub.loop.now
+        life = answer.life
+        data = body.feed(data)
+        out = data if self.state == self.FLOWING and answer.skim(data) else answer.feed(data)
         if body.complete or body.broken or closed:
             out += answer.close(self._cut(body))
-        stream = self.stream
-        if out:
-            stream.record.append(out)
-        first, pieces = False, answer.notes.pieces
-        if pieces != self._pieces:  # text came
-            now = self.hub.loop.now
-            if self._pieces:
-                noted = self._between.noted
-                noted.append(now - self._text_at)
-                if len(noted) > MAX_NOTED:
-                    self._between.observe_noted()
-            else:
-                first, stream.first_text_at = True, now
-                stream.tell("first text")
-            self._pieces, self._text_at = pieces, now
-        if answer.state == Answer.DONE or answer.failure:
-            self._conclude(answer)
+        is_first = answer.notes.pieces != self._pieces and self._note_text(now)
+        if answer.state == answer.DONE or answer.failure:
+            self._conclude(answer, out)
         elif out:
-            stream.viewer.more()
-            if first:
+            if stream.viewer.take(out):
+                self.watch()
+            if is_first:
                 stream.first_sent_at = self.hub.loop.clock()
-        if out and stream.viewer.client.pending:
-            self.watch()
         if answer.life != life and self.state != self.OVER:
-            self.since = self.hub.loop.now
-            if self.state < self.FLOWING or (self.state == self.ENDING) != (answer.state == Answer.ENDING):
+            self.since = now
+            if self.state != self.FLOWING or answer.state == answer.ENDING:
                 self._flow(answer)
+
+    def _note_text(self, now: float) -> bool:
+        """Take note of text that came with this read; tell whether it is the first."""
+        noted, stream = self._between.noted, self.stream
+        is_first = not self._pieces
+        if is_first:
+            stream.first_text_at = now
+            stream.tell("first text")
+        else:
+            noted.append(now - self._text_at)
+            if len(noted) > MAX_NOTED:
+                self._between.observe_noted()
+        self._pieces, self._text_at = self.answer.notes.pieces, now
+        return is_first
 
     @staticmethod
     def _cut(body: BodyDecoder) -> UpstreamError | None:
@@ -5925,15 +5936,18 @@ class Source(Stateful):
             return Garbled("Upstream broke the chunked coding of its answer.")
         return UpstreamError("Upstream closed the connection within its answer.", ending="truncated")
 
-    def _conclude(self, answer: Answer) -> None:
-        """End the stream with an answer that is done, or that failed and of which nothing more passes."""
+    def _conclude(self, answer: Answer, out: bytes) -> None:
+        """End the stream with an answer that is done, or that failed and of which nothing more than out passes."""
         stream = self.stream
+        stream.record.append(out)
         if answer.state == Answer.DONE:
             stream.complete()
             return
         stream.viewer.more()
         if answer.failure and answer.state != Answer.ENDING:
             stream.fail(answer.failure)
+        elif stream.viewer.blocked:
+            self.watch()
 
     def _flow(self, answer: Answer) -> None:
         if answer.state == answer.ENDING:
@@ -5993,6 +6007,17 @@ class Viewer(Stateful):
         self.record.append(heartbeat)
         self.more()
 
+    def take(self, data: bytes) -> bool:
+        """Send data, behind what the record has; tell whether the client has to read first."""
+        client = self.client
+        if self.state == self.OPEN and not client.pending:  # then all that was recorded has been sent
+            self.since = client.loop.now
+            client.send(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+        else:
+            self.record.append(data)
+            self.more()
+        return bool(client.pending)
+
     def more(self) -> None:
         """Send what the record has, as one chunk, unless the client has not taken what was sent before."""
         client = self.client
@@ -6003,8 +6028,8 @@ class Viewer(Stateful):
             if not data:
                 return
             self._open()
-        if self.chunked and data:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self.chunked:
+            data = encode_chunk(data)
         if self._head or self._tail:
             data, self._head, self._tail = self._head + data + self._tail, b"", b""
         if data:
@@ -6558,25 +6583,29 @@ class Recorder(Viewer):
     record: KeptRecord
     client: KeptAnswer
 
-    def more(self) -> None:
+    def take(self, data: bytes) -> bool:
         record, kept = self.record, self.client
-        data, record.fresh = record.fresh, b""
+        self.since = kept.loop.now
+        loose, viewers = record.loose, kept.keeping_up
+        loose.append(data)
+        if len(data) >= READ_SIZE or not viewers:
+            self.open()
+            kept.send(data)
+            viewers = ()
+        for viewer in viewers:
+            client = viewer.client
+            if client.pending or client.lost:
+                kept.leave_behind(viewer, len(data))
+            else:
+                client.send(encode_chunk(data) if viewer.chunked else data)
+        if len(data) > MAX_LOOSE_SIZE or len(loose) >= MAX_LOOSE:
+            kept.settle()
+        return kept.pending
+
+    def more(self) -> None:
+        data = self.record.take()
         if data:
-            self.since = kept.loop.now
-            loose, viewers = record.loose, kept.keeping_up
-            loose.append(data)
-            if len(data) >= READ_SIZE or not viewers:
-                self.open()
-                kept.send(data)
-                viewers = ()
-            for viewer in viewers:
-                client = viewer.client
-                if client.pending or client.lost:
-                    kept.leave_behind(viewer, len(data))
-                else:
-                    client.send(encode_chunk(data) if viewer.chunked else data)
-            if len(data) > MAX_LOOSE_SIZE or len(loose) >= MAX_LOOSE:
-                kept.settle()
+            self.take(data)
         if self.state == self.LAST:
             self.state = self.OVER
 
