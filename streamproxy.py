@@ -449,7 +449,7 @@ def redactor(key: str) -> Callable[[str], str]:
     def redact(text: str) -> str:
         if len(text) < _PART_SIZE and "***" not in text:
             return text
-        return redact_again(text) if len(text) < 200 else search(text)
+        return redact_again(text) if len(text) < 400 else search(text)
 
     def search(text: str) -> str:
         plain = _unescaped(text)
@@ -674,26 +674,12 @@ def load_payload(data: str) -> Any:
 def dicts_in(values: object) -> list[dict[str, Any]]:
     """Return the JSON objects in an array or among the members of an object."""
     values = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
-    return [value for value in values if isinstance(value, dict)]
+    return [*itertools.compress(values, map(isinstance, values, itertools.repeat(dict)))]
 
 
 def holders_in(payload: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the JSON objects in which an answer tells of itself: payload, its members, and its choices."""
     return [payload, *dicts_in(payload), *dicts_in(payload.get("choices"))]
-
-
-def names_of_numbers(payload: dict[str, Any]) -> str:
-    """Return the names in a JSON object all of whose members are integers, null, or such objects; "": it is none."""
-    names: list[str] = []
-    holders = [payload]
-    for holder in holders:  # which grow
-        names += holder
-        for value in holder.values():
-            if type(value) is dict:
-                holders.append(value)
-            elif type(value) is not int and value is not None:
-                return ""
-    return " ".join(names)
 
 
 # Errors: every server has clothes of its own for them.
@@ -1019,6 +1005,9 @@ class Head:
         return bool(told or _WHOLE_AT_CLOSE.match(self.media))
 
 
+_encode_usage = json.JSONEncoder(allow_nan=False).encode
+_COUNT = re.compile(r'(?<=[^\\]"): (?:(?:-?[0-9]+|null)(?=[,}])|(?=\{))')  # what stands behind a name in it, mostly
+
 _NO_HEAD = Head(200, {})  # before upstream's has come
 _STREAM_HEAD = Head(200, {"content-type": "text/event-stream"})  # the same, where a stream was asked for
 
@@ -1037,7 +1026,8 @@ class Notes:
 
     def take(self, payload: dict[str, Any]) -> None:
         """Note the model and the usage, wherever in payload they stand."""
-        for holder in holders_in(payload):
+        is_all = self.model is not None and payload.get("usage")  # mostly, of what tells the usage
+        for holder in (payload,) if is_all else holders_in(payload):
             model, usage = holder.get("model"), holder.get("usage")
             if self.model is None and model and isinstance(model, str):
                 self.model = self._redact(model[:100])
@@ -1047,11 +1037,12 @@ class Notes:
 
     def _harmless(self, usage: dict[str, Any]) -> dict[str, Any]:
         """Return usage as the log and the client may see it.  Raises ValueError for a number that JSON has not."""
-        names = names_of_numbers(usage)
-        if names and self._redact(names) == names:  # mostly; and the names are those of the answer before
-            return usage
-        told: dict[str, Any] = json.loads(self._redact(json.dumps(usage, allow_nan=False)))
-        return told
+        text = _encode_usage(usage)
+        names = _COUNT.sub("", text)  # mostly those of the answer before
+        if ":" in names or self._redact(names) != names:
+            told: dict[str, Any] = json.loads(self._redact(text))
+            return told
+        return usage
 
     def take_end(self, payload: dict[str, Any]) -> None:
         """Note why the answer ended, as any of the APIs says it.  Raises UpstreamError: it failed."""
@@ -1585,52 +1576,58 @@ class PassedAnswer(Answer):
             out.append(body)
             return
         cutter = self._cutter
-        passed, block = cutter.passed, cutter.feed(body)
-        rest = cutter.pass_on(0 if block else passed)
-        self._pass(self._look_through(block, passed) + rest, out)
+        if body[-2:] == b"\n\n" and not cutter.rest:  # mostly, whole events come
+            self._pass(self._look_through(body, 0), out)
+        else:
+            passed, block = cutter.passed, cutter.feed(body)
+            rest = cutter.pass_on(0 if block else passed)
+            self._pass(self._look_through(block, passed) + rest, out)
 
     def _look_through(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""
-        out = []
-        for piece in self._EVENT.findall(block):
-            shown, passed, counts = piece[passed:], 0, self.state < self.ENDING
-            if counts and self.notes.events and len(piece) < MAX_SKIMMED and is_dull(piece):
-                self.notes.events += 1
-                self.life += 1
-            else:
-                events = self._parser.feed(piece)
-                self.life += counts and len(events) + self._parser.idle
-                self._parser.idle = 0
-                if False in [self._is_harmless(event) for event in events]:
-                    shown = redact_bytes(shown, self._redact)
-            out.append(shown)
-        return b"".join(out)
+        pieces = self._EVENT.findall(block)
+        bad = [at for at, piece in enumerate(pieces) if not self._take_piece(piece)]
+        if bad:
+            pieces[0], passed = pieces[0][passed:], 0
+            for at in bad:
+                pieces[at] = redact_bytes(pieces[at], self._redact)
+            block = b"".join(pieces)
+        return block[passed:]
 
-    def _is_harmless(self, event: Event) -> bool:
+    def _take_piece(self, piece: bytes) -> bool:
+        """Take an event as it came; False: it is an error, and may have secrets."""
+        notes, parser, counts = self.notes, self._parser, self.state < self.ENDING
+        if counts and notes.events and len(piece) < MAX_SKIMMED and is_dull(piece):
+            notes.events += 1
+            self.life += 1
+            return True
+        events = parser.feed(piece)
+        self.life += counts and len(events) + parser.idle
+        parser.idle = 0
+        return False not in [self._take_event(event) for event in events]
+
+    def _take_event(self, event: Event) -> bool:
         """Take event; False: it is an error, and may have secrets."""
         self.notes.events += 1
+        data, payload = event.data, None
+        done = data.strip() == "[DONE]"
+        ends = done or event.type in self._LAST_TYPES
         try:
-            self._take_event(event)
+            try:
+                payload = None if done else load_event(event)
+                ends = ends or (isinstance(payload, dict) and payload.get("type") in self._LAST_TYPES)
+                payload = payload if ends else check_payload(payload, data, event.type)
+            except Garbled:  # what is not as it should be is for the client to see
+                pass
+            if ends and self.failure is None:
+                self.state = self.ENDING
+            self._take_payload(payload, data)
         except UpstreamError as error:
             if self.state < self.ENDING:
                 self._fail(error)
                 self.state = self.ENDING
             return False
         return True
-
-    def _take_event(self, event: Event) -> None:
-        payload: Any = {}
-        done = event.data.strip() == "[DONE]"
-        ends = done or event.type in self._LAST_TYPES
-        try:
-            payload = {} if done else load_event(event)
-            ends = ends or (isinstance(payload, dict) and payload.get("type") in self._LAST_TYPES)
-            payload = payload if ends else check_payload(payload, event.data, event.type)
-        except Garbled:  # what is not as it should be is for the client to see
-            pass
-        if ends and self.failure is None:
-            self.state = self.ENDING
-        self._take_payload(payload, event.data)
 
     def _take_payload(self, payload: object, data: str) -> None:
         """Take note of what payload, which data is, says of the answer and of its end."""
@@ -1664,7 +1661,7 @@ class PassedAnswer(Answer):
         for event in events:
             with contextlib.suppress(Garbled):
                 if event.type not in self._LAST_TYPES or load_payload(event.data):
-                    self._is_harmless(event)
+                    self._take_event(event)
         self._pass(redact_bytes(rest[self._cutter.passed :], self._redact), out)
 
     def _take_document(self, document: bytes, out: list[bytes]) -> bytes:
