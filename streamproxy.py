@@ -545,8 +545,8 @@ class EventParser:
         Raises Garbled past max_event_size bytes of one event.
         """
         # Of one line, mostly.
-        is_one = data[:6] == b"data: " and data[-1:] == b"\n" and data.find(b"\n") == len(data) - 2
-        if is_one and not (self.holds or b"\r" in data):
+        is_one = data[:6] == b"data: " and data[-2:] == b"\n\n" and data.find(b"\n") == len(data) - 2
+        if is_one and not (self._held or self._type or b"\r" in data):
             self._at_start = self._after_cr = False
             return [Event("message", data[6:-2].decode("utf-8", "replace"), self._last_event_id)]
         if self._after_cr and data:
@@ -1005,8 +1005,7 @@ class Head:
         return bool(told or _WHOLE_AT_CLOSE.match(self.media))
 
 
-_encode_usage = json.JSONEncoder(allow_nan=False).encode
-_COUNT = re.compile(r'(?<=[^\\]"): (?:(?:-?[0-9]+|null)(?=[,}])|(?=\{))')  # what stands behind a name in it, mostly
+_COUNT = re.compile(r"(?<='): (?:(?:-?[0-9]+|None)(?=[,}])|(?=\{))")  # what stands behind a name in usage, mostly
 
 _NO_HEAD = Head(200, {})  # before upstream's has come
 _STREAM_HEAD = Head(200, {"content-type": "text/event-stream"})  # the same, where a stream was asked for
@@ -1037,12 +1036,11 @@ class Notes:
 
     def _harmless(self, usage: dict[str, Any]) -> dict[str, Any]:
         """Return usage as the log and the client may see it.  Raises ValueError for a number that JSON has not."""
-        text = _encode_usage(usage)
-        names = _COUNT.sub("", text)  # mostly those of the answer before
-        if ":" in names or self._redact(names) != names:
-            told: dict[str, Any] = json.loads(self._redact(text))
+        names = _COUNT.sub("", repr(usage))
+        if ":" in names or "\\" in names or self._redact(names) != names:
+            told: dict[str, Any] = json.loads(self._redact(json.dumps(usage, allow_nan=False)))
             return told
-        return usage
+        return usage  # mostly; and the names are those of the answer before
 
     def take_end(self, payload: dict[str, Any]) -> None:
         """Note why the answer ended, as any of the APIs says it.  Raises UpstreamError: it failed."""
