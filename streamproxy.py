@@ -1927,6 +1927,7 @@ _LENGTH = re.compile("[0-9]{1,15}")
 _LINE_START = re.compile(f"{_TOKEN[:-1]}|\r?\\Z".encode())  # or what can become one
 _REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])")  # RFC 9112 section 3
 _BAD_LINE = "The request line is not in HTTP's grammar."
+_TOO_MANY_FIELDS = "The request has too many header fields."
 _HOST = re.compile(r"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
 
 
@@ -1944,7 +1945,7 @@ class Request:
     def take_fields(self, lines: Sequence[str]) -> None:
         """Take the fields, and from them the framing of the body.  Raises RequestError."""
         if len(lines) > MAX_FIELDS:
-            raise _too_many_fields()
+            raise RequestError(_TOO_MANY_FIELDS, 431)
         try:
             fields = parse_fields(lines)
             if not self.http11 and "transfer-encoding" in fields:
@@ -2005,18 +2006,15 @@ def _check_start(head: bytes) -> None:
     if head.count(b"\n") > lines:
         raise RequestError("A line of the request ends in a bare LF.")
     if lines > MAX_FIELDS + 1:
-        raise _too_many_fields()
-
-
-def _too_many_fields() -> RequestError:
-    return RequestError("The request has too many header fields.", 431)
+        raise RequestError(_TOO_MANY_FIELDS, 431)
 
 
 def readable_line(data: bytes) -> Request:
     """Return what can be said of a request whose head cannot be read, to answer and to log it."""
     line, line_ends, _ = data.removeprefix(b"\r\n").partition(b"\r\n")
     with contextlib.suppress(RequestError):
-        return parse_request_line(line.decode("latin-1")) if line_ends else Request()
+        if line_ends:
+            return parse_request_line(line.decode("latin-1"))
     return Request()
 
 
@@ -2815,17 +2813,12 @@ _HARMLESS_VALUE = re.compile(r"[A-Za-z0-9._~%:,+/@!*=-]*")  # without ";", at wh
 def harmless_query(query: str, method: str) -> str:
     """Return what upstream may see of a client's query: LiteLLM, for one, takes a "model" in it before the body's."""
     kept = []
-    for parameter in query.split("&") if query else ():
+    for parameter in query.split("&"):
         name, _, value = parameter.partition("=")
         plain = urllib.parse.unquote(name)
         if (plain == "beta" or (method == "GET" and plain in _READING)) and _HARMLESS_VALUE.fullmatch(value):
             kept.append(parameter)
     return "&".join(kept)
-
-
-def passed_query(query: str, method: str, settings: Settings) -> str:
-    """Return what upstream sees of a client's query: all of it where any model may be asked."""
-    return query if "*" in settings.allow_model else harmless_query(query, method)
 
 
 # Fields of a request that upstream is to see: what the call needs, and nothing that says who calls.
@@ -3093,9 +3086,8 @@ class Limits:
     def leave(self, client: str) -> None:
         """Give back the place that enter took."""
         self.total -= 1
-        if not self._shares:
-            return
-        self._clients[client].streams -= 1
+        if self._shares:
+            self._clients[client].streams -= 1
         if len(self._clients) > self._many:
             old = self._clock() - 60  # a minute's silence leaves nothing to know of a client
             self._clients = {name: share for name, share in self._clients.items() if share.streams or share.as_of > old}
@@ -4307,10 +4299,6 @@ _PROXY_FIELDS = frozenset(("x-forwarded-for", "forwarded", "via"))
 _REQUEST_ID = re.compile("[0-9A-Za-z._-]{1,64}")
 
 
-def _surplus() -> RequestError:
-    return RequestError("Too many connections.", 503, reason="connections")
-
-
 class Exchange:
     """One request, its answer, and its one line in the log."""
 
@@ -4323,7 +4311,8 @@ class Exchange:
 
     def __init__(self, client: Client, request: Request) -> None:
         self.client, self.request, self.server = client, request, client.server
-        self.resource = resource_at(request.path, self.server.settings)
+        settings, path = self.server.settings, request.path
+        self.resource = resource_at(path, path in settings.allow_path, settings.resume > 0)
         given = request.fields.get("x-request-id", "")
         self.id = given if given and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
         self.began_at = client.loop.now
@@ -4353,11 +4342,14 @@ class Exchange:
         run = resource.methods.get(request.method) or self._without_method()
         if request.method != "POST" and not request.body.complete:
             raise RequestError("Only POST takes a body.")
-        if not resource.is_open:
-            if client.surplus:
-                raise _surplus()
+        if resource.name not in _OPEN_PATHS:
+            self._check_surplus()
             access.check_host(fields.get("host", "localhost"), self._own_address)
         run(self)
+
+    def _check_surplus(self) -> None:
+        if self.client.surplus:
+            raise RequestError("Too many connections.", 503, reason="connections")
 
     def _without_method(self) -> Callable[[Exchange], None]:
         """Return what answers a method that the path does not have.  Raises RequestError, mostly."""
@@ -4518,8 +4510,7 @@ class Exchange:
         if query.startswith("count="):
             self._answer_words(200, str(tests.count(query[len("count=") :])))
             return
-        if self.client.surplus:
-            raise _surplus()
+        self._check_surplus()
         if self.server.state >= self.server.DRAINING:
             raise shutting_down()
         self.stream = stream = tests.enter(network_of(self.who), parse_test(query), self)
@@ -4589,7 +4580,9 @@ class Exchange:
     def _passed_call(self, body: bytes = b"") -> Call:
         request, settings = self.request, self.server.settings
         fields = passed_fields(request.fields, settings, bool(body))
-        query = request.query and passed_query(request.query, request.method, settings)
+        query = request.query
+        if query and "*" not in settings.allow_model:
+            query = harmless_query(query, request.method)
         return Call(request.path[len("/v1") :], body, fields, request.method, query)
 
     def get_models(self) -> None:
@@ -4610,13 +4603,17 @@ class Exchange:
 
     def _ask_by(self, make: Callable[[bytes], tuple[Call, Answer]]) -> None:
         """Ask upstream what make makes of the body: in a thread, where that takes its time."""
-        body, self.client.body = self.client.body, bytearray()
-        if self.claim and self.claim.key:
-            make = self.claim.taking(make)
+        body, self.client.body, claim = self.client.body, bytearray(), self.claim
+
+        def work() -> tuple[Call, Answer]:
+            if claim and claim.key:
+                claim.take_body(body)
+            return make(bytes(body))
+
         if len(body) <= MAX_PARSED:
-            self._ask(*make(bytes(body)))
+            self._ask(*work())
         else:
-            self._run(lambda: make(bytes(body)), lambda made: self._ask(*made))
+            self._run(work, lambda made: self._ask(*made))
 
     def _ask(self, call: Call, answer: Answer) -> None:
         if self.claim and self._resume(self.claim, call, answer):
@@ -4751,17 +4748,14 @@ class Exchange:
         client, server, asked = self.client, self.server, self.request.fields
         if client.surplus or server.state != server.SERVING:
             client.keeps_alive = False
-        all_fields = {
-            "Date": http_date(int(time.time())), "X-Request-Id": self.id, "X-Content-Type-Options": "nosniff",
-        }  # fmt: skip
+        own = {"Date": http_date(int(time.time())), "X-Request-Id": self.id, "X-Content-Type-Options": "nosniff"}
         if not client.keeps_alive:
-            all_fields["Connection"] = "close"
+            own["Connection"] = "close"
         elif server.settings.keep_alive_timeout:  # for whoever would send the next request just then
-            all_fields["Keep-Alive"] = f"timeout={server.settings.keep_alive_timeout:.0f}"
+            own["Keep-Alive"] = f"timeout={server.settings.keep_alive_timeout:.0f}"
         if "origin" in asked:
-            all_fields.update(server.access.cors_fields(asked))
-        all_fields.update(fields)
-        head = encode_head(f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", all_fields)
+            own.update(server.access.cors_fields(asked))
+        head = encode_head(f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", {**own, **fields})
         self.status = status
         return head
 
@@ -4887,35 +4881,25 @@ _ROUTES: dict[str, dict[str, Callable[[Exchange], None]]] = {
 }
 
 
-class Resource:
-    """What there is at a path: what answers a request, by its method.
-
-    name: that in metrics; of all that there are, there is a bounded number.  is_open: it answers under any name.
-    """
-
-    def __init__(self, name: str, methods: Mapping[str, Callable[[Exchange], None]]) -> None:
-        self.name, self.methods, self.is_open = name, methods, name in _OPEN_PATHS
-
-
-def resource_at(path: str, settings: Settings) -> Resource:
-    """Return what there is at path; where that is nothing, it has no methods."""
-    return _resource_at(path, path in settings.allow_path, settings.resume > 0)
+# What there is at a path: its name in metrics, of which there is a bounded number, and what answers each method.
+Resource = collections.namedtuple("Resource", "name methods")
 
 
 @functools.lru_cache(maxsize=64)
-def _resource_at(path: str, is_allowed: bool, resumes: bool) -> Resource:
+def resource_at(path: str, is_allowed: bool, resumes: bool) -> Resource:
+    """Return what there is at path; where that is nothing, it has no methods.
+
+    is_allowed: --allow-path names it; resumes: answers outlive their clients.
+    """
     routes = api_routes(path, is_allowed)
     if routes:
-        names = [route.name or path for route in routes.values()]
-        return Resource(names[0], {**{method: _passing(route) for method, route in routes.items()}, **_PREFLIGHT})
-    pattern = re.sub("^/streams/[^/]+", "/streams/{id}", path)
-    if pattern in _ROUTES and (resumes or not path.startswith("/streams")):
-        return Resource(pattern, _ROUTES[pattern])
-    return Resource("other", {})
-
-
-def _passing(route: Route) -> Callable[[Exchange], None]:
-    return Exchange.get_models if route.path.startswith("/v1/models") else lambda exchange: exchange.pass_on(route)
+        own = Exchange.get_models if path.startswith("/v1/models") else None
+        methods = {method: own or functools.partial(Exchange.pass_on, route=route) for method, route in routes.items()}
+        return Resource(next(iter(routes.values())).name or path, {**methods, **_PREFLIGHT})
+    name = re.sub("^/streams/[^/]+", "/streams/{id}", path)
+    if name not in _ROUTES or (name.startswith("/streams") and not resumes):
+        return Resource("other", {})
+    return Resource(name, _ROUTES[name])
 
 
 # RFC 9110 section 15.5.22: what is spoken instead.
@@ -6477,13 +6461,9 @@ class Claim:
         self.asked = b""  # a digest of the request
         self._head = f"{request.method} {path}?{request.query} {events}".encode()
 
-    def taking(self, make: Callable[[bytes], tuple[Call, Answer]]) -> Callable[[bytes], tuple[Call, Answer]]:
-        """Return make, which takes note of the body, too: this knows the request from another by it."""
-        def make_and_note(body: bytes) -> tuple[Call, Answer]:
-            self.asked = hashlib.sha256(self._head + b"\n" + body).digest()
-            return make(body)
-
-        return make_and_note
+    def take_body(self, body: bytes | bytearray) -> None:
+        """Know the request from another."""
+        self.asked = hashlib.sha256(self._head + b"\n" + body).digest()
 
     def position(self) -> tuple[str, int]:
         """Return the ID of the answer that was begun, and how much of it has come; "" for none that can be read."""
