@@ -2327,6 +2327,18 @@ def test_head_of_upstream_may_have_blanks_before_a_colon() -> None:
         streamproxy.parse_fields(["Host : a"])
 
 
+def test_head_lines_are_remembered_but_not_for_ever_nor_long_ones_nor_secrets() -> None:
+    known = streamproxy.FieldLines("([!-9;-~]+):(.*)")
+    for number in range(3 * streamproxy.MAX_FIELD_LINES):
+        assert known[f"Name: \t{number} "] == ("name", str(number))
+        assert len(known) <= streamproxy.MAX_FIELD_LINES
+    known.clear()
+    secrets = ("Authorization: Bearer a", "X-API-Key: a", "api-key: a", "Cookie: a=b", "Set-Cookie: a=b")
+    for line in (*secrets, "A: " + "b" * 100):
+        assert known[line][1] == line.partition(": ")[2] and not known
+    assert streamproxy.parse_fields(["A: b", "C: d", "a: e", "A:"]) == {"a": "b, e, ", "c": "d"}
+
+
 @pytest.mark.parametrize("value", ["a\r\nSet-Cookie: b", "a\nb", "a\0b", "a\x7fb"])
 def test_head_cannot_be_forged_by_a_value(value: str) -> None:
     with pytest.raises(ValueError, match="header field"):
