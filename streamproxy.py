@@ -1759,10 +1759,8 @@ def parse_fields(lines: Sequence[str], known: FieldLines = _STRICT_LINES) -> dic
     """Return the fields of a head by name in lower case.
 
     Those of one name are joined with ", " (RFC 9110 section 5.3).  Raises ValueError for what is not in the grammar
-    of RFC 9112 section 5, or too much.
+    of RFC 9112 section 5.
     """
-    if len(lines) > MAX_FIELDS:
-        raise ValueError("too many header fields")
     parsed = list(map(known.__getitem__, lines))
     fields = dict(parsed)
     if len(fields) < len(parsed):
@@ -1784,9 +1782,10 @@ def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
         if not end:
             return None
         line, *lines = head.decode("latin-1").split("\r\n")
-        fields, match = parse_fields(lines, _LENIENT_LINES), _STATUS_LINE.fullmatch(line)
-        if not match:
+        match = _STATUS_LINE.fullmatch(line)
+        if not match or len(lines) > MAX_FIELDS:
             break
+        fields = parse_fields(lines, _LENIENT_LINES)
         minor, status = match.groups()
         if minor == "0":
             fields["connection"] = "close"  # as good as said
@@ -2830,12 +2829,14 @@ PASSED_FIELDS = (
 
 def passed_fields(fields: Mapping[str, str], settings: Settings, has_body: bool) -> dict[str, str]:
     """Return the fields of a request of the API that upstream sees.  User-Agent says who connects, and for whom."""
-    passed = {name.title(): fields[name] for name in filter(fields.__contains__, PASSED_FIELDS)}
+    agent = fields.get("user-agent")
+    passed = {"User-Agent": f"{USER_AGENT} {agent}" if agent else USER_AGENT}
+    for name in filter(fields.__contains__, PASSED_FIELDS):
+        passed[name.title()] = fields[name]
     if has_body and "*" not in settings.allow_model:
         passed["Content-Type"] = "application/json"  # as check_model has read it
     elif has_body and "content-encoding" in fields:
         passed["Content-Encoding"] = fields["content-encoding"]
-    passed["User-Agent"] = f"{USER_AGENT} {fields['user-agent']}" if fields.get("user-agent") else USER_AGENT
     return passed
 
 
@@ -4375,10 +4376,7 @@ class Exchange:
         server.access.check_origin(self.request.fields)
         if server.state == server.ABORTING:  # it came behind one that was
             raise shutting_down()
-        if server.lookout.file:
-            self._look(server.lookout, functools.partial(self._enter, then, counts))
-        else:
-            self._enter(then, counts)
+        self._look(server.lookout, functools.partial(self._enter, then, counts))
 
     def _look(self, lookout: Lookout, then: Callable[[], None]) -> None:
         """Go on once a file was looked at, if there is one."""
@@ -4413,12 +4411,13 @@ class Exchange:
 
     def _expect_body(self, then: Callable[[], None]) -> None:
         client, request, limit = self.client, self.request, self.server.settings.max_body
-        if "content-length" in request.fields:
-            if int(request.fields["content-length"]) > limit:
+        fields = request.fields
+        if "content-length" in fields:
+            if int(fields["content-length"]) > limit:
                 raise too_large(limit)
-        elif "transfer-encoding" not in request.fields:
+        elif "transfer-encoding" not in fields:
             raise RequestError("A body needs a Content-Length.", 411)
-        expected = request.http11 and request.fields.get("expect", "").lower() == "100-continue"
+        expected = "expect" in fields and fields["expect"].lower() == "100-continue" and request.http11
         if expected and not (client.data or request.body.complete):
             client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if client.expect_body():
