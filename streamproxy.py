@@ -5709,20 +5709,20 @@ class Source(Stateful):
     )
 
     connection: Connection  # from SENDING on
+    _sent_at = 0.0
+    _dial: Job | None = None
+    _lifeline: Lifeline | None = None  # by which that can be ended
+    _head = b""  # what came of the answer's head, until it is whole
+    _body: BodyDecoder | None = None  # once it is
+    _keeps_alive = False
+    _pieces = 0  # of text, that came
+    _text_at = 0.0  # when the last did
 
     def __init__(self, stream: Stream) -> None:
         self.stream, self.hub = stream, stream.hub
         self.answer = stream.answer
         self.state = self.DIALING
         self.since = self.hub.loop.now  # in this state, or since it was last seen that upstream is alive
-        self._sent_at = 0.0
-        self._dial: Job | None = None
-        self._lifeline: Lifeline | None = None  # by which that can be ended
-        self._head = b""  # what came of the answer's head, until it is whole
-        self._body: BodyDecoder | None = None  # once it is
-        self._keeps_alive = False
-        self._pieces = 0  # of text, that came
-        self._text_at = 0.0  # when the last did
         self._between = self.hub.metrics.between_pieces
 
     def open(self, fresh: bool) -> None:
@@ -5822,7 +5822,7 @@ class Source(Stateful):
             "ask", peer=connection.peer, warm=connection.reused, method=call.method, path=call.path,
             bytes=len(call.body), adapted=call.adapted and call.adapted.refused or None,
         )  # fmt: skip
-        self._send(self.hub.upstream.target.encode_head(self.stream.call), self.stream.call.body)
+        self._send(self.hub.upstream.target.encode_head(call), call.body)
         self.watch()
         self.stream.set_alarm()
 
@@ -6040,17 +6040,17 @@ class Stream:
     """One answer on its way: its source, its record, its viewer; and whether a failure is tried again."""
 
     attached = False  # see Watch
+    failure: ProxyError | None = None  # why the answer is not complete
+    asked = False  # upstream has begun to get the request, and may have been paid
+    first_text_at: float | None = None
+    first_sent_at: float | None = None  # None: with its end
+    _source: Source | None = None
 
     def __init__(self, hub: Hub, call: Call, answer: Answer, exchange: Asker, viewer: Viewer | None = None) -> None:
         """exchange is told, by on_stream_over, when all has been sent, or nothing more can be."""
         self.hub, self.call, self.answer = hub, call, answer
         self.viewer = viewer or Viewer(Record(), exchange.client, exchange.begin_stream)
         self.record = self.viewer.record
-        self.failure: ProxyError | None = None  # why the answer is not complete
-        self.asked = False  # upstream has begun to get the request, and may have been paid
-        self.first_text_at: float | None = None
-        self.first_sent_at: float | None = None  # None: with its end
-        self._source: Source | None = None
         self.began_at = hub.loop.now
         self._exchange = exchange
         self.tell = exchange.tell
