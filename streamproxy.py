@@ -4613,10 +4613,9 @@ class Exchange:
             self._run(work, lambda made: self._ask(*made))
 
     def _ask(self, call: Call, answer: Answer) -> None:
-        if self.claim and self._resume(self.claim, call, answer):
-            return
-        self.stream = self.server.hub.stream(call, answer, self)
-        self.stream.ask()
+        if not (self.claim and self._resume(self.claim, call, answer)):
+            self.stream = self.server.hub.stream(call, answer, self)
+            self.stream.ask()
         self.lead += self.client.loop.clock()
 
     def _resume(self, claim: Claim, call: Call, answer: Answer) -> bool:
@@ -4632,7 +4631,6 @@ class Exchange:
             self.place = ""  # which is the answer's now
             self.stream = kept.watch(self, claim, attached=False)
             kept.stream.ask()
-            self.lead += self.client.loop.clock()
         return bool(kept)
 
     def get_answer(self) -> None:
