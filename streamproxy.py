@@ -974,11 +974,22 @@ _WHOLE_AT_CLOSE = re.compile("(?:audio|image|video)/|application/octet-stream")
 # Fields of upstream's head that are for the client to see, their names in lower case.
 _BACK = frozenset((
     "retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "request-id", "openai-processing-ms",
+    "openai-version",
 ))  # fmt: skip
 
 
-def passes_back(name: str) -> bool:
-    return name in _BACK or name == "openai-version" or name.startswith(("x-ratelimit-", "anthropic-ratelimit-"))
+@functools.lru_cache(maxsize=128)
+def name_back(name: str) -> str:
+    """Return the name under which the client is to see a field of upstream's; "": it is not."""
+    passes = name in _BACK or name.startswith(("x-ratelimit-", "anthropic-ratelimit-"))
+    return name.title() if passes else ""
+
+
+@functools.lru_cache(maxsize=128)
+def parse_media(content_type: str) -> tuple[str, int]:
+    """Return the media type in a Content-Type, and what a body of that type is."""
+    media = content_type.partition(",")[0].partition(";")[0].strip().lower()
+    return media, _EVENTS if media == "text/event-stream" else _DOCUMENT if media.endswith("json") else _OTHER
 
 
 class Head:
@@ -987,10 +998,7 @@ class Head:
     def __init__(self, status: int, fields: Mapping[str, str]) -> None:
         self.status, self.fields = status, fields
         self.content_type = fields.get("content-type", "")
-        self.media = self.content_type.partition(",")[0].partition(";")[0].strip().lower()
-        self.label = _DOCUMENT if self.media.endswith("json") else _OTHER  # what the body is, it says
-        if self.media == "text/event-stream":
-            self.label = _EVENTS
+        self.media, self.label = parse_media(self.content_type[:200])  # the label: what the body is, it says
 
     @property
     def compression(self) -> str:
@@ -1091,7 +1099,7 @@ class Answer:
         head = Head(status, fields)
         self.notes.request_id = (fields.get("x-request-id") or fields.get("request-id") or "")[:200] or None
         if self.passes:
-            self.fields = {name.title(): value for name, value in fields.items() if passes_back(name)}
+            self.fields = {shown: value for name, value in fields.items() if (shown := name_back(name))}
         if not (status in (200, 201, 202) or (self.passes and 200 <= status < 300)):
             return Refusal(self, head)
         if head.compression:
@@ -1178,6 +1186,11 @@ class Answer:
         """Take what is no event stream, or not yet known to be one."""
         self.life += 1
         self.notes.events += self.head.label != _EVENTS
+        if body[:6] == b"data: " and not self._held and self._form == _UNTOLD:  # mostly
+            self._form = _EVENTS
+            self._on_form()
+            self._take_events(body, out)
+            return
         begin = max(0, len(self._held) - 8)
         self._held += body
         if self._form == _UNTOLD or (self._form == _DOCUMENT and _FIELD_IN_DOCUMENT.search(self._held, begin)):
@@ -1490,6 +1503,7 @@ def is_dull(event: bytes) -> bool:
     return b'"usage"' not in event or b'"usage":null' in event
 
 
+_DONE_EVENT = b"data: [DONE]\n\n"  # as mostly sent
 _REASON = re.compile(rb'"finish_reason"\s*:\s*[^n\s]')
 _DULL_TYPE = rb"[a-z_.]*(?:(?<!message)[._]delta|partial_image)"
 _DULL_EVENT = re.compile(
@@ -1593,9 +1607,11 @@ class PassedAnswer(Answer):
     def _take_piece(self, piece: bytes) -> bool:
         """Take an event as it came; False: it is an error, and may have secrets."""
         notes, parser, counts = self.notes, self._parser, self.state < self.ENDING
-        if counts and notes.events and len(piece) < MAX_SKIMMED and is_dull(piece):
+        done = piece == _DONE_EVENT
+        if counts and (done or (notes.events and len(piece) < MAX_SKIMMED and is_dull(piece))):
             notes.events += 1
             self.life += 1
+            self.state = self.ENDING if done else self.state
             return True
         events = parser.feed(piece)
         self.life += counts and len(events) + parser.idle

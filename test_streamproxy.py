@@ -12294,7 +12294,7 @@ SENT_BACK = [
 def test_readme_fields_that_pass() -> None:
     up, back = (set(re.findall("`([A-Z][A-Za-z*-]+)`", cells[1].title())) for cells in readme_table("| | fields |"))
     assert {name.lower() for name in up} == {*streamproxy.PASSED_FIELDS, "user-agent"}
-    passed = [name.title() for name in SENT_BACK if streamproxy.passes_back(name.lower())]
+    passed = [name.title() for name in SENT_BACK if streamproxy.name_back(name.lower())]
     assert {re.sub("(?<=-Ratelimit-).*", "*", name) for name in passed} | {"Content-Type"} == back
 
 
