@@ -9788,7 +9788,7 @@ def test_memory_of_what_is_over_is_given_back_without_a_collector(
     try:
         for _ in range(10):
             once()
-        before, count, most = memory(), *((60, 100_000) if fate == "answered" else (20, 300_000))
+        before, count, most = memory(), *((60, 200_000) if fate == "answered" else (20, 300_000))
         for _ in range(count):
             once()
         assert memory() < before + count * most, f"{(memory() - before) / count:.0f} bytes a request"
