@@ -1477,7 +1477,7 @@ def goes_on(block: bytes) -> int:
     Blank lines end block and each event.  Each has a choice, and what it has of finish_reasons is null.
     """
     text = block.decode("latin-1")  # which is searched in a fraction of the time
-    if "error" in text:
+    if "error" in text or "\r" in text:
         return 0
     if "\n" not in text[:-2]:  # mostly
         told, null, rest = text.partition('"finish_reason":null')
@@ -1568,30 +1568,30 @@ class PassedAnswer(Answer):
         self._pass(body, out)
 
     def skim(self, body: bytes) -> bool:
+        if body[-2:] != b"\n\n" or self._cutter.rest or not self._goes_on(body):
+            return False
         notes = self.notes
-        if body[-2:] != b"\n\n" or self._cutter.rest or not notes.events:
+        notes.pieces += 1
+        notes.size += len(body)
+        return True
+
+    def _goes_on(self, block: bytes) -> bool:
+        """Take whole events with which the stream just goes on; False: they are others, or none, and not taken."""
+        notes = self.notes
+        if not notes.events or self._form != _EVENTS or self.state >= self.ENDING or not block:
             return False
-        if self._form != _EVENTS or self.state >= self.ENDING:
-            return False
-        count = goes_on(body)
-        if count:
-            notes.events += count
-            notes.pieces += 1
-            notes.size += len(body)
-            self.life += count
+        count = goes_on(block)
+        notes.events += count
+        self.life += count
         return count > 0
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
-        if self.skim(body):
-            out.append(body)
-            return
-        cutter = self._cutter
-        if body[-2:] == b"\n\n" and not cutter.rest:  # mostly, whole events come
-            self._pass(self._look_through(body, 0), out)
-        else:
-            passed, block = cutter.passed, cutter.feed(body)
-            rest = cutter.pass_on(0 if block else passed)
-            self._pass(self._look_through(block, passed) + rest, out)
+        cutter, passed, rest = self._cutter, 0, b""
+        if body[-2:] != b"\n\n" or cutter.rest:  # not whole events, as mostly
+            passed, body = cutter.passed, cutter.feed(body)
+            rest = cutter.pass_on(0 if body else passed)
+        data = body[passed:] if self._goes_on(body) else self._look_through(body, passed)
+        self._pass(data + rest, out)
 
     def _look_through(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""

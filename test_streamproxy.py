@@ -2045,6 +2045,7 @@ C = compact()
     (C + event({"detail": "x"}), 0), (event({"detail": "x"}), 0), (C + DONE, 0), (DONE, 0), (C + b"event: x\n" + C, 0),
     (b"event: x\n" + C, 0),
     (b": " + C[6:], 0), (C + b": x\n\n", 0), (C + b"\n", 0), (C + C.replace(b"\n\n", b"\r\rdata: x\n\n"), 0),
+    (C[:-2] + b"\rdata: [DONE]\n\n", 0), (C[:-2] + b"\r\r", 0), (C[:-2] + b"\r\r" + DONE, 0),
     (delta("a"), 0), (b"\n\n", 0),
     (event(b'{"choices":[{"finish_reason":null},{"finish_reason":"stop"}]}'), 0),
     (event(b'{"choices":[],"finish_reason":null}'), 0),
