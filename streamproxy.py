@@ -1031,9 +1031,9 @@ class Notes:
         self.events = self.pieces = self.size = 0  # pieces and size: of what was passed on, in bytes
         self._redact = redact
 
-    def take(self, payload: dict[str, Any]) -> None:
-        """Note the model and the usage, wherever in payload they stand."""
-        is_all = self.model is not None and payload.get("usage")  # mostly, of what tells the usage
+    def take(self, payload: dict[str, Any], has_usage: bool = True) -> None:
+        """Note the model and the usage, wherever in payload they stand.  has_usage: it may be there."""
+        is_all = (self.model or payload.get("model")) and (payload.get("usage") or not has_usage)  # mostly
         for holder in (payload,) if is_all else holders_in(payload):
             model, usage = holder.get("model"), holder.get("usage")
             if self.model is None and model and isinstance(model, str):
@@ -1052,14 +1052,15 @@ class Notes:
 
     def take_end(self, payload: dict[str, Any]) -> None:
         """Note why the answer ended, as any of the APIs says it.  Raises UpstreamError: it failed."""
-        for holder in holders_in(payload):
+        choices = dicts_in(payload.get("choices"))
+        for holder in choices or holders_in(payload):
             reason = holder.get("stop_reason") or holder.get("finish_reason")
             if holder.get("object") == "response":
                 details = holder.get("incomplete_details")
                 reason = details.get("reason") if isinstance(details, dict) else holder.get("status")
             if reason and isinstance(reason, str) and reason != "null":
                 self.finish_reason = self._redact(reason[:80])
-        for choice in dicts_in(payload.get("choices")):
+        for choice in choices:
             if parse_reason(choice):
                 self.finished.add(str(choice.get("index")))
 
@@ -1645,8 +1646,9 @@ class PassedAnswer(Answer):
         """Take note of what payload, which data is, says of the answer and of its end."""
         if not isinstance(payload, dict):
             return
-        if self.notes.model is None or '"usage"' in data:
-            self.notes.take(payload)
+        has_usage = '"usage"' in data
+        if has_usage or self.notes.model is None:
+            self.notes.take(payload, has_usage)
         if data.count('_reason"') > data.count('_reason":null') or '"response"' in data:
             self.notes.take_end(payload)
         if self.state == self.OPEN and len(self.notes.finished) >= self.choices and self.failure is None:
