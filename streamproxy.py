@@ -1482,11 +1482,11 @@ def goes_on(block: bytes) -> int:
         return 0
     if "\n" not in text[:-2]:  # mostly
         told, null, rest = text.partition('"finish_reason":null')
-        goes_on = null and '"choices":[{' in told and '"finish_reason"' not in told and '"finish_reason"' not in rest
-        return bool(goes_on and text[0] == "d")  # of data
-    count, events = text.count, text.count('"choices":[{')
-    going = count('"finish_reason"') == count('"finish_reason":null') and "\r" not in text
-    return events if going and count("\n\n") == events and _DATA_LINES.fullmatch(text) else 0
+        going = null and '"choices":[{' in told and '"finish_reason"' not in told and '"finish_reason"' not in rest
+        return bool(going and text[0] == "d")  # of data
+    events = text.count('"choices":[{')
+    going = text.count("\n\n") == events and text.count('"finish_reason"') == text.count('"finish_reason":null')
+    return events if going and _DATA_LINES.fullmatch(text) else 0
 
 
 _DATA_LINES = re.compile(r"(?:data: ?\{[^\n]*\n\n)+")
@@ -1948,8 +1948,8 @@ _HOST = re.compile(r"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?
 class Request:
     """The head of a request; "-" for what of it cannot be read."""
 
-    body = BodyDecoder()  # which is not complete: who knows what comes
     keeps_alive = False
+    body: BodyDecoder
 
     def __init__(self, method: str = "-", target: str = "-", http11: bool = True) -> None:
         self.method, self.http11 = method, http11
@@ -2026,10 +2026,12 @@ def _check_start(head: bytes) -> None:
 def readable_line(data: bytes) -> Request:
     """Return what can be said of a request whose head cannot be read, to answer and to log it."""
     line, line_ends, _ = data.removeprefix(b"\r\n").partition(b"\r\n")
+    request = Request()
     with contextlib.suppress(RequestError):
         if line_ends:
-            return parse_request_line(line.decode("latin-1"))
-    return Request()
+            request = parse_request_line(line.decode("latin-1"))
+    request.body = BodyDecoder()  # which is not complete: who knows what comes
+    return request
 
 
 # 9 ------------------------------------------------------------------- Settings
