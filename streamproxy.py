@@ -4968,7 +4968,7 @@ class Lifeline:
     def hold(self, waited: object, wake: Callable[[], object]) -> None:
         """Have cut() call wake, until waited is dropped.  Raises OSError after cut()."""
         with self._lock:
-            self._check()
+            self.check()
             self._held[waited] = wake
 
     def drop(self, waited: object) -> None:
@@ -4980,7 +4980,7 @@ class Lifeline:
         """Hold nothing more.  Raises OSError after cut()."""
         with self._lock:
             self._held.clear()
-            self._check()
+            self.check()
 
     def cut(self) -> None:
         """End what is waited for; nothing can be opened any more.  For any thread."""
@@ -4990,7 +4990,8 @@ class Lifeline:
                 with contextlib.suppress(OSError):
                     wake()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises OSError after cut()."""
         if self._cut:
             raise ConnectionAbortedError(errno.ECONNABORTED, "cut")
 
@@ -5040,6 +5041,7 @@ class Resolver:
         return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
 
     def _wait(self, address: tuple[str, int], deadline: Deadline) -> list[Any]:
+        deadline.lifeline.check()  # nothing is begun for who has gone, as while this waited for a thread
         box: queue.SimpleQueue[Any] = queue.SimpleQueue()
         with self._lock:
             is_first = address not in self._waiting

@@ -6558,6 +6558,15 @@ def test_look_up_that_hangs_holds_one_thread_and_nobody(names: Any, listener: Li
     wait_for(lambda: threading.active_count() == before)
 
 
+def test_no_look_up_is_begun_for_a_dial_that_was_cut_before_a_thread_had_it(names: Any, listener: Listener) -> None:
+    name = names["api.example"] = SlowName([listener])
+    lifeline = streamproxy.Lifeline()
+    lifeline.cut()
+    with pytest.raises(streamproxy.UpstreamError):
+        streamproxy.Upstream(dial_settings()).dial(lifeline)
+    assert not (name.calls or look_ups())
+
+
 def queues() -> int:
     return sum(isinstance(found, queue.SimpleQueue) for found in gc.get_objects())
 
