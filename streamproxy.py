@@ -3289,7 +3289,7 @@ FAILURES = (
 # known: the values of the only label, which count from 0.  Of a histogram, buckets: the upper bounds.
 Family = collections.namedtuple("Family", "type name help labels known buckets", defaults=((), (), ()))
 
-# All there is.  A new one is a line here, one in README's table, and a call of Metrics.count where it happens.  The
+# All there is.  A new one is a line here, one in README's table, and what adds to Metrics.values where it happens.  The
 # label client is there only where tokens name clients.
 METRICS = (
     Family("counter", "streamproxy_requests_total", "Requests that ended, by route and status.",
@@ -3372,7 +3372,8 @@ class Metrics:
     def __init__(self, names_clients: bool = False) -> None:
         """names_clients: there are tokens, and the label client tells whose was sent."""
         self._clients: set[str] | None = set() if names_clients else None  # those that have a value of their own
-        self._values: dict[str, dict[tuple[str, ...], float]] = {}
+        # By a metric's name without streamproxy_, then by its labels: counters, and gauges as they are told.
+        self.values: dict[str, collections.defaultdict[tuple[str, ...], float]] = {}
         self.histograms: dict[str, Histogram] = {}
         for family in METRICS:
             if family.type == "histogram":
@@ -3381,22 +3382,9 @@ class Metrics:
                 zeros: list[tuple[str, ...]] = [(known,) for known in family.known]
                 if family.type == "counter" and not family.labels:
                     zeros = [()]
-                self._values[_short(family.name)] = dict.fromkeys(zeros, 0)
+                self.values[_short(family.name)] = collections.defaultdict(int, dict.fromkeys(zeros, 0))
         self.between_pieces = self.histograms["time_between_pieces_seconds"]
-        self.set("build_info", 1, __version__, sys.version.split()[0])
-
-    def count(self, name: str, amount: float, *labels: str) -> None:
-        """Add to a counter; name is that in METRICS without streamproxy_."""
-        values = self._values[name]
-        values[labels] = values.get(labels, 0) + amount
-
-    def set(self, name: str, value: float, *labels: str) -> None:
-        """Say what a gauge is now, or a counter that somebody else keeps."""
-        self._values[name][labels] = value
-
-    def observe(self, name: str, value: float) -> None:
-        """Take a value of a histogram."""
-        self.histograms[name].observe(value)
+        self.values["build_info"][__version__, sys.version.split()[0]] = 1
 
     def client(self, name: str) -> tuple[str, ...]:
         """Return the value of the label client; (): there is no such label.
@@ -3411,20 +3399,21 @@ class Metrics:
 
     def refused(self, failure: RequestError) -> None:
         """Count a request that was refused: by the setting that did, where one did."""
-        self.count("refusals_total", 1, failure.reason or REASONS.get(failure.status, "other"))
+        self.values["refusals_total"][failure.reason or REASONS.get(failure.status, "other"),] += 1
 
     def take_notes(self, notes: Notes, client: tuple[str, ...]) -> None:
         """Count what an answer held: see Notes."""
-        self.count("text_bytes_total", notes.size, *client)
+        self.values["text_bytes_total"][client] += notes.size
         if notes.usage:
-            for type, number in tokens_in(notes.usage).items():
-                self.count("tokens_total", number, type, *client)
+            tokens = self.values["tokens_total"]
+            for kind, number in tokens_in(notes.usage).items():
+                tokens[(kind, *client)] += number
 
     def encode(self) -> bytes:
         """Return all of it as Prometheus' text format 0.0.4 has it."""
         lines: list[str] = []
         for family in METRICS:
-            values = self._values.get(_short(family.name))
+            values = self.values.get(_short(family.name))
             if values != {}:  # of a system that does not tell
                 lines.append(f"# HELP {family.name} {family.help}\n# TYPE {family.name} {family.type}\n")
             if values is None:
@@ -3436,6 +3425,21 @@ class Metrics:
         return "".join(lines).encode()
 
 
+# By the member of usage that tells their number: the kind of tokens, or the kinds by the members of that.  Of two that
+# tell the same kind, the first here counts.
+_USAGE = {
+    "prompt_tokens": "input",
+    "input_tokens": "input",
+    "completion_tokens": "output",
+    "output_tokens": "output",
+    "prompt_tokens_details": {"cached_tokens": "cached"},
+    "input_tokens_details": {"cached_tokens": "cached"},
+    "cache_read_input_tokens": "cached",
+    "completion_tokens_details": {"reasoning_tokens": "reasoning"},
+    "output_tokens_details": {"reasoning_tokens": "reasoning"},
+}
+
+
 def _short(name: str) -> str:
     return name.replace("streamproxy_", "")
 
@@ -3444,34 +3448,20 @@ def _escape(label: str) -> str:
     return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-def tokens_in(usage: Mapping[str, Any]) -> dict[str, int]:
-    """Return the tokens of each type that usage tells, in the words of any of the APIs.
+def tokens_in(usage: Mapping[str, Any], kinds: Mapping[str, Any] = _USAGE) -> dict[str, int]:
+    """Return the tokens of each kind that usage tells, in the words of any of the APIs.
 
     cached are among the input for OpenAI, not for Anthropic; reasoning is among the output.
     """
     found: dict[str, int] = {}
-    for type, places in _USAGE.items():
-        for holder, name in places:
-            told = usage.get(holder) if holder else usage
-            number = told.get(name) if isinstance(told, dict) else None
-            if isinstance(number, int) and not isinstance(number, bool) and 0 < number < MAX_USAGE:
-                found[type] = number
-                break
+    for name in filter(usage.__contains__, kinds):
+        kind, told = kinds[name], usage[name]
+        if type(told) is int:
+            if 0 < told < MAX_USAGE and type(kind) is str:
+                found.setdefault(kind, told)
+        elif type(told) is dict and type(kind) is dict:
+            found = {**tokens_in(told, kind), **found}
     return found
-
-
-# By type of tokens: the members that may tell their number, and which of usage's holds them.
-_USAGE = {
-    "input": (("", "prompt_tokens"), ("", "input_tokens")),
-    "output": (("", "completion_tokens"), ("", "output_tokens")),
-    "cached": (
-        ("prompt_tokens_details", "cached_tokens"), ("input_tokens_details", "cached_tokens"),
-        ("", "cache_read_input_tokens"),
-    ),
-    "reasoning": (
-        ("completion_tokens_details", "reasoning_tokens"), ("output_tokens_details", "reasoning_tokens"),
-    ),
-}  # fmt: skip
 
 
 # 13 ------------------------------------------------------------------ Loop
@@ -3850,11 +3840,12 @@ class LogWriter:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lines: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[tuple[int, float, object]] = queue.SimpleQueue()
         self.lost = 0  # lines that found no room, or whose handler raised.  For any thread to read
         self._told = 0  # so many of them the log tells of
         self._said_at: dict[str, float] = {}  # by words of errors
         self._unsaid: collections.Counter[str] = collections.Counter()  # how often each was since then
+        self.output: Output | None = None  # the command's; who embeds this has handlers of logging's
         self._clock = clock
         self._closing = threading.Event()
         self._lock = threading.Lock()  # guards _said_at, _unsaid, and the start
@@ -3889,7 +3880,7 @@ class LogWriter:
     def close(self, timeout: float) -> None:
         """Write what waits; give up after timeout seconds."""
         self._closing.set()
-        self._lines.put((logging.NOTSET, None))  # wakes the thread
+        self._lines.put((logging.NOTSET, 0.0, None))  # wakes the thread
         if self._thread:
             self._thread.join(timeout)
 
@@ -3897,7 +3888,7 @@ class LogWriter:
         if self._lines.qsize() >= MAX_LOG_LINES:
             self.lost += 1
             return
-        self._lines.put((level, line))
+        self._lines.put((level, time.time(), line))
         if not self._thread:
             self.start()
 
@@ -3912,13 +3903,21 @@ class LogWriter:
             self._guard(1, self._emit, *self._lines.get())
         lost = self.lost
         news = lost - self._told
-        told = news and self._guard(0, self._emit, logging.ERROR, f"{news} lines of log were lost")
-        flushed = [self._guard(count, handler.flush) for handler in log.handlers]
+        told = news and self._guard(0, self._emit, logging.ERROR, time.time(), f"{news} lines of log were lost")
+        flushes = [keeper.flush for keeper in (self.output, *log.handlers) if keeper]
+        flushed = [self._guard(count, flush) for flush in flushes]
         if told and all(flushed):
             self._told = lost
 
-    def _emit(self, level: int, line: object) -> None:
-        if level and log.isEnabledFor(level):  # log.log would look for the line of code, too
+    def _emit(self, level: int, at: float, line: object) -> None:
+        if not (level and log.isEnabledFor(level)):
+            return
+        if isinstance(line, LogEntry):
+            line["time"] = log_time(at)
+        output = self.output
+        if output:
+            output.add(level, at, line)
+        if not output or log.hasHandlers():  # log.log would look for the line of code, too
             log.handle(log.makeRecord(log.name, level, "streamproxy.py", 0, line, (), None))
 
     def _guard(self, lines: int, call: Callable[..., object], *args: object) -> bool:
@@ -3945,16 +3944,48 @@ class LogEntry(dict[str, object]):
     """What the log says of one request, or of a step of it.  As text: name=value, nothing from the wire unescaped."""
 
     def __str__(self) -> str:
-        return " ".join([f"{name}={self._text(value)}" for name, value in self.items() if value is not None])
-
-    @staticmethod
-    def _text(value: object) -> str:
-        plain = _PLAIN.fullmatch(value) if isinstance(value, str) else type(value) in (int, float)
-        return str(value) if plain else _COMPACT_JSON.encode(value)
+        plain, encode = _PLAIN.fullmatch, _COMPACT_JSON.encode
+        parts = []
+        for name, value in self.items():
+            if type(value) is str:
+                parts.append(f"{name}={value if plain(value) else encode(value)}")
+            elif value is not None:
+                parts.append(f"{name}={value if type(value) in _NUMBERS else encode(value)}")
+        return " ".join(parts)
 
 
 _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
+_NUMBERS = frozenset((int, float))
 _COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
+
+
+def write_all(fd: int, text: str) -> None:
+    """Write without a buffer, whose lock would keep the process from ending while a reader is stuck."""
+    data = text.encode("utf-8", "backslashreplace")
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:  # somebody else that has this pipe wants it so
+            time.sleep(LOG_PAUSE)
+
+
+class Output:
+    """Writes lines to a stream's descriptor, those that come together at once; a failure is the log writer's."""
+
+    def __init__(self, stream: TextIO, style: str) -> None:
+        """style: text or json."""
+        self._fd, self._encode = stream.fileno(), json.dumps if style == "json" else str
+        self._lines: list[str] = []
+
+    def add(self, level: int, at: float, line: object) -> None:
+        """Take a line for the next flush."""
+        if not isinstance(line, LogEntry):
+            line = LogEntry(time=log_time(at), level=logging.getLevelName(level).lower(), message=str(line))
+        self._lines.append(self._encode(line) + "\n")
+
+    def flush(self) -> None:
+        lines, self._lines = self._lines, []
+        write_all(self._fd, "".join(lines))
 
 
 # 16 ------------------------------------------------------------------ Clients
@@ -4355,7 +4386,10 @@ class Exchange:
         fields, resource = request.fields, self.resource
         if "x-forwarded-for" in fields:
             self.who = access.address_of(client.address, fields["x-forwarded-for"])
-        self.tell("request", client=self.who, method=request.method, path=request.path[:200])
+        hub = self.server.hub
+        hub.tells = log.isEnabledFor(logging.DEBUG)
+        if hub.tells:
+            self.tell("request", client=self.who, method=request.method, path=request.path[:200])
         if "upgrade" in fields and request.path.startswith("/v1/") and "websocket" in fields["upgrade"].lower():
             raise RequestError("Ask with POST: WebSocket is not spoken here.", 426, fields=_UPGRADE)
         run = resource.methods.get(request.method) or self._without_method()
@@ -4421,7 +4455,8 @@ class Exchange:
             self.claim = claim = Claim(request, place, self.name, self._wants_events(), counts)
         if not claim or (claim.begins and not answers.find(claim)):
             self._take_place(place, counts)
-        self.tell("let in", client=self.who)
+        if self.server.hub.tells:
+            self.tell("let in", client=self.who)
         if request.method == "POST" and not (claim and claim.id):
             self._expect_body(then)
         else:
@@ -4514,7 +4549,7 @@ class Exchange:
         hub, counts = self.server.hub, self.server.snapshot()
         self.server.answers.count_into(hub.metrics)
         for name, value in {**counts, **figures, "log_lines_dropped_total": hub.log.lost}.items():
-            hub.metrics.set(name.replace(" ", "_"), value)
+            hub.metrics.values[name.replace(" ", "_")][()] = value
         self._answer(200, hub.metrics.encode(), {"Content-Type": METRICS_TYPE})
 
     def get_test(self) -> None:
@@ -4669,7 +4704,7 @@ class Exchange:
             return
         if claim.key and claim.asked != kept.claim.asked:
             raise RequestError("This Idempotency-Key was used for another request.", 422)
-        self.server.hub.metrics.count("kept_events_total", 1, "attached")
+        self.server.hub.metrics.values["kept_events_total"]["attached",] += 1
         self.stream = kept.watch(self, claim, attached=True)
         self._leave_place()  # it had one where the answer was not there yet when this was let in
         self.stream.advance()
@@ -4805,61 +4840,59 @@ class Exchange:
     def _end(self, cut: bool = False) -> None:
         if self.client.exchange is self:
             self._leave_place()
-            self._count()
-            if self._is_logged():
-                self._log()
+            now = self.client.loop.clock()
+            self._count(now)
+            self._log(now)
             self.stream = self._then = None  # they have this, too
             self.client.on_answered(cut)
 
-    def _count(self) -> None:
+    def _count(self, now: float) -> None:
         metrics, failure, stream = self.server.hub.metrics, self.failure, self.stream
-        now, client = self.client.loop.clock(), self.server.hub.metrics.client(self.name)
-        metrics.count("requests_total", 1, self.resource.name, str(self.status), *client)
-        metrics.count("endings_total", 1, failure.ending if failure else "complete")
-        if self.request.path not in _OPEN_PATHS and not self._goes_elsewhere:  # for those nobody waits
-            metrics.observe("request_duration_seconds", now - self.began_at)
-        if isinstance(failure, RequestError) and not self._goes_elsewhere:
+        values, client, name = metrics.values, metrics.client(self.name), self.resource.name
+        values["requests_total"][(name, str(self.status), *client)] += 1
+        values["endings_total"][failure.ending if failure else "complete",] += 1
+        if name not in _OPEN_PATHS and not self._goes_elsewhere:  # for those nobody waits
+            metrics.histograms["request_duration_seconds"].observe(now - self.began_at)
+        if failure and isinstance(failure, RequestError) and not self._goes_elsewhere:
             metrics.refused(failure)
         if isinstance(stream, Stream):  # what is kept is counted once, when it ends
             metrics.take_notes(stream.answer.notes, client)
-        if isinstance(stream, (Stream, Watch)) and not stream.attached:
-            first = stream.first_text_at
-            if first is not None:
-                metrics.observe("time_to_first_token_seconds", first - self.began_at)
-                metrics.observe("overhead_seconds", max(0.0, self.lead) + (stream.first_sent_at or now) - first)
+        elif not isinstance(stream, Watch):
+            return
+        first = stream.first_text_at
+        if first is not None and not stream.attached:
+            metrics.histograms["time_to_first_token_seconds"].observe(first - self.began_at)
+            own = max(0.0, self.lead) + (stream.first_sent_at or now) - first
+            metrics.histograms["overhead_seconds"].observe(own)
 
     def _told(self) -> dict[str, object]:
         """What the log says of the request itself."""
         return {
-            "time": "",
+            "time": "",  # which the log's thread fills in
             "id": self.id,
             "client": self.who,
             "method": self.request.method,
             "path": self.request.path[:200],  # the query may hold a prompt
         }
 
-    def _is_logged(self) -> bool:
-        wanted = self.server.settings.access_log
-        health = self.request.path in _OPEN_PATHS and self.status == 200 and not self.failure
-        return wanted == "all" or (wanted == "on" and not (health or self._goes_elsewhere))
-
-    def _log(self) -> None:
-        now, failure, stream = time.time(), self.failure, self.stream
-        entry = LogEntry(
-            self._told(),
-            time=log_time(now),
-            status=self.status,
-            ending=failure.ending if failure else "complete",
-            error=failure.logged if failure else None,
-            seconds=round(self.client.loop.clock() - self.began_at, 3),
-        )
+    def _log(self, now: float) -> None:
+        wanted, failure, stream = self.server.settings.access_log, self.failure, self.stream
+        if wanted != "all":
+            health = self.request.path in _OPEN_PATHS and self.status == 200 and not failure
+            if wanted != "on" or health or self._goes_elsewhere:
+                return
+        entry = LogEntry(self._told())
+        entry["status"] = self.status
+        entry["ending"] = failure.ending if failure else "complete"
+        entry["error"] = failure.logged if failure else None
+        entry["seconds"] = round(now - self.began_at, 3)
         if isinstance(stream, (Stream, Watch)):
             first = stream.first_text_at
             entry["upstream"] = self.server.hub.upstream.target.address
             entry["ttft"] = None if first is None else round(first - self.began_at, 3)
             entry.update(notes_of(stream))
-        if isinstance(stream, Watch):
-            entry.update({"stream": stream.kept.id, "from": stream.start if stream.attached else None})
+            if isinstance(stream, Watch):
+                entry.update({"stream": stream.kept.id, "from": stream.start if stream.attached else None})
         self.server.hub.log.info(entry)
 
 
@@ -5832,14 +5865,15 @@ class Source(Stateful):
 
     def _ask(self, connection: Connection) -> None:
         self.connection, self.stream.asked = connection, True
-        self.hub.metrics.count("upstream_connections_total", 1, "true" if connection.reused else "false")
+        self.hub.metrics.values["upstream_connections_total"]["true" if connection.reused else "false",] += 1
         self.state, self.since = self.SENDING, self.hub.loop.now
         self._sent_at = self.since
         call = self.stream.call
-        self.stream.tell(
-            "ask", peer=connection.peer, warm=connection.reused, method=call.method, path=call.path,
-            bytes=len(call.body), adapted=call.adapted and call.adapted.refused or None,
-        )  # fmt: skip
+        if self.hub.tells:
+            self.stream.tell(
+                "ask", peer=connection.peer, warm=connection.reused, method=call.method, path=call.path,
+                bytes=len(call.body), adapted=call.adapted and call.adapted.refused or None,
+            )  # fmt: skip
         self._send(self.hub.upstream.target.encode_head(call), call.body)
         self.watch()
         self.stream.set_alarm()
@@ -5881,8 +5915,9 @@ class Source(Stateful):
         self._keeps_alive = not last and body.left is not None and "close" not in fields.get("connection", "").lower()
         self.answer = self.stream.answer = self.answer.start(status, fields)
         self.stream.on_head()
-        media = self.hub.redact(fields.get("content-type", "")[:100])
-        self.stream.tell("head", status=status, type=media or None, upstream_id=self.answer.notes.request_id)
+        if self.hub.tells:
+            media = self.hub.redact(fields.get("content-type", "")[:100])
+            self.stream.tell("head", status=status, type=media or None, upstream_id=self.answer.notes.request_id)
         self._take(body, rest)
         if self.answer.eager and self.state != self.OVER:
             self.stream.viewer.open()
@@ -5915,7 +5950,8 @@ class Source(Stateful):
         is_first = not self._pieces
         if is_first:
             stream.first_text_at = now
-            stream.tell("first text")
+            if self.hub.tells:
+                stream.tell("first text")
         else:
             noted.append(now - self._text_at)
             if len(noted) > MAX_NOTED:
@@ -6101,7 +6137,7 @@ class Stream:
         retries = self.viewer.state == Viewer.SILENT and (stale or self._adapt())
         failure = self.answer.failure or failure
         if isinstance(failure, UpstreamError):
-            self.hub.metrics.count("upstream_failures_total", 1, "stale" if stale else failure.reason)
+            self.hub.metrics.values["upstream_failures_total"]["stale" if stale else failure.reason,] += 1
         self.tell("failure", error=failure.logged, again=retries)
         if retries:
             self.ask(fresh=stale)
@@ -6195,7 +6231,7 @@ class Stream:
                 self.fail(source.late())
             elif self._ping_due() <= now:
                 heartbeat = self.answer.ping()
-                self.hub.metrics.count("heartbeats_total", bool(heartbeat))
+                self.hub.metrics.values["heartbeats_total"][()] += bool(heartbeat)
                 self.viewer.ping(heartbeat)
         self.set_alarm()
 
@@ -6402,6 +6438,9 @@ class Hub:
         self.refusals = Refusals()
         self.upstream = Upstream(settings)
         self.log = LogWriter()
+        # Whether anybody wants to know of steps, as it was when a request began last.  Where steps are that each
+        # request takes, it is asked before their facts are put together.
+        self.tells = log.isEnabledFor(logging.DEBUG)
         self.loop = Loop(report=self.log.error)
         self.workers = Workers(self.loop, self.log.error, start)
         self.pool = Pool(self.loop)
@@ -6416,8 +6455,8 @@ class Hub:
 
     def tell(self, id: str, step: str, facts: Mapping[str, object]) -> None:
         """Log a step of the request that has this id, if anybody wants to know."""
-        if log.isEnabledFor(logging.DEBUG):
-            self.log.debug(LogEntry(time=log_time(time.time()), level="debug", id=id, step=step, **facts))
+        if self.tells:
+            self.log.debug(LogEntry(time="", level="debug", id=id, step=step, **facts))
 
     def stream(self, call: Call, answer: Answer, exchange: Asker, viewer: Viewer | None = None) -> Stream:
         if self._probe.at == math.inf:
@@ -6430,7 +6469,7 @@ class Hub:
 
     def _on_probe(self) -> None:
         """See how late the loop is, and look again while text comes: a process with nothing to do sleeps."""
-        self.metrics.observe("loop_lag_seconds", max(0.0, self.loop.clock() - self._probe_at))
+        self.metrics.histograms["loop_lag_seconds"].observe(max(0.0, self.loop.clock() - self._probe_at))
         self.metrics.between_pieces.observe_noted()
         came, self._probed = self._probed, self.metrics.between_pieces.sum
         if came != self._probed:
@@ -6864,7 +6903,7 @@ class KeptAnswer:
             if not self.watches:
                 self._alarm.by(self._due)
         elif not self.over:
-            self.answers.hub.metrics.count("kept_events_total", 1, "abandoned")
+            self.answers.hub.metrics.values["kept_events_total"]["abandoned",] += 1
             self.stream.drop(Aborted("No client came back for the answer.", ending="abandoned"))
         else:
             self.answers.forget(self)
@@ -6877,8 +6916,8 @@ class KeptAnswer:
 
     def _log(self) -> None:
         """Say how it ended, where no client's line does."""
-        failure, now = self.stream.failure, time.time()
-        entry = LogEntry(self.told, time=log_time(now), status=self.head[0] if self.head else 0)
+        failure = self.stream.failure
+        entry = LogEntry(self.told, status=self.head[0] if self.head else 0)
         entry.update(
             ending=failure.ending if failure else "complete", error=failure.logged if failure else None,
             seconds=round(self.loop.clock() - self.stream.began_at, 3),
@@ -6916,8 +6955,8 @@ class KeptAnswers:
         alone = sum(not (kept.over or kept.watches) for kept in self._by_id.values())
         states = {"watched": self.running - alone, "alone": alone, "ended": len(self) - self.running}
         for state, number in states.items():
-            metrics.set("kept_answers", number, state)
-        metrics.set("kept_bytes", self.used)
+            metrics.values["kept_answers"][state,] = number
+        metrics.values["kept_bytes"][()] = self.used
 
     def find(self, claim: Claim) -> KeptAnswer | None:
         """Return the answer that is claimed; None as well where it is another's."""
@@ -6951,7 +6990,7 @@ class KeptAnswers:
         """Stop the answer that is claimed; one that is not there, but has a key, may be about to be asked for."""
         kept = self.find(claim)
         if kept and not kept.over:
-            self.hub.metrics.count("kept_events_total", 1, "stopped")
+            self.hub.metrics.values["kept_events_total"]["stopped",] += 1
             kept.stop()
         elif not kept and claim.key:
             self._stops.pop((claim.owner, claim.key), None)
@@ -7377,7 +7416,7 @@ class Door:
             Client(sock, address, self)
         else:
             server.hub.log.error("a connection was closed: there are too many")
-            server.hub.metrics.count("refusals_total", 1, "connections")
+            server.hub.metrics.values["refusals_total"]["connections",] += 1
             sock.close()
         return True
 
@@ -8362,74 +8401,21 @@ def setting_lines(settings: Settings, found: Mapping[str, tuple[Any, str]]) -> I
             yield f"{setting.flag or setting.variable:27}{source:36}{setting.show(getattr(settings, setting.name))}\n"
 
 
-def _write_all(fd: int, text: str) -> None:
-    """Write without a buffer, whose lock would keep the process from ending while a reader is stuck."""
-    data = text.encode("utf-8", "backslashreplace")
-    while data:
-        try:
-            data = data[os.write(fd, data) :]
-        except BlockingIOError:  # somebody else that has this pipe wants it so
-            time.sleep(LOG_PAUSE)
-
-
 def _say(text: str) -> None:
     """Write text to stdout, for whoever may read it."""
     with contextlib.suppress(OSError, AttributeError):  # the latter: it was closed
-        _write_all(sys.stdout.fileno(), text)
+        write_all(sys.stdout.fileno(), text)
 
 
 def _complain(words: str) -> None:
     """Write a line to stderr, of what is wrong or takes its time, for whoever can still read it."""
     with contextlib.suppress(OSError):
-        _write_all(sys.stderr.fileno(), f"streamproxy: {words}\n")
+        write_all(sys.stderr.fileno(), f"streamproxy: {words}\n")
 
 
 def _open_nothing() -> TextIO:
     """Take the place of a standard stream that is closed, whose descriptor would soon be a socket's."""
     return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-
-
-class _NoLock(contextlib.nullcontext):  # type: ignore[type-arg]
-    """What logging takes for a lock."""
-
-    def acquire(self) -> None:
-        pass
-
-    release = acquire
-
-
-class _Output(logging.Handler):
-    """Writes lines to a stream's descriptor, those that come together at once; a failure is the log writer's."""
-
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__()
-        self._fd = stream.fileno()
-        self._lines: list[str] = []
-
-    def createLock(self) -> None:
-        self.lock: Any = _NoLock()  # one thread writes; and at exit, logging would wait for a lock that it holds
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(self.format(record) + "\n")
-
-    def flush(self) -> None:
-        lines, self._lines = self._lines, []
-        _write_all(self._fd, "".join(lines))
-
-
-class _LogFormatter(logging.Formatter):
-    """A line a record, as text or JSON."""
-
-    def __init__(self, style: str) -> None:
-        super().__init__()
-        self._json = style == "json"
-
-    def format(self, record: logging.LogRecord) -> str:
-        entry = record.msg
-        if not isinstance(entry, LogEntry):
-            time, level = log_time(record.created), record.levelname.lower()
-            entry = LogEntry(time=time, level=level, message=record.getMessage())
-        return json.dumps(entry) if self._json else str(entry)
 
 
 def check(settings: Settings) -> int:
@@ -8547,8 +8533,6 @@ def _trim_memory() -> None:
 def _tune_process() -> None:
     """Set what is the process's, and so not for a server to set that another program has made."""
     sys.setswitchinterval(SWITCH_INTERVAL)
-    # What a record of logging's would find out for each line, and no line tells (logging HOWTO, "Optimization").
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # What is over is gone by its count of references.  To look through all that 10,000 streams hold takes 0.2 s.
     with contextlib.suppress(AttributeError):  # PyPy has another collector
         gc.set_threshold(*gc.get_threshold()[:2], 1_000_000)
@@ -8613,9 +8597,7 @@ def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] |
         return 1, None
     except KeyboardInterrupt:  # of who has seen enough of a check
         return 130, None
-    output = _Output(sys.stderr)
-    output.setFormatter(_LogFormatter(settings.log_format))
-    log.addHandler(output)
+    server.hub.log.output = Output(sys.stderr, settings.log_format)
     log.setLevel(settings.log_level.upper())
     _tune_process()
     return 0, functools.partial(_serve, server, signals)

@@ -9088,7 +9088,7 @@ def test_metrics_labels_are_escaped_and_bounded(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(streamproxy, "MAX_NAMED_CLIENTS", 2)
     metrics = streamproxy.Metrics(names_clients=True)
     for name in ('a"\\\n', "b", "c", "d", "b", ""):
-        metrics.count("text_bytes_total", 1, *metrics.client(name))
+        metrics.values["text_bytes_total"][metrics.client(name)] += 1
     lines = metrics.encode().decode().split("\n")
     assert [line for line in lines if line.startswith("streamproxy_text_bytes_total{")] == [
         r'streamproxy_text_bytes_total{client="a\"\\\n"} 1',
@@ -10652,7 +10652,7 @@ class KeptStage(StillServer):
 
 
 def kept_events(server: streamproxy.Server, event: str) -> float:
-    return server.hub.metrics._values["kept_events_total"][event,]
+    return server.hub.metrics.values["kept_events_total"][event,]
 
 
 CLOSING_HEAD = STREAM_HEAD[:-2] + b"Connection: close\r\n\r\n"
@@ -11056,7 +11056,7 @@ def test_kept_answer_as_the_log_and_the_numbers_have_it() -> None:
         assert numbers["time_to_first_token_seconds"].sum == 2.0
 
         def kept() -> list[float]:
-            values = {name: stage.hub.metrics._values[name] for name in ("kept_answers", "kept_bytes")}
+            values = {name: stage.hub.metrics.values[name] for name in ("kept_answers", "kept_bytes")}
             stage.server.answers.count_into(stage.hub.metrics)
             states = [values["kept_answers"][state,] for state in ("watched", "alone", "ended")]
             return [*states, values["kept_bytes"][()], kept_events(stage.server, "attached")]
@@ -11206,8 +11206,8 @@ def test_kept_answer_is_all_that_is_told_where_clients_come_back(caplog: pytest.
             assert data.startswith(b"HTTP/1.1 421 Misdirected Request\r\n"), data
         assert len(stage.lines.requests) == before
         numbers = stage.hub.metrics
-        assert not any(numbers._values["refusals_total"].values()) and not numbers._values["endings_total"]["error",]
-        assert numbers._values["requests_total"]["/", "421"] == 5
+        assert not any(numbers.values["refusals_total"].values()) and not numbers.values["endings_total"]["error",]
+        assert numbers.values["requests_total"]["/", "421"] == 5
         for status, data in {
             422: back({"prompt": "else"}, Idempotency_Key="k"), 404: back(None, "GET", "/streams/x"),
             410: back(PROMPT, Idempotency_Key="other", Last_Event_ID="x.1"),
@@ -11606,10 +11606,12 @@ def test_command_line_signal_that_comes_before_it_serves(name: str, words: str) 
     assert status == 0 and err.endswith(words)
 
 
-def test_readme_line_for_tokens_and_their_cost_takes_10_000_lines_of_log() -> None:
+def test_readme_line_for_tokens_and_their_cost_takes_10_000_lines_of_log(tmp_path: Path) -> None:
     jq, random_ = program("jq"), random.Random(1)
     command = shlex.split(readme_block("journalctl -o cat"))
-    formatter, lines = streamproxy._LogFormatter("json"), ["streamproxy 0.1.0 on http://127.0.0.1:8000", ""]
+    path = tmp_path / "log"
+    file = path.open("w")
+    output = streamproxy.Output(file, "json")
     totals = {name: [0, 0] for name in ("alice", "bob", "::1")}
     for number in range(5_000):
         who, used = random_.choice(list(totals)), [random_.randrange(5000), random_.randrange(500)]
@@ -11619,9 +11621,12 @@ def test_readme_line_for_tokens_and_their_cost_takes_10_000_lines_of_log() -> No
         stream = {"stream": f"s{number}"} if number % 3 else {}  # which is read again
         entry = streamproxy.LogEntry(time=str(number), id="1", client=who, ending="complete", usage=usage, **stream)
         for line in (entry, entry if stream else "words"):
-            lines.append(formatter.format(logging.LogRecord("streamproxy", logging.INFO, "", 0, line, (), None)))
+            output.add(logging.INFO, 0.0, line)
+    with file:
+        output.flush()
+    lines = f"streamproxy 0.1.0 on http://127.0.0.1:8000\n\n{path.read_text()}"
     jq_line = [jq, *command[command.index("jq") + 1 :]]
-    done = subprocess.run(jq_line, input="\n".join(lines), capture_output=True, text=True, check=False)
+    done = subprocess.run(jq_line, input=lines, capture_output=True, text=True, check=False)
     rows = {who: list(map(float, cells)) for who, *cells in (row.split("\t") for row in done.stdout.splitlines())}
     assert done.stderr == "" and rows.keys() == totals.keys()
     for who, (taken, given) in totals.items():
@@ -12001,7 +12006,8 @@ def test_readme_table_of_metrics_is_the_code_s() -> None:
     shown = [(family.name, family.type, ", ".join(family.labels) or "–", family.help) for family in streamproxy.METRICS]
     assert rows == [[f"`{name}`", *cells] for name, *cells in shown]
     text = " ".join(README.read_text(encoding="utf-8").split())
-    for names in (streamproxy.REFUSING, streamproxy.FAILURES, streamproxy._USAGE):
+    told = [kind.values() if isinstance(kind, dict) else [kind] for kind in streamproxy._USAGE.values()]
+    for names in (streamproxy.REFUSING, streamproxy.FAILURES, dict.fromkeys(itertools.chain(*told))):
         assert ", ".join(f"`{name}`" for name in names) in text
 
 
