@@ -3625,26 +3625,6 @@ class Loop:
 
     def turn(self, timeout: float = FOREVER) -> None:
         """Wait for at most timeout seconds, or until an alarm, then do all there is to do."""
-        ready = self._poll(timeout)
-        for fd, events in ready:
-            watched = self._watched.get(fd)
-            if watched:  # or what came before has ended it
-                try:
-                    watched[1](events)
-                except Exception as error:  # noqa: BLE001
-                    self._on_fault(watched[1], error)
-        if self._posts:
-            for _ in range(len(self._posts)):  # what these post is for the next turn: other streams come first
-                self._call(self._posts.popleft())
-        if self._begun:
-            for _ in range(min(len(self._begun), MAX_BEGINNINGS)):
-                self._call(self._begun.popleft())
-        if self._alarms and self._alarms[0][0] <= self.now:
-            self._full += 1
-            if len(ready) < MAX_READY or self._full > len(self._watched) // MAX_READY:  # all had their turn
-                self._ring()
-
-    def _poll(self, timeout: float) -> list[tuple[int, int]]:
         if self._alarms:
             due = self._alarms[0][0] - self.clock()
             timeout = due if 0 < due < timeout else timeout if due > 0 else 0
@@ -3656,7 +3636,26 @@ class Loop:
             # A process that was stopped for a while goes on here, without a look at what came meanwhile: that
             # comes before the clocks, or streams that are well would be too late.
             ready = self._epoll.poll(0, MAX_READY)
-        return ready
+        for fd, events in ready:
+            watched = self._watched.get(fd)
+            if watched:  # or what came before has ended it
+                try:
+                    watched[1](events)
+                except Exception as error:  # noqa: BLE001
+                    self._on_fault(watched[1], error)
+        if self._posts or self._begun or (self._alarms and self._alarms[0][0] <= self.now):
+            self._see_to_others(len(ready))
+
+    def _see_to_others(self, ready: int) -> None:
+        """Do what was posted, what is to begin and what alarms are for; so many sockets had their turn."""
+        for _ in range(len(self._posts)):  # what these post is for the next turn: other streams come first
+            self._call(self._posts.popleft())
+        for _ in range(min(len(self._begun), MAX_BEGINNINGS)):
+            self._call(self._begun.popleft())
+        if self._alarms and self._alarms[0][0] <= self.now:
+            self._full += 1
+            if ready < MAX_READY or self._full > len(self._watched) // MAX_READY:  # all had their turn
+                self._ring()
 
     def _ring(self) -> None:
         """Have alarms go off whose time has come: a few, and the others in the next turns."""
