@@ -8524,6 +8524,750 @@ def test_client_that_sends_without_end_while_its_answer_is_on_its_way_is_cut(
     assert log_entries(caplog, 1)[0]["ending"] == "aborted"
 
 
+# 24 ------------------------------------------------------------------- Kept answers
+
+
+class KeptStage(StillServer):
+    """A server that keeps answers, an upstream that is asked by hand, and clients that come and go."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(resume=20.0, **settings)
+
+    def asks(self, how: str, key: str = "k", last: str = "", comes_back: bool = False, **fields: str) -> Client:
+        """A client that asks for an answer: by POST in one of three modes, or as an EventSource."""
+        client = self.client(comes_back)
+        fields.update({"Last-Event-ID": last} if last else {})
+        fields.update(EVENTS if how in ("events", "source") else {})
+        if how == "source":
+            client.ask(method="GET", path="/?prompt=Say+hello", **fields)
+        elif how == "v1":
+            client.ask(CHAT, path="/v1/chat/completions", Idempotency_Key=key, **fields)
+        else:
+            client.ask(PROMPT, Idempotency_Key=key, **fields)
+        self.turn(4)
+        return client
+
+    def plain(self, method: str, path: str, **fields: str) -> Head:
+        client = self.client().ask(method=method, path=path, **fields)
+        self.turn(4)
+        return client.head()
+
+    def taken(self, client: Client) -> bytes:
+        """What the client has been sent."""
+        self.turn(4)
+        client.sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while client.more():
+                pass
+        client.sock.settimeout(DEADLINE)
+        return client.seen
+
+    def leaves(self, client: Client) -> None:
+        client.sock.close()
+        self.turn(4)
+
+
+def kept_events(server: streamproxy.Server, event: str) -> float:
+    return server.hub.metrics.values["kept_events_total"][event,]
+
+
+CLOSING_HEAD = STREAM_HEAD[:-2] + b"Connection: close\r\n\r\n"
+CHAT = {"model": streamproxy.DEFAULT_MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": True}
+
+
+def unchunked(data: bytes) -> tuple[dict[str, str], bytes, bool]:
+    """The fields and the body of what came of an answer, and whether that is its end."""
+    head, _, rest = data.partition(b"\r\n\r\n")
+    fields = dict(line.split(": ", 1) for line in head.decode("latin-1").split("\r\n")[1:] if ": " in line)
+    decoder = streamproxy.ChunkedDecoder()
+    return fields, decoder.feed(rest), decoder.complete
+
+
+def answer_parts() -> list[bytes]:
+    return [chunk(part) for part in (delta("Hé"), delta("llo\n\nid: 1"), delta("ᄐ" * 9), STOP, DONE)] + [b"0\r\n\r\n"]
+
+
+def complete_answer(stage: KeptStage, how: str) -> bytes:
+    client = stage.asks(how, "whole")
+    upstream = stage.connect()
+    upstream.send(CLOSING_HEAD, *answer_parts())
+    stage.turn(4)
+    return unchunked(stage.taken(client))[1]
+
+
+@pytest.mark.parametrize("how", ["text", "events", "source", "v1"])
+def test_kept_answer_cut_after_each_byte_is_made_whole_and_asked_for_once(how: str) -> None:
+    with KeptStage() as stage:
+        whole = complete_answer(stage, how)
+        id = re.findall(rb"(?m)^id: (.*)\.", whole)
+        whole = whole.replace(id[0], b"ID") if id else whole
+        for size in range(1, len(whole) + 1):
+            key = f"key-{size}"
+            client = stage.asks(how, key)
+            upstream = stage.connect()
+            upstream.send(CLOSING_HEAD, *answer_parts()[: 1 + size % 6])
+            fields, came, _ = unchunked(stage.taken(client))
+            name = fields["Stream-Id"]
+            came = came.replace(name.encode(), b"ID")[:size]
+            if how in ("events", "source"):  # what was not whole is dropped by whoever reads events
+                came = came[: came.rfind(b"\n\n") + 2 if b"\n\n" in came else 0]
+                last = f"{name}.{len(re.findall(b'(?m)^id: ', came))}"
+            else:
+                last = f"{name}.{len(came)}"
+            stage.leaves(client)
+            with contextlib.suppress(OSError):  # it is not heard behind [DONE]
+                upstream.send(*answer_parts()[1 + size % 6 :])
+            if size % 2:
+                stage.turn(4)
+            if size % 3 or how == "source":
+                again = stage.asks(how, key, last)
+            else:
+                again = stage.client().ask(method="GET", path=f"/streams/{name}", Last_Event_ID=last)
+            data = stage.taken(again)
+            if how == "source" and came == whole and data.startswith(b"HTTP/1.1 204 "):
+                continue
+            fields, rest, ended = unchunked(data)
+            assert fields["Stream-Id"] == name and ended
+            assert came + rest.replace(name.encode(), b"ID") == whole, (size, came, rest)
+        assert not stage.jobs and stage.server.limits.total == 0
+
+
+class Returner:
+    """A client of a kept answer that reads a little at a time, is cut at random, and comes back for the rest."""
+
+    def __init__(self, stage: KeptStage, how: str, rng: random.Random) -> None:
+        self.stage, self.how, self.rng = stage, how, rng
+        self.got, self.name, self.ended = b"", "", False
+        self.client = stage.asks(how)
+
+    def read(self) -> None:
+        if self.ended:
+            return
+        self.client.sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            self.client.seen += self.client.sock.recv(self.rng.choice([1, 50, 5000, 400_000]))
+        if b"\r\n\r\n" not in self.client.seen:
+            return
+        fields, body, self.ended = unchunked(self.client.seen)
+        self.name = fields["Stream-Id"]
+        if self.ended or self.rng.random() < 0.2:
+            if self.how == "events":
+                body = body[: body.rfind(b"\n\n") + 2 if b"\n\n" in body else 0]
+            self.got += body
+            if not self.ended:
+                self.stage.leaves(self.client)
+                count = len(re.findall(b"(?m)^id: ", self.got)) if self.how == "events" else len(self.got)
+                self.client = self.stage.asks(self.how, last=f"{self.name}.{count}")
+
+
+@pytest.mark.parametrize("how", ["text", "events", "v1"])
+def test_kept_answer_fuzzed_comes_whole_to_two_slow_clients_that_are_cut_again_and_again(how: str) -> None:
+    for seed in range(12):
+        rng = random.Random(seed)
+        with KeptStage() as stage:
+            returners = [Returner(stage, how, rng), Returner(stage, how, rng)]
+            pieces = ["".join(rng.choices("aé\n\U0001f600 :id", k=rng.choice([1, 30, 9000]))) for _ in range(40)]
+            parts = [chunk(delta(piece)) for piece in pieces] + [chunk(STOP), chunk(DONE) + b"0\r\n\r\n"]
+            upstream = stage.connect()
+            upstream.send(CLOSING_HEAD)
+            stage.turn(2)
+            while parts or not all(returner.ended for returner in returners):
+                if parts and rng.random() < 0.5:
+                    upstream.send(parts.pop(0))
+                stage.turn(2)
+                rng.choice(returners).read()
+            one, two = (returner.got.replace(returner.name.encode(), b"ID") for returner in returners)
+            assert one == two and not stage.jobs
+            if how == "text":
+                assert one.decode() == "".join(pieces)
+            elif how == "v1":
+                assert one == b"".join(delta(piece) for piece in pieces) + STOP + DONE
+            else:
+                events = streamproxy.EventParser().feed(one)
+                assert [event.last_event_id for event in events] == [f"ID.{n + 1}" for n in range(len(events))]
+                shown = [json.loads(event.data)["text"] for event in events if event.type == "message"]
+                assert "".join(shown) == "".join(pieces)
+
+
+def test_kept_answer_says_its_id_and_one_without_a_key_has_none() -> None:
+    with KeptStage(instance="a", heartbeat=5.0) as stage:
+        client = stage.client().ask(PROMPT)
+        stage.turn(4)
+        upstream = stage.connect()
+        upstream.send(STREAM_HEAD, chunk(delta("x")))
+        assert b"Stream-Id" not in stage.taken(client)
+        stage.leaves(client)
+        assert upstream.gone() and stage.server.limits.total == 0
+
+        client = stage.asks("source")
+        stage.connect()
+        stage.at(6)  # a ping brings the id before the first word
+        fields, body, _ = unchunked(stage.taken(client))
+        assert re.fullmatch("a-[0-9a-f]{32}", fields["Stream-Id"])
+        assert body == b"id: %b.0\n\n: ping\n" % fields["Stream-Id"].encode()
+        stage.leaves(client)
+        again = stage.asks("source", last=fields["Stream-Id"] + ".0")
+        assert unchunked(stage.taken(again))[:2][1] == body and not stage.jobs
+
+
+def test_kept_answer_attached_before_its_head_after_its_failure_and_by_two_at_once() -> None:
+    with KeptStage() as stage:
+        first, second = stage.asks("text"), stage.asks("text")
+        assert len(stage.jobs) == 1 and stage.server.limits.total == 1
+        upstream = stage.connect()
+        upstream.send(STREAM_HEAD, chunk(delta("x")))
+        stage.turn(4)
+        old = stage.client().ask(PROMPT, version="1.0", Idempotency_Key="k")
+        stage.turn(4)
+        assert unchunked(stage.taken(first))[1] == unchunked(stage.taken(second))[1] == b"x"
+        upstream.sock.close()
+        stage.turn(4)
+        late = stage.asks("text")
+        for client in (first, second, late):
+            data = stage.taken(client)
+            assert unchunked(data)[1:] == (b"x", False) and client.gone()
+        assert old.gone()
+
+        paid = stage.asks("text", "paid"), stage.asks("text", "paid")
+        stage.connect().sock.close()
+        stage.turn(4)
+        for client in (*paid, stage.asks("text", "paid")):
+            assert client.head().status == 502
+        assert not stage.jobs
+        stage.asks("text", "unpaid")
+        upstream = stage.connect()
+        upstream.send(error_answer(429, b'{"error": {"message": "slow down"}}', b"Connection: close\r\n"))
+        stage.turn(4)
+        stage.asks("text", "unpaid")  # it cost nothing: it is asked for again
+        assert len(stage.jobs) == 1
+
+
+def test_kept_answer_that_is_not_what_was_asked_for() -> None:
+    with KeptStage() as stage:
+        client = stage.asks("text")
+        upstream = stage.connect()
+        upstream.send(STREAM_HEAD, chunk(delta("abc")))
+        name = unchunked(stage.taken(client))[0]["Stream-Id"]
+        other = stage.client().ask({"prompt": "else"}, Idempotency_Key="k")
+        stage.turn(4)
+        assert other.head().status == 422
+        assert stage.asks("v1").head().status == stage.asks("events").head().status == 422
+        for last in ("x", f"{name}.4", f"{name}.-1", f"{name}.", f"{name}.1.1", "0" * 32 + ".1", f"{name}.٣", "9" * 99):
+            assert stage.asks("text", last=last.encode().decode("latin-1")).head().status == 410, last
+            field = {"Last-Event-ID": last.encode().decode("latin-1")}
+            assert stage.plain("GET", f"/streams/{name}", **field).status == 410
+        assert stage.asks("text", "new", f"{name}.1").head().status == 410  # it may have been before a crash
+        assert stage.plain("GET", f"/streams/{name[:-1]}x").status == 404
+        assert stage.plain("GET", "/streams/x", **EVENTS).status == 204
+        assert stage.asks("source", last="x.1").head().status == 204
+        for key in ("", "a b", "ü", "x" * 256):
+            assert stage.asks("text", key).head().status == 400
+        assert stage.plain("PUT", "/streams").fields["Allow"] == "DELETE, OPTIONS"
+        # Another's is as unknown as one that never was.
+        theirs = stage.plain("GET", f"/streams/{name}", X_Forwarded_For="192.0.2.1")
+        assert theirs.status == 404
+        assert stage.plain("DELETE", f"/streams/{name}", X_Forwarded_For="192.0.2.1").status == 204
+        stage.asks("text", X_Forwarded_For="192.0.2.1")
+        assert len(stage.jobs) == 1 and stage.server.answers.running == 2
+    with StillServer() as stage:
+        client = stage.client().ask(method="GET", path="/streams/x")
+        stage.turn(4)
+        assert client.head().status == 404
+
+
+def test_kept_answer_stopped_is_not_dropped() -> None:
+    with KeptStage() as stage:
+        client, events = stage.asks("text"), stage.asks("events", "e")
+        upstream, second = stage.connect(), stage.connect()
+        upstream.send(STREAM_HEAD, chunk(delta("abc")))
+        second.send(STREAM_HEAD, chunk(delta("abc")))
+        name = unchunked(stage.taken(client))[0]["Stream-Id"]
+        stage.taken(events)
+        for _ in range(2):
+            assert stage.plain("POST", f"/streams/{name}/stop").status == 204
+        assert upstream.gone() and client.gone() and unchunked(client.seen)[1:] == (b"abc", False)
+        assert stage.plain("DELETE", "/streams", Idempotency_Key="e").status == 204
+        assert second.gone() and b"event: error" in unchunked(stage.taken(events))[1]
+        assert stage.asks("text").head().status == stage.asks("events", "e").head().status == 410
+        assert stage.plain("GET", f"/streams/{name}").status == 410 and not stage.jobs
+        assert stage.plain("DELETE", "/streams").status == 400
+        # One that overtakes its POST; and what it was for is over then.
+        assert stage.plain("DELETE", "/streams", Idempotency_Key="early").status == 204
+        for _ in range(2):  # and what is sent again for its sake
+            assert stage.asks("text", "early").head().status == 410 and not stage.jobs
+        assert stage.plain("DELETE", "/streams", Idempotency_Key="never").status == 204
+        stage.at(61)
+        stage.asks("text", "never")
+        assert len(stage.jobs) == 1
+        with unittest.mock.patch.object(streamproxy, "MAX_STOPS", 3):
+            for number in range(9):
+                stage.plain("DELETE", "/streams", Idempotency_Key=f"{number}")
+        assert len(stage.server.answers._stops) == 3 and kept_events(stage.server, "stopped") == 2
+        assert [line.get("ending") for line in stage.lines.requests if line.get("stream")][:2] == ["aborted"] * 2
+
+
+def test_kept_answer_without_clients_goes_on_for_so_long_and_is_kept_for_so_long() -> None:
+    with KeptStage(heartbeat=0.0, idle_timeout=0.0) as stage:
+        client = stage.asks("text")
+        upstream = stage.connect()
+        upstream.send(STREAM_HEAD, chunk(delta("abc")))
+        name = unchunked(stage.taken(client))[0]["Stream-Id"]
+        stage.leaves(client)
+        stage.at(15)
+        client = stage.asks("text", last=f"{name}.1")
+        assert unchunked(stage.taken(client))[1] == b"bc"
+        stage.at(30)
+        stage.leaves(client)
+        stage.at(49)
+        assert stage.server.answers.running == stage.server.limits.total == 1
+        stage.at(51)
+        assert upstream.gone() and stage.server.answers.running == stage.server.limits.total == 0
+        line = stage.lines.requests[-1]
+        assert (line["ending"], line["stream"], line["pieces"]) == ("abandoned", name, 1)
+        assert stage.lines.requests[-2]["from"] == 1 and "from" in stage.lines.requests[-2]
+        assert unchunked(stage.taken(stage.asks("text")))[1:] == (b"abc", False)
+        stage.at(72)
+        assert len(stage.server.answers) == stage.server.answers.used == 0
+        assert stage.plain("GET", f"/streams/{name}").status == 404
+
+
+def test_kept_record_reads_as_bytes_in_a_row_do() -> None:
+    for seed in range(20):
+        rng, record, made = random.Random(seed), streamproxy.KeptRecord(), b""
+        for number in range(rng.choice([5, 200])):
+            for _ in range(rng.choice([0, 1, 3])):
+                record.loose.append(b"id: %d.\n\n" % number + b"x" * rng.choice([0, 9, 900, 99_000]))
+            made += b"".join(record.loose)
+            assert record.end == len(made)
+            record.settle()
+            if rng.random() < 0.1:
+                record.forget(rng.randint(0, len(record)))
+            assert len(record) == len(made) - record.begin
+            for at in (record.begin, len(made), rng.randint(record.begin, len(made))):
+                assert record.read(at) == made[at : at + streamproxy.READ_SIZE]
+            mark = b"id: %d.\n" % rng.randint(0, number)
+            found = made.find(mark, record.begin)
+            assert record.place_behind(mark) == (found + len(mark) + 1 if found >= 0 else -1)
+
+
+def test_kept_answer_is_read_as_far_as_there_is_room() -> None:
+    """A client that is fast does not wait for a slow one, until the record is full; then what both have had goes."""
+    with unittest.mock.patch.object(streamproxy, "MAX_KEPT_SIZE", 300_000), KeptStage() as stage:
+        client = stage.asks("text")
+        upstream = stage.connect()
+        upstream.send(STREAM_HEAD, chunk(delta("abc")))
+        name = unchunked(stage.taken(client))[0]["Stream-Id"]
+        kept = next(iter(stage.server.answers._by_id.values()))
+        stage.leaves(client)
+        sent = 3
+        while not kept.pending:  # nobody reads
+            upstream.send(chunk(delta("x" * 30000)))
+            stage.turn(2)
+            sent += 30000
+        assert 300_000 <= kept.record.end <= sent and kept.record.begin == 0 and kept.stream.viewer.blocked
+        client = stage.asks("text", last=f"{name}.1")
+        body = b""
+        while sent > 1 + len(body):
+            body = unchunked(stage.taken(client))[1]
+        assert not kept.pending and kept.record.begin and set(body[2:]) == {ord("x")}
+        for _ in range(20):  # with a client, it may be longer than the record
+            upstream.send(chunk(delta("y" * 30000)))
+            stage.taken(client)
+            assert len(kept.record) < 400_000
+        assert stage.asks("text").head().status == 410  # the begin is lost, not the end
+        assert stage.plain("GET", f"/streams/{name}", Last_Event_ID=f"{name}.1", **EVENTS).status == 204
+        assert unchunked(stage.taken(stage.asks("text", last=f"{name}.{kept.record.end - 5}")))[1] == b"y" * 5
+        upstream.send(*[chunk(STOP), chunk(DONE), b"0\r\n\r\n"])
+        assert unchunked(stage.taken(client))[2]
+
+
+def test_kept_answers_share_a_memory_in_which_the_oldest_that_ended_makes_room() -> None:
+    with KeptStage(resume_memory=5 * (streamproxy.RECORD_COST + 100) + streamproxy.READ_SIZE) as stage:
+        for number in range(10):
+            client = stage.asks("text", str(number))
+            stage.connect().send(CLOSING_HEAD, *answer_parts())
+            assert unchunked(stage.taken(client))[2] and "Stream-Id" in unchunked(client.seen)[0]
+        answers = stage.server.answers
+        assert answers.used <= answers.memory and 4 <= len(answers) < 10
+        stage.asks("text", "9")
+        assert not stage.jobs
+        before = len(answers)
+        clients = [stage.asks("text", f"more {number}".replace(" ", "-")) for number in range(20)]
+        for _ in clients:
+            stage.connect().send(STREAM_HEAD, chunk(delta("x")))
+        named = ["Stream-Id" in unchunked(stage.taken(client))[0] for client in clients]
+        assert any(named) and not all(named) and len(answers) <= before + 1
+        assert answers.used <= answers.memory
+
+
+def test_kept_answers_that_wait_for_room_go_on_once_others_are_forgotten() -> None:
+    with KeptStage(resume_memory=150_000, idle_timeout=0.0) as stage:
+        first, second = stage.asks("text", "first"), stage.asks("text", "second")
+        upstreams = stage.connect(), stage.connect()
+        for upstream in upstreams:
+            upstream.send(CLOSING_HEAD, chunk(delta("x")))
+        stage.taken(first)
+        stage.taken(second)
+        kepts = list(stage.server.answers._by_id.values())
+        stage.leaves(first)
+        stage.at(15)
+        stage.leaves(second)  # which is so kept for longer
+        while not kepts[0].pending or not kepts[1].pending:
+            for upstream in upstreams:
+                upstream.send(chunk(delta("x" * 5000)))
+                stage.turn(2)
+        upstreams[1].send(chunk(STOP), chunk(DONE), b"0\r\n\r\n")
+        stage.turn(4)
+        assert not kepts[1].over  # nobody reads, and there is no room
+        stage.at(21)
+        stage.turn(4)
+        assert kepts[0].over and kepts[1].over and kepts[1].stream.viewer.intact and not kepts[1].stream.failure
+
+
+def test_kept_answer_that_is_read_goes_on_where_others_have_filled_the_memory() -> None:
+    with KeptStage(resume_memory=150_000, idle_timeout=0.0) as stage:
+        clients = [stage.asks("text", key) for key in ("read", "unread", "again")]
+        upstreams = [stage.connect() for _ in clients]
+        for upstream in upstreams:
+            upstream.send(STREAM_HEAD, chunk(delta("abc")))
+        names = [unchunked(stage.taken(client))[0]["Stream-Id"] for client in clients]
+        stage.leaves(clients[1])
+        stage.leaves(clients[2])
+        read, unread, again = stage.server.answers._by_id.values()
+        for upstream, kept in zip(upstreams[1:], (unread, again)):
+            while not kept.pending:
+                upstream.send(chunk(delta("x" * 5000)))
+                stage.turn(4)
+        for _ in range(20):
+            upstreams[0].send(chunk(delta("y" * 20)))
+            assert len(unchunked(stage.taken(clients[0]))[1]) % 20 == 3  # none of it waits
+        assert unchunked(clients[0].seen)[1] == b"abc" + b"y" * 400 and not read.pending
+        # One that comes back, and has had all that there is.
+        client = stage.asks("text", "again", f"{names[2]}.{again.record.end}")
+        upstreams[2].send(chunk(delta("z" * 20)))
+        body = unchunked(stage.taken(client))[1]
+        assert body[-20:] == b"z" * 20 and set(body[:-20]) <= {ord("x")} and not again.pending
+        assert unread.pending and stage.server.answers.used < 150_000 + 3 * streamproxy.READ_SIZE
+
+
+def test_kept_answer_as_the_log_and_the_numbers_have_it() -> None:
+    with KeptStage() as stage:
+        first = stage.asks("text")
+        upstream = stage.connect()
+        stage.at(1)
+        waits = stage.asks("text")
+        stage.at(2)
+        upstream.send(STREAM_HEAD, chunk(delta("abc")))
+        stage.taken(first)
+        stage.at(5)
+        late = stage.asks("text")
+        upstream.send(chunk(STOP), chunk(DONE), b"0\r\n\r\n")
+        for client in (first, waits, late):
+            assert unchunked(stage.taken(client))[1:] == (b"abc", True)
+        told = [(line["from"], line["ttft"]) for line in stage.lines.requests]
+        assert told == [(None, 2.0), (0, 1.0), (0, None)]
+        numbers = stage.hub.metrics.histograms
+        for name in ("time_to_first_token_seconds", "overhead_seconds"):
+            assert sum(numbers[name].counts) == 1, name
+        assert numbers["time_to_first_token_seconds"].sum == 2.0
+
+        def kept() -> list[float]:
+            values = {name: stage.hub.metrics.values[name] for name in ("kept_answers", "kept_bytes")}
+            stage.server.answers.count_into(stage.hub.metrics)
+            states = [values["kept_answers"][state,] for state in ("watched", "alone", "ended")]
+            return [*states, values["kept_bytes"][()], kept_events(stage.server, "attached")]
+
+        assert kept() == [0, 0, 1, streamproxy.RECORD_COST + 3, 2]
+        other = stage.asks("text", "other")
+        assert kept() == [1, 0, 1, 2 * streamproxy.RECORD_COST + 3, 2]
+        stage.leaves(other)
+        assert kept() == [0, 1, 1, 2 * streamproxy.RECORD_COST + 3, 2]
+        stage.at(26)
+        assert kept() == [0, 0, 1, streamproxy.RECORD_COST, 2] and kept_events(stage.server, "abandoned") == 1
+
+
+def test_kept_answer_asked_for_twice_at_once_takes_one_place_and_is_asked_for_once() -> None:
+    with KeptStage(max_streams=2) as stage:
+        body = json.dumps(PROMPT).encode()
+        clients = [stage.client(), stage.client()]
+        for client in clients:  # both are let in before there is an answer
+            client.sock.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                                b"Idempotency-Key: k\r\nContent-Length: %d\r\n\r\n" % len(body))  # fmt: skip
+            stage.turn(4)
+        assert stage.server.limits.total == 2
+        for client in clients:
+            client.sock.sendall(body)
+            stage.turn(4)
+        assert len(stage.jobs) == stage.server.limits.total == 1
+
+
+def test_kept_answer_ends_for_one_client_alone_whose_own_part_fails() -> None:
+    with KeptStage() as stage:
+        first, second = stage.asks("text"), stage.asks("text")
+        upstream = stage.connect()
+        upstream.send(STREAM_HEAD, chunk(delta("abc")))
+        stage.taken(first)
+        next(iter(stage.server.clients)).on_fault(ValueError("a fault"))
+        stage.turn(4)
+        upstream.send(chunk(delta("def")), chunk(STOP), chunk(DONE), b"0\r\n\r\n")
+        ends = {unchunked(stage.taken(client))[1:] for client in (first, second)}
+        assert ends == {(b"abc", False), (b"abcdef", True)}
+
+
+def test_kept_answer_that_is_a_document_has_a_rest_of_the_right_length() -> None:
+    with KeptStage() as stage:
+        stage.leaves(stage.asks("v1"))
+        document = json.dumps(COMPLETION).encode()
+        stage.connect().send(whole(COMPLETION))
+        stage.turn(4)
+        kept = next(iter(stage.server.answers._by_id.values()))
+        for at in (0, 1, len(document) - 1, len(document)):
+            head, _, rest = stage.taken(stage.asks("v1", last=f"{kept.id}.{at}")).partition(b"\r\n\r\n")
+            assert b"\r\nContent-Length: %d\r\n" % len(rest) in head and document[:at] + rest == document
+        assert not stage.jobs
+
+
+def test_kept_answer_that_an_eventsource_has_had_is_204_for_it() -> None:
+    with KeptStage() as stage:
+        client = stage.asks("source")
+        stage.connect().send(CLOSING_HEAD, *answer_parts())
+        name = unchunked(stage.taken(client))[0]["Stream-Id"]
+        last = len(re.findall(b"(?m)^id: ", client.seen))
+        assert stage.asks("source", last=f"{name}.{last - 1}").head().status == 200
+        for none in (last, last + 1, 10**12):
+            assert stage.asks("source", last=f"{name}.{none}").head().status == 204
+        field = {"Last-Event-ID": f"{name}.{last}"}
+        assert stage.plain("GET", f"/streams/{name}", **field, **EVENTS).status == 204 and not stage.jobs
+
+
+def test_kept_answers_that_were_abandoned_leave_no_memory_behind(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="streamproxy")  # of steps, it would keep each
+    with KeptStage(max_streams=0, idle_timeout=0.0) as stage:
+        tracemalloc = pytest.importorskip("tracemalloc")  # which PyPy has not
+
+        def many(count: int) -> None:
+            for number in range(count):
+                client = stage.asks("text", f"{number}")
+                stage.connect().send(STREAM_HEAD, chunk(delta("abc")))
+                stage.turn(2)
+                client.sock.close()
+                stage.turn(2)
+                stage.upstreams.pop().sock.close()
+                Peer.opened.clear()
+            stage.now += 21
+            stage.turn(200)
+            stage.now += 21
+            stage.turn(200)
+            stage.lines.requests.clear()
+            assert len(stage.server.answers) == stage.server.answers.used == stage.server.limits.total == 0
+
+        many(400)  # which fills what keeps the last few lines of heads
+        gc.collect()
+        gc.disable()  # what is over is gone by its count of references
+        try:
+            tracemalloc.start()
+            before = tracemalloc.get_traced_memory()[0]
+            many(400)
+            grown = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+        assert grown < 400 * 1000, grown  # lines of heads, and dicts that were larger
+
+
+def test_kept_answer_is_waited_for_in_a_drain_and_ended_in_an_abort(provider: Provider) -> None:
+    for drain in (30.0, 0.0):
+        with running(provider, resume=60.0, drain_timeout=drain) as server:
+            client = Client(server).ask(PROMPT, Idempotency_Key="k")
+            upstream = provider.take()
+            upstream.start(delta("abc"))
+            client.head()
+            client.sock.close()
+            wait_for(lambda server=server: len(server.clients) == 0)
+            stopping, began = threading.Thread(target=server.stop), time.monotonic()
+            stopping.start()
+            if drain:
+                caught = wait_for(lambda server=server: server.state == server.DRAINING)
+                assert caught and server.limits.total == 1 and stopping.is_alive()
+                upstream.finish()
+            assert upstream.gone()
+            assert drain or time.monotonic() - began < streamproxy.ABORT_GRACE  # at once, not when that is over
+            stopping.join(DEADLINE)
+            assert not stopping.is_alive() and server.answers.running == server.limits.total == 0
+
+
+def test_kept_answer_is_all_that_is_told_where_clients_come_back(caplog: pytest.LogCaptureFixture) -> None:
+    with KeptStage(resume_bind="127.0.0.1:0", access_log="on", max_streams=1) as stage:
+        client = stage.asks("text")
+        stage.connect().send(STREAM_HEAD, chunk(delta("abc")))
+        name = unchunked(stage.taken(client))[0]["Stream-Id"]
+
+        def back(body: object = None, *question: str, **fields: str) -> bytes:
+            client = stage.client(comes_back=True).ask(body, *question, **fields)
+            return stage.taken(client)
+
+        for data in (
+            back(PROMPT, Idempotency_Key="k"), back(None, "GET", f"/streams/{name}"),
+            back(PROMPT, Idempotency_Key="k", Last_Event_ID=f"{name}.0"),
+        ):
+            assert unchunked(data)[1] == b"abc"
+        before = len(stage.lines.requests)
+        for data in (
+            back(PROMPT), back(PROMPT, Idempotency_Key="other"), back(None, "GET", "/?prompt=Hi", **EVENTS),
+            back(CHAT, "POST", "/v1/chat/completions", Idempotency_Key="c"), back(None, "GET", "/v1/models"),
+            back(None, "DELETE", "/streams", Idempotency_Key="other"),
+            back(PROMPT, Idempotency_Key="k", X_Forwarded_For="192.0.2.1"),  # another's
+            back(None, Idempotency_Key="other", Content_Length="900000"),  # of which the body is not waited for
+        ):
+            assert data.startswith(b"HTTP/1.1 421 Misdirected Request\r\n"), data
+        assert len(stage.lines.requests) == before
+        numbers = stage.hub.metrics
+        assert not any(numbers.values["refusals_total"].values()) and not numbers.values["endings_total"]["error",]
+        assert numbers.values["requests_total"]["/", "421"] == 5
+        for status, data in {
+            422: back({"prompt": "else"}, Idempotency_Key="k"), 404: back(None, "GET", "/streams/x"),
+            410: back(PROMPT, Idempotency_Key="other", Last_Event_ID="x.1"),
+            204: back(None, "GET", "/?prompt=Hi", **EVENTS, Last_Event_ID="x.1"),
+            200: back(None, "GET", "/readyz"),
+        }.items():
+            assert data.startswith(b"HTTP/1.1 %d " % status), data
+        assert back(None, "DELETE", "/streams", Idempotency_Key="k").startswith(b"HTTP/1.1 204 ")
+        assert unchunked(stage.taken(client))[1:] == (b"abc", False) and not stage.jobs
+        assert stage.asks("text", "other") and len(stage.jobs) == 1  # none of that has stopped it
+
+
+def test_drain_leaves_where_clients_come_back_open_until_there_is_nothing_to_come_back_for() -> None:
+    with KeptStage(resume_bind="127.0.0.1:0", drain_timeout=600.0, idle_timeout=0.0) as stage:
+        server, door = stage.server, stage.server.doors[1].listener
+        server.doors[1].open()
+        kept = stage.client().ask(method="GET", path="/healthz", Via="1.1 proxy")
+        stage.turn(4)
+        client = stage.asks("text")
+        upstream = stage.connect()
+        upstream.send(STREAM_HEAD, chunk(delta("abc")))
+        assert stage.taken(kept) and unchunked(stage.taken(client))[1] == b"abc"
+        server.state = server.DRAINING
+        server._drain()
+        assert refused(server) and door.is_open
+        stage.leaves(client)
+        upstream.send(*map(chunk, (STOP, DONE)), b"0\r\n\r\n")
+        stage.turn(4)
+        stage.at(19)
+        assert not server._is_empty() and server._waited_for().endswith(", 1 connection in all, 1 kept answer")
+        kept.ask(PROMPT, Idempotency_Key="second")  # on a connection that a proxy has kept
+        stage.turn(4)
+        stage.at(30)
+        assert len(server.answers) == 1 and door.is_open
+        upstream.send(STREAM_HEAD, chunk(delta("def")), *map(chunk, (STOP, DONE)), b"0\r\n\r\n")
+        assert unchunked(stage.taken(kept).partition(b"ok\n")[2])[1:] == (b"def", True) and kept.gone()
+        with Client(Front(f"http://127.0.0.1:{door.sock.getsockname()[1]}")) as late:
+            stage.turn(4)
+            assert len(server.clients) == 1
+            late.ask(PROMPT, Idempotency_Key="second")
+            assert unchunked(stage.taken(late))[1:] == (b"def", True)
+        stage.at(49)
+        assert door.is_open and not server._is_empty()
+        stage.at(51)
+        assert not door.is_open and server._is_empty()
+
+
+def test_drain_with_nothing_to_come_back_for_leaves_at_once_and_an_abort_whatever_there_is() -> None:
+    for has_some in (False, True):
+        with KeptStage(resume_bind="127.0.0.1:0", drain_timeout=600.0) as stage:
+            if has_some:
+                client = stage.asks("text")
+                stage.connect().send(CLOSING_HEAD, *answer_parts())
+                stage.taken(client)
+                stage.leaves(client)
+            server = stage.server
+            server.state = server.DRAINING
+            server._drain()
+            assert server._is_empty() == (not has_some)
+            server._abort()
+            assert server._is_empty()
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_kept_answers_in_any_order_of_what_may_happen(part: int) -> None:
+    for seed in range(part, 2 * ORDERS, 8):
+        play_kept(random.Random(seed))
+
+
+def play_kept(rng: random.Random) -> None:
+    """Have some of all that may happen to answers that are kept happen; look each time whether all is as it must be."""
+    hows = ("text", "events", "v1", "source")
+    with unittest.mock.patch.object(streamproxy, "MAX_KEPT_SIZE", 3000), KeptStage(
+        resume_memory=rng.choice([10**6, 150_000]), max_streams=rng.choice([0, 3]), heartbeat=rng.choice([0.0, 2.0]),
+        resume_bind="127.0.0.1:0",
+    ) as stage:
+        server, answers, clients, names = stage.server, stage.server.answers, [], []
+        for _ in range(rng.choice([20, 60])):
+            choice, how, key = rng.random(), rng.choice(hows), rng.choice("abc")
+            if choice < 0.3:
+                last = f"{rng.choice(names)}.{rng.choice([0, 1, 2, 50])}" if names and rng.random() < 0.5 else ""
+                clients.append(stage.asks(how, key, last, server.draining or rng.random() < 0.2))
+            elif choice < 0.4 and clients:
+                stage.leaves(clients.pop(rng.randrange(len(clients))))
+            elif choice < 0.55 and stage.jobs:
+                if rng.random() < 0.2:
+                    stage.dialed(streamproxy.UpstreamError("Upstream cannot be reached."))
+                else:
+                    with contextlib.suppress(OSError):  # it may have been stopped
+                        stage.connect().send(STREAM_HEAD)
+            elif choice < 0.8 and stage.upstreams:
+                upstream = rng.choice(stage.upstreams)
+                ends = chunk(STOP) + chunk(DONE) + b"0\r\n\r\n"
+                with contextlib.suppress(OSError):
+                    upstream.send(rng.choice([chunk(delta("x" * rng.choice([1, 900]))), ends]))
+                    if rng.random() < 0.1:
+                        upstream.sock.close()
+            elif choice < 0.86:
+                stage.plain("DELETE", "/streams", Idempotency_Key=key)
+            elif choice < 0.9 and names:
+                stage.plain("POST", f"/streams/{rng.choice(names)}/stop")
+            elif choice < 0.905:
+                answers.abort(streamproxy.Aborted("The server is shutting down."))
+            elif choice < 0.91:
+                server.state = server.DRAINING
+                server._drain()
+            else:
+                stage.now += rng.choice([0.1, 3.0, 11.0, 21.0, 70.0])
+            stage.turn(6)
+            begins = any(client.door.begins for client in server.clients) or not server.draining
+            assert server.doors[1].listener.is_open == (begins or len(answers) > 0), "all can come back"
+            if not server.doors[1].listener.is_open:
+                break
+            names = list(answers._by_id)
+            kepts = answers._by_id.values()
+            running_now = [kept for kept in kepts if not kept.over]
+            assert answers.running >= len(running_now)
+            assert answers.used == sum(kept.size for kept in kepts), "memory"
+            assert server.limits.total >= answers.running
+            for kept in kepts:
+                assert kept.watches or kept._due < float("inf")
+                assert kept.over or kept.watches or kept._due <= stage.now + 20.0
+                held = any(watch.viewer.client.pending for watch in kept.watches)
+                assert held or not kept.watches or not (kept.over or kept.pending), "nobody waits for nothing"
+        for client in clients:
+            client.sock.close()
+        stage.turn(30)
+        stage.now += 21
+        stage.turn(30)
+        assert answers.running == 0, "nothing runs on unread"
+        stage.now += 21
+        stage.turn(30)
+        assert len(answers) == answers.used == server.limits.total == len(answers.waiting) == 0
+        assert not stage.lines.errors and (server._is_empty() or not server.draining)
+
+
+# 25 ------------------------------------------------------------------- Demo upstream
+
+
+def test_library_demo_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamproxy, "DEMO_PAUSE", 0.0005)
+    assert "You asked: “Hi”" in "".join(streamproxy.stream_text("Hi", streamproxy.Settings(demo=True)))
+
+
 # 26 ------------------------------------------------------------------- Server
 
 
@@ -9806,110 +10550,6 @@ def test_memory_of_what_is_over_is_given_back_without_a_collector(
         gc.enable()
 
 
-# 27 ------------------------------------------------------------------- Library
-
-
-@pytest.mark.parametrize(("asked", "messages"), [
-    ("Say hello", [{"role": "user", "content": "Say hello"}]),
-    (({"role": role, "content": role} for role in ("system", "user")),
-     [{"role": role, "content": role} for role in ("system", "user")]),
-])  # fmt: skip
-def test_library_text_of_what_is_asked_and_how_it_ended(provider: Provider, asked: Any, messages: object) -> None:
-    answer = streamproxy.stream_text(asked, streamproxy.Settings(upstream=provider.url, api_key=KEY))
-    with provider.take() as upstream:  # it is asked at once
-        assert json.loads(upstream.body)["messages"] == messages
-        upstream.start(ROLE, delta("H\xe4"))
-        assert next(answer) == "H\xe4"  # before the end
-        assert (answer.finish_reason, answer.usage) == (None, None)
-        usage = event({"choices": [], "usage": {"total_tokens": 3}})
-        upstream.event(delta("\U0001f44b"), delta("", "length"), usage, DONE)
-        assert list(answer) == ["\U0001f44b"]
-    assert (answer.finish_reason, answer.usage) == ("length", {"total_tokens": 3})
-    answer.close()
-    assert list(answer) == []
-
-
-def test_library_yields_no_empty_text_for_a_part_of_a_character(provider: Provider) -> None:
-    answer = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url))
-    size = streamproxy.READ_SIZE - 1
-    with provider.take() as upstream:
-        upstream.start(delta("a" * size + "\U0001f44b" * 10))
-        upstream.finish()
-        pieces = list(answer)
-    assert all(pieces) and "".join(pieces) == "a" * size + "\U0001f44b" * 10
-
-
-# What upstream sends; and str(error), error.status and the text before it.
-LIBRARY_FAILURES: dict[str, tuple[bytes, str, int, list[str]]] = {
-    "cut": (STREAM_HEAD + chunk(A), "Upstream closed the connection within its answer.", 502, ["a"]),
-    "reported": (STREAM_HEAD + chunk(A) + chunk(event({"error": {"message": "It broke."}})), "It broke.", 502, ["a"]),
-    "refused": (error_answer(400, b'{"error": {"message": "Too long by 3."}}'), "Too long by 3.", 400, []),
-    "with the key": (error_answer(429, b'{"error": "No %b."}' % KEY.encode()), "No [redacted].", 429, []),
-    "without": (error_answer(401), "Upstream refused our API key with status 401.", 502, []),
-}
-
-
-def test_library_failure_is_raised_after_the_text_that_came_and_is_a_sentence(provider: Provider) -> None:
-    before = threading.active_count(), descriptors()
-    for sent, words, status, text in LIBRARY_FAILURES.values():
-        got: list[str] = []
-        answer = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url, api_key=KEY))
-        with provider.take() as upstream:
-            upstream.send(sent)
-        with pytest.raises(streamproxy.ProxyError) as raised:
-            got.extend(answer)
-        assert (str(raised.value), raised.value.status, got) == (words, status, text)
-        assert list(answer) == []
-    assert wait_for(lambda: (threading.active_count(), descriptors()), lambda now: now == before)
-
-
-@pytest.mark.parametrize("asked", ["", [], "\ud800", [{"role": "user"}], {"prompt": "x"}])
-def test_library_what_cannot_be_asked_is_said_at_once_and_leaves_nothing_open(provider: Provider, asked: Any) -> None:
-    before = threading.active_count(), descriptors()
-    with pytest.raises(streamproxy.RequestError, match="non-empty|surrogate") as raised:
-        streamproxy.stream_text(asked, streamproxy.Settings(upstream=provider.url))
-    assert raised.value.status == 400 and (threading.active_count(), descriptors()) == before
-
-
-@pytest.mark.parametrize("how", ["close", "another thread", "break", "collected by its loop"])
-def test_library_leaving_the_loop_closes_upstream(provider: Provider, how: str) -> None:
-    before = threading.active_count(), descriptors()
-    answer = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url))
-    with provider.take() as upstream:
-        upstream.start(A)
-        for text in answer:
-            assert text == "a"
-            if how == "close":
-                answer.close()
-            if how != "another thread":
-                break
-            threading.Thread(target=answer.close).start()  # and this waits for the next piece
-            with pytest.raises(streamproxy.ProxyError, match="left before its end"):
-                next(answer)
-        collect: Callable[[], object] = gc.collect
-        if how == "collected by its loop":
-            stream = answer._stream
-            assert stream
-            cycle: list[object] = [answer]
-            cycle.append(cycle)
-            collect = functools.partial(stream.hub.loop.post, gc.collect)
-            del stream, cycle
-        del answer
-        collect()  # as PyPy would in time
-        assert upstream.gone()
-    assert wait_for(lambda: (threading.active_count(), descriptors()), lambda now: now == before)
-
-
-def test_library_program_that_ends_within_an_answer_ends_at_once_and_silently(provider: Provider) -> None:
-    code = f"from streamproxy import *; text = stream_text('x', Settings(upstream={provider.url!r})); print(next(text))"
-    process = subprocess.Popen([sys.executable, "-W", "error", "-c", code], cwd=HERE, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    with provider.take() as upstream:
-        upstream.start(A)
-        assert process.communicate(timeout=DEADLINE) == ("a\n", "") and process.returncode == 0
-        assert upstream.gone()
-
-
 # ---------------------------------------------------------------- all of it, in hundreds of orders
 
 ONLY_ORDER = os.environ.get("TEST_ORDER", "")  # the one to play again
@@ -10608,817 +11248,108 @@ def test_orders_of_all_that_may_happen(tmp_path: Path) -> None:
         gc.enable()
 
 
-# 24 ------------------------------------------------------------------- Kept answers
-
-
-class KeptStage(StillServer):
-    """A server that keeps answers, an upstream that is asked by hand, and clients that come and go."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(resume=20.0, **settings)
-
-    def asks(self, how: str, key: str = "k", last: str = "", comes_back: bool = False, **fields: str) -> Client:
-        """A client that asks for an answer: by POST in one of three modes, or as an EventSource."""
-        client = self.client(comes_back)
-        fields.update({"Last-Event-ID": last} if last else {})
-        fields.update(EVENTS if how in ("events", "source") else {})
-        if how == "source":
-            client.ask(method="GET", path="/?prompt=Say+hello", **fields)
-        elif how == "v1":
-            client.ask(CHAT, path="/v1/chat/completions", Idempotency_Key=key, **fields)
-        else:
-            client.ask(PROMPT, Idempotency_Key=key, **fields)
-        self.turn(4)
-        return client
-
-    def plain(self, method: str, path: str, **fields: str) -> Head:
-        client = self.client().ask(method=method, path=path, **fields)
-        self.turn(4)
-        return client.head()
-
-    def taken(self, client: Client) -> bytes:
-        """What the client has been sent."""
-        self.turn(4)
-        client.sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while client.more():
-                pass
-        client.sock.settimeout(DEADLINE)
-        return client.seen
-
-    def leaves(self, client: Client) -> None:
-        client.sock.close()
-        self.turn(4)
-
-
-def kept_events(server: streamproxy.Server, event: str) -> float:
-    return server.hub.metrics.values["kept_events_total"][event,]
-
-
-CLOSING_HEAD = STREAM_HEAD[:-2] + b"Connection: close\r\n\r\n"
-CHAT = {"model": streamproxy.DEFAULT_MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": True}
-
-
-def unchunked(data: bytes) -> tuple[dict[str, str], bytes, bool]:
-    """The fields and the body of what came of an answer, and whether that is its end."""
-    head, _, rest = data.partition(b"\r\n\r\n")
-    fields = dict(line.split(": ", 1) for line in head.decode("latin-1").split("\r\n")[1:] if ": " in line)
-    decoder = streamproxy.ChunkedDecoder()
-    return fields, decoder.feed(rest), decoder.complete
-
-
-def answer_parts() -> list[bytes]:
-    return [chunk(part) for part in (delta("Hé"), delta("llo\n\nid: 1"), delta("ᄐ" * 9), STOP, DONE)] + [b"0\r\n\r\n"]
-
-
-def complete_answer(stage: KeptStage, how: str) -> bytes:
-    client = stage.asks(how, "whole")
-    upstream = stage.connect()
-    upstream.send(CLOSING_HEAD, *answer_parts())
-    stage.turn(4)
-    return unchunked(stage.taken(client))[1]
-
-
-@pytest.mark.parametrize("how", ["text", "events", "source", "v1"])
-def test_kept_answer_cut_after_each_byte_is_made_whole_and_asked_for_once(how: str) -> None:
-    with KeptStage() as stage:
-        whole = complete_answer(stage, how)
-        id = re.findall(rb"(?m)^id: (.*)\.", whole)
-        whole = whole.replace(id[0], b"ID") if id else whole
-        for size in range(1, len(whole) + 1):
-            key = f"key-{size}"
-            client = stage.asks(how, key)
-            upstream = stage.connect()
-            upstream.send(CLOSING_HEAD, *answer_parts()[: 1 + size % 6])
-            fields, came, _ = unchunked(stage.taken(client))
-            name = fields["Stream-Id"]
-            came = came.replace(name.encode(), b"ID")[:size]
-            if how in ("events", "source"):  # what was not whole is dropped by whoever reads events
-                came = came[: came.rfind(b"\n\n") + 2 if b"\n\n" in came else 0]
-                last = f"{name}.{len(re.findall(b'(?m)^id: ', came))}"
-            else:
-                last = f"{name}.{len(came)}"
-            stage.leaves(client)
-            with contextlib.suppress(OSError):  # it is not heard behind [DONE]
-                upstream.send(*answer_parts()[1 + size % 6 :])
-            if size % 2:
-                stage.turn(4)
-            if size % 3 or how == "source":
-                again = stage.asks(how, key, last)
-            else:
-                again = stage.client().ask(method="GET", path=f"/streams/{name}", Last_Event_ID=last)
-            data = stage.taken(again)
-            if how == "source" and came == whole and data.startswith(b"HTTP/1.1 204 "):
-                continue
-            fields, rest, ended = unchunked(data)
-            assert fields["Stream-Id"] == name and ended
-            assert came + rest.replace(name.encode(), b"ID") == whole, (size, came, rest)
-        assert not stage.jobs and stage.server.limits.total == 0
-
-
-class Returner:
-    """A client of a kept answer that reads a little at a time, is cut at random, and comes back for the rest."""
-
-    def __init__(self, stage: KeptStage, how: str, rng: random.Random) -> None:
-        self.stage, self.how, self.rng = stage, how, rng
-        self.got, self.name, self.ended = b"", "", False
-        self.client = stage.asks(how)
-
-    def read(self) -> None:
-        if self.ended:
-            return
-        self.client.sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            self.client.seen += self.client.sock.recv(self.rng.choice([1, 50, 5000, 400_000]))
-        if b"\r\n\r\n" not in self.client.seen:
-            return
-        fields, body, self.ended = unchunked(self.client.seen)
-        self.name = fields["Stream-Id"]
-        if self.ended or self.rng.random() < 0.2:
-            if self.how == "events":
-                body = body[: body.rfind(b"\n\n") + 2 if b"\n\n" in body else 0]
-            self.got += body
-            if not self.ended:
-                self.stage.leaves(self.client)
-                count = len(re.findall(b"(?m)^id: ", self.got)) if self.how == "events" else len(self.got)
-                self.client = self.stage.asks(self.how, last=f"{self.name}.{count}")
-
-
-@pytest.mark.parametrize("how", ["text", "events", "v1"])
-def test_kept_answer_fuzzed_comes_whole_to_two_slow_clients_that_are_cut_again_and_again(how: str) -> None:
-    for seed in range(12):
-        rng = random.Random(seed)
-        with KeptStage() as stage:
-            returners = [Returner(stage, how, rng), Returner(stage, how, rng)]
-            pieces = ["".join(rng.choices("aé\n\U0001f600 :id", k=rng.choice([1, 30, 9000]))) for _ in range(40)]
-            parts = [chunk(delta(piece)) for piece in pieces] + [chunk(STOP), chunk(DONE) + b"0\r\n\r\n"]
-            upstream = stage.connect()
-            upstream.send(CLOSING_HEAD)
-            stage.turn(2)
-            while parts or not all(returner.ended for returner in returners):
-                if parts and rng.random() < 0.5:
-                    upstream.send(parts.pop(0))
-                stage.turn(2)
-                rng.choice(returners).read()
-            one, two = (returner.got.replace(returner.name.encode(), b"ID") for returner in returners)
-            assert one == two and not stage.jobs
-            if how == "text":
-                assert one.decode() == "".join(pieces)
-            elif how == "v1":
-                assert one == b"".join(delta(piece) for piece in pieces) + STOP + DONE
-            else:
-                events = streamproxy.EventParser().feed(one)
-                assert [event.last_event_id for event in events] == [f"ID.{n + 1}" for n in range(len(events))]
-                shown = [json.loads(event.data)["text"] for event in events if event.type == "message"]
-                assert "".join(shown) == "".join(pieces)
-
-
-def test_kept_answer_says_its_id_and_one_without_a_key_has_none() -> None:
-    with KeptStage(instance="a", heartbeat=5.0) as stage:
-        client = stage.client().ask(PROMPT)
-        stage.turn(4)
-        upstream = stage.connect()
-        upstream.send(STREAM_HEAD, chunk(delta("x")))
-        assert b"Stream-Id" not in stage.taken(client)
-        stage.leaves(client)
-        assert upstream.gone() and stage.server.limits.total == 0
-
-        client = stage.asks("source")
-        stage.connect()
-        stage.at(6)  # a ping brings the id before the first word
-        fields, body, _ = unchunked(stage.taken(client))
-        assert re.fullmatch("a-[0-9a-f]{32}", fields["Stream-Id"])
-        assert body == b"id: %b.0\n\n: ping\n" % fields["Stream-Id"].encode()
-        stage.leaves(client)
-        again = stage.asks("source", last=fields["Stream-Id"] + ".0")
-        assert unchunked(stage.taken(again))[:2][1] == body and not stage.jobs
-
-
-def test_kept_answer_attached_before_its_head_after_its_failure_and_by_two_at_once() -> None:
-    with KeptStage() as stage:
-        first, second = stage.asks("text"), stage.asks("text")
-        assert len(stage.jobs) == 1 and stage.server.limits.total == 1
-        upstream = stage.connect()
-        upstream.send(STREAM_HEAD, chunk(delta("x")))
-        stage.turn(4)
-        old = stage.client().ask(PROMPT, version="1.0", Idempotency_Key="k")
-        stage.turn(4)
-        assert unchunked(stage.taken(first))[1] == unchunked(stage.taken(second))[1] == b"x"
-        upstream.sock.close()
-        stage.turn(4)
-        late = stage.asks("text")
-        for client in (first, second, late):
-            data = stage.taken(client)
-            assert unchunked(data)[1:] == (b"x", False) and client.gone()
-        assert old.gone()
-
-        paid = stage.asks("text", "paid"), stage.asks("text", "paid")
-        stage.connect().sock.close()
-        stage.turn(4)
-        for client in (*paid, stage.asks("text", "paid")):
-            assert client.head().status == 502
-        assert not stage.jobs
-        stage.asks("text", "unpaid")
-        upstream = stage.connect()
-        upstream.send(error_answer(429, b'{"error": {"message": "slow down"}}', b"Connection: close\r\n"))
-        stage.turn(4)
-        stage.asks("text", "unpaid")  # it cost nothing: it is asked for again
-        assert len(stage.jobs) == 1
-
-
-def test_kept_answer_that_is_not_what_was_asked_for() -> None:
-    with KeptStage() as stage:
-        client = stage.asks("text")
-        upstream = stage.connect()
-        upstream.send(STREAM_HEAD, chunk(delta("abc")))
-        name = unchunked(stage.taken(client))[0]["Stream-Id"]
-        other = stage.client().ask({"prompt": "else"}, Idempotency_Key="k")
-        stage.turn(4)
-        assert other.head().status == 422
-        assert stage.asks("v1").head().status == stage.asks("events").head().status == 422
-        for last in ("x", f"{name}.4", f"{name}.-1", f"{name}.", f"{name}.1.1", "0" * 32 + ".1", f"{name}.٣", "9" * 99):
-            assert stage.asks("text", last=last.encode().decode("latin-1")).head().status == 410, last
-            field = {"Last-Event-ID": last.encode().decode("latin-1")}
-            assert stage.plain("GET", f"/streams/{name}", **field).status == 410
-        assert stage.asks("text", "new", f"{name}.1").head().status == 410  # it may have been before a crash
-        assert stage.plain("GET", f"/streams/{name[:-1]}x").status == 404
-        assert stage.plain("GET", "/streams/x", **EVENTS).status == 204
-        assert stage.asks("source", last="x.1").head().status == 204
-        for key in ("", "a b", "ü", "x" * 256):
-            assert stage.asks("text", key).head().status == 400
-        assert stage.plain("PUT", "/streams").fields["Allow"] == "DELETE, OPTIONS"
-        # Another's is as unknown as one that never was.
-        theirs = stage.plain("GET", f"/streams/{name}", X_Forwarded_For="192.0.2.1")
-        assert theirs.status == 404
-        assert stage.plain("DELETE", f"/streams/{name}", X_Forwarded_For="192.0.2.1").status == 204
-        stage.asks("text", X_Forwarded_For="192.0.2.1")
-        assert len(stage.jobs) == 1 and stage.server.answers.running == 2
-    with StillServer() as stage:
-        client = stage.client().ask(method="GET", path="/streams/x")
-        stage.turn(4)
-        assert client.head().status == 404
-
-
-def test_kept_answer_stopped_is_not_dropped() -> None:
-    with KeptStage() as stage:
-        client, events = stage.asks("text"), stage.asks("events", "e")
-        upstream, second = stage.connect(), stage.connect()
-        upstream.send(STREAM_HEAD, chunk(delta("abc")))
-        second.send(STREAM_HEAD, chunk(delta("abc")))
-        name = unchunked(stage.taken(client))[0]["Stream-Id"]
-        stage.taken(events)
-        for _ in range(2):
-            assert stage.plain("POST", f"/streams/{name}/stop").status == 204
-        assert upstream.gone() and client.gone() and unchunked(client.seen)[1:] == (b"abc", False)
-        assert stage.plain("DELETE", "/streams", Idempotency_Key="e").status == 204
-        assert second.gone() and b"event: error" in unchunked(stage.taken(events))[1]
-        assert stage.asks("text").head().status == stage.asks("events", "e").head().status == 410
-        assert stage.plain("GET", f"/streams/{name}").status == 410 and not stage.jobs
-        assert stage.plain("DELETE", "/streams").status == 400
-        # One that overtakes its POST; and what it was for is over then.
-        assert stage.plain("DELETE", "/streams", Idempotency_Key="early").status == 204
-        for _ in range(2):  # and what is sent again for its sake
-            assert stage.asks("text", "early").head().status == 410 and not stage.jobs
-        assert stage.plain("DELETE", "/streams", Idempotency_Key="never").status == 204
-        stage.at(61)
-        stage.asks("text", "never")
-        assert len(stage.jobs) == 1
-        with unittest.mock.patch.object(streamproxy, "MAX_STOPS", 3):
-            for number in range(9):
-                stage.plain("DELETE", "/streams", Idempotency_Key=f"{number}")
-        assert len(stage.server.answers._stops) == 3 and kept_events(stage.server, "stopped") == 2
-        assert [line.get("ending") for line in stage.lines.requests if line.get("stream")][:2] == ["aborted"] * 2
-
-
-def test_kept_answer_without_clients_goes_on_for_so_long_and_is_kept_for_so_long() -> None:
-    with KeptStage(heartbeat=0.0, idle_timeout=0.0) as stage:
-        client = stage.asks("text")
-        upstream = stage.connect()
-        upstream.send(STREAM_HEAD, chunk(delta("abc")))
-        name = unchunked(stage.taken(client))[0]["Stream-Id"]
-        stage.leaves(client)
-        stage.at(15)
-        client = stage.asks("text", last=f"{name}.1")
-        assert unchunked(stage.taken(client))[1] == b"bc"
-        stage.at(30)
-        stage.leaves(client)
-        stage.at(49)
-        assert stage.server.answers.running == stage.server.limits.total == 1
-        stage.at(51)
-        assert upstream.gone() and stage.server.answers.running == stage.server.limits.total == 0
-        line = stage.lines.requests[-1]
-        assert (line["ending"], line["stream"], line["pieces"]) == ("abandoned", name, 1)
-        assert stage.lines.requests[-2]["from"] == 1 and "from" in stage.lines.requests[-2]
-        assert unchunked(stage.taken(stage.asks("text")))[1:] == (b"abc", False)
-        stage.at(72)
-        assert len(stage.server.answers) == stage.server.answers.used == 0
-        assert stage.plain("GET", f"/streams/{name}").status == 404
-
-
-def test_kept_record_reads_as_bytes_in_a_row_do() -> None:
-    for seed in range(20):
-        rng, record, made = random.Random(seed), streamproxy.KeptRecord(), b""
-        for number in range(rng.choice([5, 200])):
-            for _ in range(rng.choice([0, 1, 3])):
-                record.loose.append(b"id: %d.\n\n" % number + b"x" * rng.choice([0, 9, 900, 99_000]))
-            made += b"".join(record.loose)
-            assert record.end == len(made)
-            record.settle()
-            if rng.random() < 0.1:
-                record.forget(rng.randint(0, len(record)))
-            assert len(record) == len(made) - record.begin
-            for at in (record.begin, len(made), rng.randint(record.begin, len(made))):
-                assert record.read(at) == made[at : at + streamproxy.READ_SIZE]
-            mark = b"id: %d.\n" % rng.randint(0, number)
-            found = made.find(mark, record.begin)
-            assert record.place_behind(mark) == (found + len(mark) + 1 if found >= 0 else -1)
-
-
-def test_kept_answer_is_read_as_far_as_there_is_room() -> None:
-    """A client that is fast does not wait for a slow one, until the record is full; then what both have had goes."""
-    with unittest.mock.patch.object(streamproxy, "MAX_KEPT_SIZE", 300_000), KeptStage() as stage:
-        client = stage.asks("text")
-        upstream = stage.connect()
-        upstream.send(STREAM_HEAD, chunk(delta("abc")))
-        name = unchunked(stage.taken(client))[0]["Stream-Id"]
-        kept = next(iter(stage.server.answers._by_id.values()))
-        stage.leaves(client)
-        sent = 3
-        while not kept.pending:  # nobody reads
-            upstream.send(chunk(delta("x" * 30000)))
-            stage.turn(2)
-            sent += 30000
-        assert 300_000 <= kept.record.end <= sent and kept.record.begin == 0 and kept.stream.viewer.blocked
-        client = stage.asks("text", last=f"{name}.1")
-        body = b""
-        while sent > 1 + len(body):
-            body = unchunked(stage.taken(client))[1]
-        assert not kept.pending and kept.record.begin and set(body[2:]) == {ord("x")}
-        for _ in range(20):  # with a client, it may be longer than the record
-            upstream.send(chunk(delta("y" * 30000)))
-            stage.taken(client)
-            assert len(kept.record) < 400_000
-        assert stage.asks("text").head().status == 410  # the begin is lost, not the end
-        assert stage.plain("GET", f"/streams/{name}", Last_Event_ID=f"{name}.1", **EVENTS).status == 204
-        assert unchunked(stage.taken(stage.asks("text", last=f"{name}.{kept.record.end - 5}")))[1] == b"y" * 5
-        upstream.send(*[chunk(STOP), chunk(DONE), b"0\r\n\r\n"])
-        assert unchunked(stage.taken(client))[2]
-
-
-def test_kept_answers_share_a_memory_in_which_the_oldest_that_ended_makes_room() -> None:
-    with KeptStage(resume_memory=5 * (streamproxy.RECORD_COST + 100) + streamproxy.READ_SIZE) as stage:
-        for number in range(10):
-            client = stage.asks("text", str(number))
-            stage.connect().send(CLOSING_HEAD, *answer_parts())
-            assert unchunked(stage.taken(client))[2] and "Stream-Id" in unchunked(client.seen)[0]
-        answers = stage.server.answers
-        assert answers.used <= answers.memory and 4 <= len(answers) < 10
-        stage.asks("text", "9")
-        assert not stage.jobs
-        before = len(answers)
-        clients = [stage.asks("text", f"more {number}".replace(" ", "-")) for number in range(20)]
-        for _ in clients:
-            stage.connect().send(STREAM_HEAD, chunk(delta("x")))
-        named = ["Stream-Id" in unchunked(stage.taken(client))[0] for client in clients]
-        assert any(named) and not all(named) and len(answers) <= before + 1
-        assert answers.used <= answers.memory
-
-
-def test_kept_answers_that_wait_for_room_go_on_once_others_are_forgotten() -> None:
-    with KeptStage(resume_memory=150_000, idle_timeout=0.0) as stage:
-        first, second = stage.asks("text", "first"), stage.asks("text", "second")
-        upstreams = stage.connect(), stage.connect()
-        for upstream in upstreams:
-            upstream.send(CLOSING_HEAD, chunk(delta("x")))
-        stage.taken(first)
-        stage.taken(second)
-        kepts = list(stage.server.answers._by_id.values())
-        stage.leaves(first)
-        stage.at(15)
-        stage.leaves(second)  # which is so kept for longer
-        while not kepts[0].pending or not kepts[1].pending:
-            for upstream in upstreams:
-                upstream.send(chunk(delta("x" * 5000)))
-                stage.turn(2)
-        upstreams[1].send(chunk(STOP), chunk(DONE), b"0\r\n\r\n")
-        stage.turn(4)
-        assert not kepts[1].over  # nobody reads, and there is no room
-        stage.at(21)
-        stage.turn(4)
-        assert kepts[0].over and kepts[1].over and kepts[1].stream.viewer.intact and not kepts[1].stream.failure
-
-
-def test_kept_answer_that_is_read_goes_on_where_others_have_filled_the_memory() -> None:
-    with KeptStage(resume_memory=150_000, idle_timeout=0.0) as stage:
-        clients = [stage.asks("text", key) for key in ("read", "unread", "again")]
-        upstreams = [stage.connect() for _ in clients]
-        for upstream in upstreams:
-            upstream.send(STREAM_HEAD, chunk(delta("abc")))
-        names = [unchunked(stage.taken(client))[0]["Stream-Id"] for client in clients]
-        stage.leaves(clients[1])
-        stage.leaves(clients[2])
-        read, unread, again = stage.server.answers._by_id.values()
-        for upstream, kept in zip(upstreams[1:], (unread, again)):
-            while not kept.pending:
-                upstream.send(chunk(delta("x" * 5000)))
-                stage.turn(4)
-        for _ in range(20):
-            upstreams[0].send(chunk(delta("y" * 20)))
-            assert len(unchunked(stage.taken(clients[0]))[1]) % 20 == 3  # none of it waits
-        assert unchunked(clients[0].seen)[1] == b"abc" + b"y" * 400 and not read.pending
-        # One that comes back, and has had all that there is.
-        client = stage.asks("text", "again", f"{names[2]}.{again.record.end}")
-        upstreams[2].send(chunk(delta("z" * 20)))
-        body = unchunked(stage.taken(client))[1]
-        assert body[-20:] == b"z" * 20 and set(body[:-20]) <= {ord("x")} and not again.pending
-        assert unread.pending and stage.server.answers.used < 150_000 + 3 * streamproxy.READ_SIZE
-
-
-def test_kept_answer_as_the_log_and_the_numbers_have_it() -> None:
-    with KeptStage() as stage:
-        first = stage.asks("text")
-        upstream = stage.connect()
-        stage.at(1)
-        waits = stage.asks("text")
-        stage.at(2)
-        upstream.send(STREAM_HEAD, chunk(delta("abc")))
-        stage.taken(first)
-        stage.at(5)
-        late = stage.asks("text")
-        upstream.send(chunk(STOP), chunk(DONE), b"0\r\n\r\n")
-        for client in (first, waits, late):
-            assert unchunked(stage.taken(client))[1:] == (b"abc", True)
-        told = [(line["from"], line["ttft"]) for line in stage.lines.requests]
-        assert told == [(None, 2.0), (0, 1.0), (0, None)]
-        numbers = stage.hub.metrics.histograms
-        for name in ("time_to_first_token_seconds", "overhead_seconds"):
-            assert sum(numbers[name].counts) == 1, name
-        assert numbers["time_to_first_token_seconds"].sum == 2.0
-
-        def kept() -> list[float]:
-            values = {name: stage.hub.metrics.values[name] for name in ("kept_answers", "kept_bytes")}
-            stage.server.answers.count_into(stage.hub.metrics)
-            states = [values["kept_answers"][state,] for state in ("watched", "alone", "ended")]
-            return [*states, values["kept_bytes"][()], kept_events(stage.server, "attached")]
-
-        assert kept() == [0, 0, 1, streamproxy.RECORD_COST + 3, 2]
-        other = stage.asks("text", "other")
-        assert kept() == [1, 0, 1, 2 * streamproxy.RECORD_COST + 3, 2]
-        stage.leaves(other)
-        assert kept() == [0, 1, 1, 2 * streamproxy.RECORD_COST + 3, 2]
-        stage.at(26)
-        assert kept() == [0, 0, 1, streamproxy.RECORD_COST, 2] and kept_events(stage.server, "abandoned") == 1
-
-
-def test_kept_answer_asked_for_twice_at_once_takes_one_place_and_is_asked_for_once() -> None:
-    with KeptStage(max_streams=2) as stage:
-        body = json.dumps(PROMPT).encode()
-        clients = [stage.client(), stage.client()]
-        for client in clients:  # both are let in before there is an answer
-            client.sock.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                                b"Idempotency-Key: k\r\nContent-Length: %d\r\n\r\n" % len(body))  # fmt: skip
-            stage.turn(4)
-        assert stage.server.limits.total == 2
-        for client in clients:
-            client.sock.sendall(body)
-            stage.turn(4)
-        assert len(stage.jobs) == stage.server.limits.total == 1
-
-
-def test_kept_answer_ends_for_one_client_alone_whose_own_part_fails() -> None:
-    with KeptStage() as stage:
-        first, second = stage.asks("text"), stage.asks("text")
-        upstream = stage.connect()
-        upstream.send(STREAM_HEAD, chunk(delta("abc")))
-        stage.taken(first)
-        next(iter(stage.server.clients)).on_fault(ValueError("a fault"))
-        stage.turn(4)
-        upstream.send(chunk(delta("def")), chunk(STOP), chunk(DONE), b"0\r\n\r\n")
-        ends = {unchunked(stage.taken(client))[1:] for client in (first, second)}
-        assert ends == {(b"abc", False), (b"abcdef", True)}
-
-
-def test_kept_answer_that_is_a_document_has_a_rest_of_the_right_length() -> None:
-    with KeptStage() as stage:
-        stage.leaves(stage.asks("v1"))
-        document = json.dumps(COMPLETION).encode()
-        stage.connect().send(whole(COMPLETION))
-        stage.turn(4)
-        kept = next(iter(stage.server.answers._by_id.values()))
-        for at in (0, 1, len(document) - 1, len(document)):
-            head, _, rest = stage.taken(stage.asks("v1", last=f"{kept.id}.{at}")).partition(b"\r\n\r\n")
-            assert b"\r\nContent-Length: %d\r\n" % len(rest) in head and document[:at] + rest == document
-        assert not stage.jobs
-
-
-def test_kept_answer_that_an_eventsource_has_had_is_204_for_it() -> None:
-    with KeptStage() as stage:
-        client = stage.asks("source")
-        stage.connect().send(CLOSING_HEAD, *answer_parts())
-        name = unchunked(stage.taken(client))[0]["Stream-Id"]
-        last = len(re.findall(b"(?m)^id: ", client.seen))
-        assert stage.asks("source", last=f"{name}.{last - 1}").head().status == 200
-        for none in (last, last + 1, 10**12):
-            assert stage.asks("source", last=f"{name}.{none}").head().status == 204
-        field = {"Last-Event-ID": f"{name}.{last}"}
-        assert stage.plain("GET", f"/streams/{name}", **field, **EVENTS).status == 204 and not stage.jobs
-
-
-def test_kept_answers_that_were_abandoned_leave_no_memory_behind(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="streamproxy")  # of steps, it would keep each
-    with KeptStage(max_streams=0, idle_timeout=0.0) as stage:
-        tracemalloc = pytest.importorskip("tracemalloc")  # which PyPy has not
-
-        def many(count: int) -> None:
-            for number in range(count):
-                client = stage.asks("text", f"{number}")
-                stage.connect().send(STREAM_HEAD, chunk(delta("abc")))
-                stage.turn(2)
-                client.sock.close()
-                stage.turn(2)
-                stage.upstreams.pop().sock.close()
-                Peer.opened.clear()
-            stage.now += 21
-            stage.turn(200)
-            stage.now += 21
-            stage.turn(200)
-            stage.lines.requests.clear()
-            assert len(stage.server.answers) == stage.server.answers.used == stage.server.limits.total == 0
-
-        many(400)  # which fills what keeps the last few lines of heads
-        gc.collect()
-        gc.disable()  # what is over is gone by its count of references
-        try:
-            tracemalloc.start()
-            before = tracemalloc.get_traced_memory()[0]
-            many(400)
-            grown = tracemalloc.get_traced_memory()[0] - before
-        finally:
-            tracemalloc.stop()
-            gc.enable()
-        assert grown < 400 * 1000, grown  # lines of heads, and dicts that were larger
-
-
-def test_kept_answer_is_waited_for_in_a_drain_and_ended_in_an_abort(provider: Provider) -> None:
-    for drain in (30.0, 0.0):
-        with running(provider, resume=60.0, drain_timeout=drain) as server:
-            client = Client(server).ask(PROMPT, Idempotency_Key="k")
-            upstream = provider.take()
-            upstream.start(delta("abc"))
-            client.head()
-            client.sock.close()
-            wait_for(lambda server=server: len(server.clients) == 0)
-            stopping, began = threading.Thread(target=server.stop), time.monotonic()
-            stopping.start()
-            if drain:
-                caught = wait_for(lambda server=server: server.state == server.DRAINING)
-                assert caught and server.limits.total == 1 and stopping.is_alive()
-                upstream.finish()
-            assert upstream.gone()
-            assert drain or time.monotonic() - began < streamproxy.ABORT_GRACE  # at once, not when that is over
-            stopping.join(DEADLINE)
-            assert not stopping.is_alive() and server.answers.running == server.limits.total == 0
-
-
-def test_kept_answer_is_all_that_is_told_where_clients_come_back(caplog: pytest.LogCaptureFixture) -> None:
-    with KeptStage(resume_bind="127.0.0.1:0", access_log="on", max_streams=1) as stage:
-        client = stage.asks("text")
-        stage.connect().send(STREAM_HEAD, chunk(delta("abc")))
-        name = unchunked(stage.taken(client))[0]["Stream-Id"]
-
-        def back(body: object = None, *question: str, **fields: str) -> bytes:
-            client = stage.client(comes_back=True).ask(body, *question, **fields)
-            return stage.taken(client)
-
-        for data in (
-            back(PROMPT, Idempotency_Key="k"), back(None, "GET", f"/streams/{name}"),
-            back(PROMPT, Idempotency_Key="k", Last_Event_ID=f"{name}.0"),
-        ):
-            assert unchunked(data)[1] == b"abc"
-        before = len(stage.lines.requests)
-        for data in (
-            back(PROMPT), back(PROMPT, Idempotency_Key="other"), back(None, "GET", "/?prompt=Hi", **EVENTS),
-            back(CHAT, "POST", "/v1/chat/completions", Idempotency_Key="c"), back(None, "GET", "/v1/models"),
-            back(None, "DELETE", "/streams", Idempotency_Key="other"),
-            back(PROMPT, Idempotency_Key="k", X_Forwarded_For="192.0.2.1"),  # another's
-            back(None, Idempotency_Key="other", Content_Length="900000"),  # of which the body is not waited for
-        ):
-            assert data.startswith(b"HTTP/1.1 421 Misdirected Request\r\n"), data
-        assert len(stage.lines.requests) == before
-        numbers = stage.hub.metrics
-        assert not any(numbers.values["refusals_total"].values()) and not numbers.values["endings_total"]["error",]
-        assert numbers.values["requests_total"]["/", "421"] == 5
-        for status, data in {
-            422: back({"prompt": "else"}, Idempotency_Key="k"), 404: back(None, "GET", "/streams/x"),
-            410: back(PROMPT, Idempotency_Key="other", Last_Event_ID="x.1"),
-            204: back(None, "GET", "/?prompt=Hi", **EVENTS, Last_Event_ID="x.1"),
-            200: back(None, "GET", "/readyz"),
-        }.items():
-            assert data.startswith(b"HTTP/1.1 %d " % status), data
-        assert back(None, "DELETE", "/streams", Idempotency_Key="k").startswith(b"HTTP/1.1 204 ")
-        assert unchunked(stage.taken(client))[1:] == (b"abc", False) and not stage.jobs
-        assert stage.asks("text", "other") and len(stage.jobs) == 1  # none of that has stopped it
-
-
-def test_drain_leaves_where_clients_come_back_open_until_there_is_nothing_to_come_back_for() -> None:
-    with KeptStage(resume_bind="127.0.0.1:0", drain_timeout=600.0, idle_timeout=0.0) as stage:
-        server, door = stage.server, stage.server.doors[1].listener
-        server.doors[1].open()
-        kept = stage.client().ask(method="GET", path="/healthz", Via="1.1 proxy")
-        stage.turn(4)
-        client = stage.asks("text")
-        upstream = stage.connect()
-        upstream.send(STREAM_HEAD, chunk(delta("abc")))
-        assert stage.taken(kept) and unchunked(stage.taken(client))[1] == b"abc"
-        server.state = server.DRAINING
-        server._drain()
-        assert refused(server) and door.is_open
-        stage.leaves(client)
-        upstream.send(*map(chunk, (STOP, DONE)), b"0\r\n\r\n")
-        stage.turn(4)
-        stage.at(19)
-        assert not server._is_empty() and server._waited_for().endswith(", 1 connection in all, 1 kept answer")
-        kept.ask(PROMPT, Idempotency_Key="second")  # on a connection that a proxy has kept
-        stage.turn(4)
-        stage.at(30)
-        assert len(server.answers) == 1 and door.is_open
-        upstream.send(STREAM_HEAD, chunk(delta("def")), *map(chunk, (STOP, DONE)), b"0\r\n\r\n")
-        assert unchunked(stage.taken(kept).partition(b"ok\n")[2])[1:] == (b"def", True) and kept.gone()
-        with Client(Front(f"http://127.0.0.1:{door.sock.getsockname()[1]}")) as late:
-            stage.turn(4)
-            assert len(server.clients) == 1
-            late.ask(PROMPT, Idempotency_Key="second")
-            assert unchunked(stage.taken(late))[1:] == (b"def", True)
-        stage.at(49)
-        assert door.is_open and not server._is_empty()
-        stage.at(51)
-        assert not door.is_open and server._is_empty()
-
-
-def test_drain_with_nothing_to_come_back_for_leaves_at_once_and_an_abort_whatever_there_is() -> None:
-    for has_some in (False, True):
-        with KeptStage(resume_bind="127.0.0.1:0", drain_timeout=600.0) as stage:
-            if has_some:
-                client = stage.asks("text")
-                stage.connect().send(CLOSING_HEAD, *answer_parts())
-                stage.taken(client)
-                stage.leaves(client)
-            server = stage.server
-            server.state = server.DRAINING
-            server._drain()
-            assert server._is_empty() == (not has_some)
-            server._abort()
-            assert server._is_empty()
-
-
-@pytest.mark.parametrize("part", range(8))
-def test_kept_answers_in_any_order_of_what_may_happen(part: int) -> None:
-    for seed in range(part, 2 * ORDERS, 8):
-        play_kept(random.Random(seed))
-
-
-def play_kept(rng: random.Random) -> None:
-    """Have some of all that may happen to answers that are kept happen; look each time whether all is as it must be."""
-    hows = ("text", "events", "v1", "source")
-    with unittest.mock.patch.object(streamproxy, "MAX_KEPT_SIZE", 3000), KeptStage(
-        resume_memory=rng.choice([10**6, 150_000]), max_streams=rng.choice([0, 3]), heartbeat=rng.choice([0.0, 2.0]),
-        resume_bind="127.0.0.1:0",
-    ) as stage:
-        server, answers, clients, names = stage.server, stage.server.answers, [], []
-        for _ in range(rng.choice([20, 60])):
-            choice, how, key = rng.random(), rng.choice(hows), rng.choice("abc")
-            if choice < 0.3:
-                last = f"{rng.choice(names)}.{rng.choice([0, 1, 2, 50])}" if names and rng.random() < 0.5 else ""
-                clients.append(stage.asks(how, key, last, server.draining or rng.random() < 0.2))
-            elif choice < 0.4 and clients:
-                stage.leaves(clients.pop(rng.randrange(len(clients))))
-            elif choice < 0.55 and stage.jobs:
-                if rng.random() < 0.2:
-                    stage.dialed(streamproxy.UpstreamError("Upstream cannot be reached."))
-                else:
-                    with contextlib.suppress(OSError):  # it may have been stopped
-                        stage.connect().send(STREAM_HEAD)
-            elif choice < 0.8 and stage.upstreams:
-                upstream = rng.choice(stage.upstreams)
-                ends = chunk(STOP) + chunk(DONE) + b"0\r\n\r\n"
-                with contextlib.suppress(OSError):
-                    upstream.send(rng.choice([chunk(delta("x" * rng.choice([1, 900]))), ends]))
-                    if rng.random() < 0.1:
-                        upstream.sock.close()
-            elif choice < 0.86:
-                stage.plain("DELETE", "/streams", Idempotency_Key=key)
-            elif choice < 0.9 and names:
-                stage.plain("POST", f"/streams/{rng.choice(names)}/stop")
-            elif choice < 0.905:
-                answers.abort(streamproxy.Aborted("The server is shutting down."))
-            elif choice < 0.91:
-                server.state = server.DRAINING
-                server._drain()
-            else:
-                stage.now += rng.choice([0.1, 3.0, 11.0, 21.0, 70.0])
-            stage.turn(6)
-            begins = any(client.door.begins for client in server.clients) or not server.draining
-            assert server.doors[1].listener.is_open == (begins or len(answers) > 0), "all can come back"
-            if not server.doors[1].listener.is_open:
+# 27 ------------------------------------------------------------------- Library
+
+
+@pytest.mark.parametrize(("asked", "messages"), [
+    ("Say hello", [{"role": "user", "content": "Say hello"}]),
+    (({"role": role, "content": role} for role in ("system", "user")),
+     [{"role": role, "content": role} for role in ("system", "user")]),
+])  # fmt: skip
+def test_library_text_of_what_is_asked_and_how_it_ended(provider: Provider, asked: Any, messages: object) -> None:
+    answer = streamproxy.stream_text(asked, streamproxy.Settings(upstream=provider.url, api_key=KEY))
+    with provider.take() as upstream:  # it is asked at once
+        assert json.loads(upstream.body)["messages"] == messages
+        upstream.start(ROLE, delta("H\xe4"))
+        assert next(answer) == "H\xe4"  # before the end
+        assert (answer.finish_reason, answer.usage) == (None, None)
+        usage = event({"choices": [], "usage": {"total_tokens": 3}})
+        upstream.event(delta("\U0001f44b"), delta("", "length"), usage, DONE)
+        assert list(answer) == ["\U0001f44b"]
+    assert (answer.finish_reason, answer.usage) == ("length", {"total_tokens": 3})
+    answer.close()
+    assert list(answer) == []
+
+
+def test_library_yields_no_empty_text_for_a_part_of_a_character(provider: Provider) -> None:
+    answer = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url))
+    size = streamproxy.READ_SIZE - 1
+    with provider.take() as upstream:
+        upstream.start(delta("a" * size + "\U0001f44b" * 10))
+        upstream.finish()
+        pieces = list(answer)
+    assert all(pieces) and "".join(pieces) == "a" * size + "\U0001f44b" * 10
+
+
+# What upstream sends; and str(error), error.status and the text before it.
+LIBRARY_FAILURES: dict[str, tuple[bytes, str, int, list[str]]] = {
+    "cut": (STREAM_HEAD + chunk(A), "Upstream closed the connection within its answer.", 502, ["a"]),
+    "reported": (STREAM_HEAD + chunk(A) + chunk(event({"error": {"message": "It broke."}})), "It broke.", 502, ["a"]),
+    "refused": (error_answer(400, b'{"error": {"message": "Too long by 3."}}'), "Too long by 3.", 400, []),
+    "with the key": (error_answer(429, b'{"error": "No %b."}' % KEY.encode()), "No [redacted].", 429, []),
+    "without": (error_answer(401), "Upstream refused our API key with status 401.", 502, []),
+}
+
+
+def test_library_failure_is_raised_after_the_text_that_came_and_is_a_sentence(provider: Provider) -> None:
+    before = threading.active_count(), descriptors()
+    for sent, words, status, text in LIBRARY_FAILURES.values():
+        got: list[str] = []
+        answer = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url, api_key=KEY))
+        with provider.take() as upstream:
+            upstream.send(sent)
+        with pytest.raises(streamproxy.ProxyError) as raised:
+            got.extend(answer)
+        assert (str(raised.value), raised.value.status, got) == (words, status, text)
+        assert list(answer) == []
+    assert wait_for(lambda: (threading.active_count(), descriptors()), lambda now: now == before)
+
+
+@pytest.mark.parametrize("asked", ["", [], "\ud800", [{"role": "user"}], {"prompt": "x"}])
+def test_library_what_cannot_be_asked_is_said_at_once_and_leaves_nothing_open(provider: Provider, asked: Any) -> None:
+    before = threading.active_count(), descriptors()
+    with pytest.raises(streamproxy.RequestError, match="non-empty|surrogate") as raised:
+        streamproxy.stream_text(asked, streamproxy.Settings(upstream=provider.url))
+    assert raised.value.status == 400 and (threading.active_count(), descriptors()) == before
+
+
+@pytest.mark.parametrize("how", ["close", "another thread", "break", "collected by its loop"])
+def test_library_leaving_the_loop_closes_upstream(provider: Provider, how: str) -> None:
+    before = threading.active_count(), descriptors()
+    answer = streamproxy.stream_text("x", streamproxy.Settings(upstream=provider.url))
+    with provider.take() as upstream:
+        upstream.start(A)
+        for text in answer:
+            assert text == "a"
+            if how == "close":
+                answer.close()
+            if how != "another thread":
                 break
-            names = list(answers._by_id)
-            kepts = answers._by_id.values()
-            running_now = [kept for kept in kepts if not kept.over]
-            assert answers.running >= len(running_now)
-            assert answers.used == sum(kept.size for kept in kepts), "memory"
-            assert server.limits.total >= answers.running
-            for kept in kepts:
-                assert kept.watches or kept._due < float("inf")
-                assert kept.over or kept.watches or kept._due <= stage.now + 20.0
-                held = any(watch.viewer.client.pending for watch in kept.watches)
-                assert held or not kept.watches or not (kept.over or kept.pending), "nobody waits for nothing"
-        for client in clients:
-            client.sock.close()
-        stage.turn(30)
-        stage.now += 21
-        stage.turn(30)
-        assert answers.running == 0, "nothing runs on unread"
-        stage.now += 21
-        stage.turn(30)
-        assert len(answers) == answers.used == server.limits.total == len(answers.waiting) == 0
-        assert not stage.lines.errors and (server._is_empty() or not server.draining)
+            threading.Thread(target=answer.close).start()  # and this waits for the next piece
+            with pytest.raises(streamproxy.ProxyError, match="left before its end"):
+                next(answer)
+        collect: Callable[[], object] = gc.collect
+        if how == "collected by its loop":
+            stream = answer._stream
+            assert stream
+            cycle: list[object] = [answer]
+            cycle.append(cycle)
+            collect = functools.partial(stream.hub.loop.post, gc.collect)
+            del stream, cycle
+        del answer
+        collect()  # as PyPy would in time
+        assert upstream.gone()
+    assert wait_for(lambda: (threading.active_count(), descriptors()), lambda now: now == before)
 
 
-# 25 ------------------------------------------------------------------- Demo upstream
-
-
-def test_library_demo_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streamproxy, "DEMO_PAUSE", 0.0005)
-    assert "You asked: “Hi”" in "".join(streamproxy.stream_text("Hi", streamproxy.Settings(demo=True)))
-
-
-# 30 ------------------------------------------------------------------- Chat page
-
-
-def test_page_has_a_policy_that_lets_in_its_own_script_and_style_only(server: streamproxy.Server) -> None:
-    with Client(server).ask(method="GET", path="/?x") as client:
-        head = client.head()
-        page = client.exactly(int(head.fields["Content-Length"])).decode()
-        policy = head.fields["Content-Security-Policy"]
-    assert head.fields["Content-Type"] == "text/html; charset=utf-8"
-    assert "default-src 'none'" in policy and "unsafe" not in policy and policy.count("'sha256-") == 2
-    assert not re.search(r"""(?i)https?://|src=|@import|url\(|\son\w+=|\sstyle=|innerHTML""", page)
-    with Client(server).ask(method="HEAD") as client:
-        assert client.head().fields["Content-Length"] == str(len(page.encode()))
-
-
-def got_page(server: streamproxy.Server) -> tuple[str, str | None]:
-    with Client(server).ask(method="GET") as client:
-        head = client.head()
-        return client.exactly(int(head.fields["Content-Length"])).decode(), head.fields.get("Content-Security-Policy")
-
-
-def test_page_tells_title_and_model_as_text(server: streamproxy.Server, provider: Provider) -> None:
-    with running(provider, title="<script>{{model}}", model='"&x') as other:
-        page, policy = got_page(other)
-    assert "<title>&lt;script&gt;{{model}}</title>" in page and '<span id="model">&quot;&amp;x</span>' in page
-    assert policy == got_page(server)[1]
-
-
-def test_page_of_ones_own_is_looked_at_again(
-    provider: Provider, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    file = tmp_path / "own.html"
-    file.write_text("<p>one")
-    with running(provider, page=str(file)) as server:
-        assert got_page(server) == ("<p>one", None)
-        file.write_text("<p>two")
-        assert got_page(server) == ("<p>two", None)
-        for bad in (b"", b"x" * (streamproxy.MAX_PAGE_SIZE + 1)):
-            file.write_bytes(bad)
-            assert got_page(server)[0] == "<p>two"
-        wait_for(lambda: "the page was not taken, its last version counts: it is empty" in caplog.text)
-        file.write_text("<p>three")
-        assert got_page(server)[0] == "<p>three"
-        if os.name == "posix":
-            file.unlink()
-            os.mkfifo(file)  # whose reader waits for a writer
-            assert got_page(server)[0] == "<p>three"
-            wait_for(lambda: "its last version counts: it is not a regular file" in caplog.text)
-    with pytest.raises(streamproxy.SettingsError, match="--page .STREAMPROXY_PAGE.: cannot use .*regular file"):
-        streamproxy.Server(streamproxy.Settings(page=str(tmp_path) if os.name == "nt" else "/dev/null", demo=True))
-
-
-def test_page_of_ones_own_that_cannot_be_looked_at_holds_up_nobody(
-    provider: Provider, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a network's file system that hangs."""
-    file, answers, look = tmp_path / "own.html", threading.Event(), streamproxy.OwnPage.look
-    file.write_text("<p>one")
-    monkeypatch.setattr(streamproxy, "LOOK_TIMEOUT", 0.01)
-    monkeypatch.setattr(streamproxy.OwnPage, "look", lambda page: answers.wait(DEADLINE) and look(page))
-    with running(provider, page=str(file)) as server:
-        file.write_text("<p>two")
-        assert [got_page(server)[0] for _ in range(2)] == ["<p>one"] * 2
-        said = "the page cannot be looked at, its last version counts: it takes too long"
-        wait_for(lambda: caplog.text.count(said) == 1)
-        answers.set()
-        wait_for(lambda: got_page(server)[0] == "<p>two")
+def test_library_program_that_ends_within_an_answer_ends_at_once_and_silently(provider: Provider) -> None:
+    code = f"from streamproxy import *; text = stream_text('x', Settings(upstream={provider.url!r})); print(next(text))"
+    process = subprocess.Popen([sys.executable, "-W", "error", "-c", code], cwd=HERE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    with provider.take() as upstream:
+        upstream.start(A)
+        assert process.communicate(timeout=DEADLINE) == ("a\n", "") and process.returncode == 0
+        assert upstream.gone()
 
 
 # 29 ------------------------------------------------------------------- Command line
@@ -11857,6 +11788,75 @@ def test_connections_end_although_a_forked_child_has_copies_of_them(provider: Pr
             assert upstream.gone()
         process.terminate()
         wait_for(lambda: refused(front))
+
+
+# 30 ------------------------------------------------------------------- Chat page
+
+
+def test_page_has_a_policy_that_lets_in_its_own_script_and_style_only(server: streamproxy.Server) -> None:
+    with Client(server).ask(method="GET", path="/?x") as client:
+        head = client.head()
+        page = client.exactly(int(head.fields["Content-Length"])).decode()
+        policy = head.fields["Content-Security-Policy"]
+    assert head.fields["Content-Type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in policy and "unsafe" not in policy and policy.count("'sha256-") == 2
+    assert not re.search(r"""(?i)https?://|src=|@import|url\(|\son\w+=|\sstyle=|innerHTML""", page)
+    with Client(server).ask(method="HEAD") as client:
+        assert client.head().fields["Content-Length"] == str(len(page.encode()))
+
+
+def got_page(server: streamproxy.Server) -> tuple[str, str | None]:
+    with Client(server).ask(method="GET") as client:
+        head = client.head()
+        return client.exactly(int(head.fields["Content-Length"])).decode(), head.fields.get("Content-Security-Policy")
+
+
+def test_page_tells_title_and_model_as_text(server: streamproxy.Server, provider: Provider) -> None:
+    with running(provider, title="<script>{{model}}", model='"&x') as other:
+        page, policy = got_page(other)
+    assert "<title>&lt;script&gt;{{model}}</title>" in page and '<span id="model">&quot;&amp;x</span>' in page
+    assert policy == got_page(server)[1]
+
+
+def test_page_of_ones_own_is_looked_at_again(
+    provider: Provider, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "own.html"
+    file.write_text("<p>one")
+    with running(provider, page=str(file)) as server:
+        assert got_page(server) == ("<p>one", None)
+        file.write_text("<p>two")
+        assert got_page(server) == ("<p>two", None)
+        for bad in (b"", b"x" * (streamproxy.MAX_PAGE_SIZE + 1)):
+            file.write_bytes(bad)
+            assert got_page(server)[0] == "<p>two"
+        wait_for(lambda: "the page was not taken, its last version counts: it is empty" in caplog.text)
+        file.write_text("<p>three")
+        assert got_page(server)[0] == "<p>three"
+        if os.name == "posix":
+            file.unlink()
+            os.mkfifo(file)  # whose reader waits for a writer
+            assert got_page(server)[0] == "<p>three"
+            wait_for(lambda: "its last version counts: it is not a regular file" in caplog.text)
+    with pytest.raises(streamproxy.SettingsError, match="--page .STREAMPROXY_PAGE.: cannot use .*regular file"):
+        streamproxy.Server(streamproxy.Settings(page=str(tmp_path) if os.name == "nt" else "/dev/null", demo=True))
+
+
+def test_page_of_ones_own_that_cannot_be_looked_at_holds_up_nobody(
+    provider: Provider, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network's file system that hangs."""
+    file, answers, look = tmp_path / "own.html", threading.Event(), streamproxy.OwnPage.look
+    file.write_text("<p>one")
+    monkeypatch.setattr(streamproxy, "LOOK_TIMEOUT", 0.01)
+    monkeypatch.setattr(streamproxy.OwnPage, "look", lambda page: answers.wait(DEADLINE) and look(page))
+    with running(provider, page=str(file)) as server:
+        file.write_text("<p>two")
+        assert [got_page(server)[0] for _ in range(2)] == ["<p>one"] * 2
+        said = "the page cannot be looked at, its last version counts: it takes too long"
+        wait_for(lambda: caplog.text.count(said) == 1)
+        answers.set()
+        wait_for(lambda: got_page(server)[0] == "<p>two")
 
 
 # ----------------------------------------------------------------------- The documents
