@@ -674,7 +674,7 @@ def load_payload(data: str) -> Any:
 def dicts_in(values: object) -> list[dict[str, Any]]:
     """Return the JSON objects in an array or among the members of an object."""
     values = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
-    return [*itertools.compress(values, map(isinstance, values, itertools.repeat(dict)))]
+    return [value for value in values if isinstance(value, dict)]
 
 
 def holders_in(payload: dict[str, Any]) -> list[dict[str, Any]]:
@@ -1013,10 +1013,12 @@ class Head:
         return bool(told or _WHOLE_AT_CLOSE.match(self.media))
 
 
-_COUNT = re.compile(r"(?<='): (?:(?:-?[0-9]+|None)(?=[,}])|(?=\{))")  # what stands behind a name in usage, mostly
-
 _NO_HEAD = Head(200, {})  # before upstream's has come
 _STREAM_HEAD = Head(200, {"content-type": "text/event-stream"})  # the same, where a stream was asked for
+
+
+# In the repr of usage, what stands behind a name, mostly: a number, or the colon before names of its own.
+_COUNT = re.compile(r"(?<='): (?:(?:-?[0-9]+|None)(?=[,}])|(?=\{))")
 
 
 class Notes:
@@ -1033,8 +1035,8 @@ class Notes:
 
     def take(self, payload: dict[str, Any], has_usage: bool = True) -> None:
         """Note the model and the usage, wherever in payload they stand.  has_usage: it may be there."""
-        is_all = (self.model or payload.get("model")) and (payload.get("usage") or not has_usage)  # mostly
-        for holder in (payload,) if is_all else holders_in(payload):
+        on_top = (self.model or payload.get("model")) and (payload.get("usage") or not has_usage)  # mostly
+        for holder in (payload,) if on_top else holders_in(payload):
             model, usage = holder.get("model"), holder.get("usage")
             if self.model is None and model and isinstance(model, str):
                 self.model = self._redact(model[:100])
@@ -1044,11 +1046,11 @@ class Notes:
 
     def _harmless(self, usage: dict[str, Any]) -> dict[str, Any]:
         """Return usage as the log and the client may see it.  Raises ValueError for a number that JSON has not."""
-        names = _COUNT.sub("", repr(usage))
-        if ":" in names or "\\" in names or self._redact(names) != names:
-            told: dict[str, Any] = json.loads(self._redact(json.dumps(usage, allow_nan=False)))
-            return told
-        return usage  # mostly; and the names are those of the answer before
+        names = _COUNT.sub("", repr(usage))  # mostly, and those of the answer before
+        if ":" not in names and "\\" not in names and self._redact(names) == names:
+            return usage
+        told: dict[str, Any] = json.loads(self._redact(json.dumps(usage, allow_nan=False)))
+        return told
 
     def take_end(self, payload: dict[str, Any]) -> None:
         """Note why the answer ended, as any of the APIs says it.  Raises UpstreamError: it failed."""
@@ -1100,7 +1102,7 @@ class Answer:
         head = Head(status, fields)
         self.notes.request_id = (fields.get("x-request-id") or fields.get("request-id") or "")[:200] or None
         if self.passes:
-            self.fields = {shown: value for name, value in fields.items() if (shown := name_back(name))}
+            self.fields = {back: value for name, value in fields.items() if (back := name_back(name))}
         if not (status in (200, 201, 202) or (self.passes and 200 <= status < 300)):
             return Refusal(self, head)
         if head.compression:
@@ -1579,7 +1581,7 @@ class PassedAnswer(Answer):
     def _goes_on(self, block: bytes) -> bool:
         """Take whole events with which the stream just goes on; False: they are others, or none, and not taken."""
         notes = self.notes
-        if not notes.events or self._form != _EVENTS or self.state >= self.ENDING or not block:
+        if not notes.events or self._form != _EVENTS or self.state >= self.ENDING:
             return False
         count = goes_on(block)
         notes.events += count
@@ -1799,8 +1801,10 @@ def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
             return None
         line, *lines = head.decode("latin-1").split("\r\n")
         match = _STATUS_LINE.fullmatch(line)
-        if not match or len(lines) > MAX_FIELDS:
+        if not match:
             break
+        if len(lines) > MAX_FIELDS:
+            raise ValueError("too many header fields")
         fields = parse_fields(lines, _LENIENT_LINES)
         minor, status = match.groups()
         if minor == "0":
@@ -1865,11 +1869,10 @@ class ChunkedDecoder(BodyDecoder):
                 return rest[:-2]
             parts = data.split(b"\r\n")  # or several that are whole, and hold no such line end
             lines, pieces = parts[:-1:2], parts[1::2]
-            if len(parts) % 2 and max(map(len, lines)) < 16 and [*map(len, pieces)] == [*map(parse_chunk_line, lines)]:
-                end = pieces.index(b"") + 1 if b"" in pieces else 0
-                if end in (0, len(pieces)):
-                    self.complete = self._in_trailer = end > 0
-                    return b"".join(pieces)
+            whole = len(parts) % 2 and max(map(len, lines)) < 16 and b"" not in pieces[:-1]
+            if whole and [*map(len, pieces)] == [*map(parse_chunk_line, lines)]:
+                self.complete = self._in_trailer = not pieces[-1]
+                return b"".join(pieces)
         at, end, out = 0, len(data), []
         while at < end and not (self.complete or self.broken):
             if self._chunk_left > 2:
@@ -1887,7 +1890,7 @@ class ChunkedDecoder(BodyDecoder):
                 break
             at = line_end + 2
         self.rest = data[at:] if self.complete else b""
-        return out[0] if len(out) == 1 else b"".join(out)
+        return b"".join(out)
 
     def _take_line(self, line: bytes) -> None:
         if self._lenient and (self._in_trailer or line[:1] == b"0" or line[-1:] in (b" ", b"\t")):
@@ -1943,6 +1946,7 @@ _REQUEST_LINE = re.compile(f"({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\\.([0-9])
 _BAD_LINE = "The request line is not in HTTP's grammar."
 _TOO_MANY_FIELDS = "The request has too many header fields."
 _HOST = re.compile(r"([A-Za-z0-9._~-]{1,255}|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")  # RFC 9110 section 7.2
+_CLOSE = re.compile("(?i)(?:^|,)[ \t]*close[ \t]*(?:,|$)")  # RFC 9112 section 9.6
 
 
 class Request:
@@ -1976,9 +1980,6 @@ class Request:
                 self.path = "/" + rest.partition("/")[2]
         self.fields, self.body = fields, body
         self.keeps_alive = self.http11 and not ("connection" in fields and _CLOSE.search(fields["connection"]))
-
-
-_CLOSE = re.compile("(?i)(?:^|,)[ \t]*close[ \t]*(?:,|$)")  # RFC 9112 section 9.6
 
 
 def parse_request_line(line: str) -> Request:
@@ -2752,8 +2753,8 @@ def check_model(body: bytes, settings: Settings, needed: bool = True) -> dict[st
             return parse_request(body)
         return {}
     asked = parse_request(body) if body or needed else {}
-    names = [*map(str.casefold, asked)].count("model")  # servers in Go take "Model" too
-    if names < needed or names != ("model" in asked) or not isinstance(asked.get("model", ""), str):
+    count = [*map(str.casefold, asked)].count("model")  # servers in Go take "Model" too
+    if count < needed or count != ("model" in asked) or not isinstance(asked.get("model", ""), str):
         raise RequestError('The body must have one "model", a string.', code="model_not_found")
     for member, model in _named_models(asked):
         if model != settings.model and model not in settings.allow_model:
@@ -2781,13 +2782,13 @@ def _named_models(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
             rest += [(top, item, named) for item in value]
         elif isinstance(value, dict):
             named = named and "model" not in value  # {"a model": ["its fallback"]}, not {"model": ..., "messages": ...}
-            if named:
-                yield from zip(itertools.repeat(top), value)
-            holding = map(_HOLDING.__contains__, map(type, value.values()))
-            for member, inner in itertools.compress(value.items(), holding):
-                folded = member.casefold()  # as servers in Go do
-                if named or folded not in _CONTENT:
-                    rest.append((top or member, inner, named or bool(_MODEL_NAMES.search(folded))))
+            for member, inner in value.items():
+                if named:
+                    yield top, member
+                if type(inner) in _HOLDING:
+                    folded = member.casefold()  # as servers in Go do
+                    if named or folded not in _CONTENT:
+                        rest.append((top or member, inner, named or bool(_MODEL_NAMES.search(folded))))
         elif named and isinstance(value, str):
             yield top, value
 
@@ -2795,17 +2796,12 @@ def _named_models(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def count_choices(asked: Mapping[str, Any]) -> int:
     """Return how many choices a completion has: n for each prompt."""
     n = prompts = 1
-    if _COUNTED.isdisjoint(map(str.casefold, asked)):
-        return 1
     for name, value in asked.items():
         if name in ("n", "N"):
             n = max(n, _whole(value))
         elif name.casefold() == "prompt" and isinstance(value, list) and value and isinstance(value[0], (str, list)):
             prompts = max(prompts, len(value))
     return n * prompts
-
-
-_COUNTED = frozenset(("n", "prompt"))
 
 
 def _whole(value: object) -> int:
@@ -2848,8 +2844,9 @@ def passed_fields(fields: Mapping[str, str], settings: Settings, has_body: bool)
     """Return the fields of a request of the API that upstream sees.  User-Agent says who connects, and for whom."""
     agent = fields.get("user-agent")
     passed = {"User-Agent": f"{USER_AGENT} {agent}" if agent else USER_AGENT}
-    for name in filter(fields.__contains__, PASSED_FIELDS):
-        passed[name.title()] = fields[name]
+    for name in PASSED_FIELDS:
+        if name in fields:
+            passed[name.title()] = fields[name]
     if has_body and "*" not in settings.allow_model:
         passed["Content-Type"] = "application/json"  # as check_model has read it
     elif has_body and "content-encoding" in fields:
@@ -3350,9 +3347,9 @@ class Histogram:
 
     def observe_noted(self) -> None:
         """Take what was noted.  Whoever notes has this done before there is much of it."""
-        buckets = collections.Counter(map(functools.partial(bisect.bisect_left, self.bounds), self.noted))
-        for bucket, count in buckets.items():
-            self.counts[bucket] += count
+        bounds, counts = self.bounds, self.counts
+        for value in self.noted:
+            counts[bisect.bisect_left(bounds, value)] += 1
         self.sum += sum(self.noted)
         self.noted.clear()
 
@@ -3425,6 +3422,14 @@ class Metrics:
         return "".join(lines).encode()
 
 
+def _short(name: str) -> str:
+    return name.replace("streamproxy_", "")
+
+
+def _escape(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
 # By the member of usage that tells their number: the kind of tokens, or the kinds by the members of that.  Of two that
 # tell the same kind, the first here counts.
 _USAGE = {
@@ -3440,14 +3445,6 @@ _USAGE = {
 }
 
 
-def _short(name: str) -> str:
-    return name.replace("streamproxy_", "")
-
-
-def _escape(label: str) -> str:
-    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
 def tokens_in(usage: Mapping[str, Any], kinds: Mapping[str, Any] = _USAGE) -> dict[str, int]:
     """Return the tokens of each kind that usage tells, in the words of any of the APIs.
 
@@ -3456,10 +3453,10 @@ def tokens_in(usage: Mapping[str, Any], kinds: Mapping[str, Any] = _USAGE) -> di
     found: dict[str, int] = {}
     for name in filter(usage.__contains__, kinds):
         kind, told = kinds[name], usage[name]
-        if type(told) is int:
-            if 0 < told < MAX_USAGE and type(kind) is str:
+        if type(kind) is str:
+            if type(told) is int and 0 < told < MAX_USAGE:
                 found.setdefault(kind, told)
-        elif type(told) is dict and type(kind) is dict:
+        elif type(told) is dict:
             found = {**tokens_in(told, kind), **found}
     return found
 

@@ -2328,6 +2328,13 @@ def test_head_of_upstream_may_have_blanks_before_a_colon() -> None:
         streamproxy.parse_fields(["Host : a"])
 
 
+def test_head_of_upstream_with_more_than_100_fields_is_said_to_have_too_many() -> None:
+    head = b"HTTP/1.1 200 OK\r\n%b\r\n"
+    assert streamproxy.parse_answer_head(head % (b"a: b\r\n" * 100)) == (200, {"a": ", ".join(["b"] * 100)}, b"")
+    with pytest.raises(ValueError, match="too many header fields"):
+        streamproxy.parse_answer_head(head % (b"a: b\r\n" * 101))
+
+
 def test_head_lines_are_remembered_but_not_for_ever_nor_long_ones_nor_secrets() -> None:
     known = streamproxy.FieldLines("([!-9;-~]+):(.*)")
     for number in range(3 * streamproxy.MAX_FIELD_LINES):
