@@ -32,7 +32,7 @@ Life of a request.  The numbers are sections of this file; what is pure knows no
                     BodyDecoder  upstream's framing to the bytes of the body                 (pure: 8)
                     EventParser  bytes to events                                             (pure: 4)
                     Answer       events to what the client asked for                         (pure: 3, 5 to 7)
-    22  Viewer    takes from the Record what was made of it, and sends it: one chunk, one send
+    22  Viewer    sends what was made of it: one chunk, one send; what the client does not take yet waits in the Record
     23  Stream    ends it, or has another try; then Exchange queues a line for 15, the log, and Client reads on
     24  KeptAnswer  stands between a Stream and the Viewers of its clients, where the answer is to outlive them
                     Metrics      what is counted on the way, for /metrics                    (pure: 12)
@@ -3900,8 +3900,7 @@ class LogWriter:
         lost = self.lost
         news = lost - self._told
         told = news and self._guard(0, self._emit, logging.ERROR, time.time(), f"{news} lines of log were lost")
-        flushes = [keeper.flush for keeper in (self.output, *log.handlers) if keeper]
-        flushed = [self._guard(count, flush) for flush in flushes]
+        flushed = [self._guard(count, keeper.flush) for keeper in (self.output, *log.handlers) if keeper]
         if told and all(flushed):
             self._told = lost
 
@@ -3910,10 +3909,10 @@ class LogWriter:
             return
         if isinstance(line, LogEntry):
             line["time"] = log_time(at)
-        output = self.output
-        if output:
-            output.add(level, at, line)
-        if not output or log.hasHandlers():  # log.log would look for the line of code, too
+        if self.output:
+            self.output.add(level, at, line)
+        if not self.output or log.hasHandlers():
+            # log.log would look for the line of code, too.
             log.handle(log.makeRecord(log.name, level, "streamproxy.py", 0, line, (), None))
 
     def _guard(self, lines: int, call: Callable[..., object], *args: object) -> bool:
@@ -4844,10 +4843,10 @@ class Exchange:
 
     def _count(self, now: float) -> None:
         metrics, failure, stream = self.server.hub.metrics, self.failure, self.stream
-        values, client, name = metrics.values, metrics.client(self.name), self.resource.name
-        values["requests_total"][(name, str(self.status), *client)] += 1
+        values, client, resource = metrics.values, metrics.client(self.name), self.resource.name
+        values["requests_total"][(resource, str(self.status), *client)] += 1
         values["endings_total"][failure.ending if failure else "complete",] += 1
-        if name not in _OPEN_PATHS and not self._goes_elsewhere:  # for those nobody waits
+        if resource not in _OPEN_PATHS and not self._goes_elsewhere:  # for those nobody waits
             metrics.histograms["request_duration_seconds"].observe(now - self.began_at)
         if failure and isinstance(failure, RequestError) and not self._goes_elsewhere:
             metrics.refused(failure)
@@ -4874,7 +4873,7 @@ class Exchange:
     def _log(self, now: float) -> None:
         wanted, failure, stream = self.server.settings.access_log, self.failure, self.stream
         if wanted != "all":
-            health = self.request.path in _OPEN_PATHS and self.status == 200 and not failure
+            health = self.resource.name in _OPEN_PATHS and self.status == 200 and not failure
             if wanted != "on" or health or self._goes_elsewhere:
                 return
         entry = LogEntry(self._told())
@@ -4911,8 +4910,8 @@ def _get(function: Callable[[Exchange], None]) -> dict[str, Callable[[Exchange],
 TEST_PATH = "/healthz/stream"
 _OPEN_PATHS = ("/healthz", TEST_PATH, "/readyz")  # those that answer under any name
 
-# Route, then method.
-_ROUTES: dict[str, dict[str, Callable[[Exchange], None]]] = {
+# What there is of our own, beside the API's: by its name in metrics, then by method.
+_OWN_PATHS: dict[str, dict[str, Callable[[Exchange], None]]] = {
     "/": {**_get(Exchange.get_root), "POST": Exchange.post_prompt},
     "/healthz": _get(Exchange.get_health),
     TEST_PATH: {"GET": Exchange.get_test, "POST": Exchange.get_test, **_PREFLIGHT},
@@ -4937,13 +4936,13 @@ def resource_at(path: str, is_allowed: bool, resumes: bool) -> Resource:
     """
     routes = api_routes(path, is_allowed)
     if routes:
-        own = Exchange.get_models if path.startswith("/v1/models") else None
-        methods = {method: own or functools.partial(Exchange.pass_on, route=route) for method, route in routes.items()}
+        models = Exchange.get_models if path.startswith("/v1/models") else None
+        methods = {name: models or functools.partial(Exchange.pass_on, route=route) for name, route in routes.items()}
         return Resource(next(iter(routes.values())).name or path, {**methods, **_PREFLIGHT})
     name = re.sub("^/streams/[^/]+", "/streams/{id}", path)
-    if name not in _ROUTES or (name.startswith("/streams") and not resumes):
+    if name not in _OWN_PATHS or (name.startswith("/streams") and not resumes):
         return Resource("other", {})
-    return Resource(name, _ROUTES[name])
+    return Resource(name, _OWN_PATHS[name])
 
 
 # RFC 9110 section 15.5.22: what is spoken instead.
@@ -6004,7 +6003,7 @@ class Record:
 
 
 class Viewer(Stateful):
-    """Sends a record to one client: SILENT -> OPEN (the head has left) -> LAST (the end is queued) -> OVER."""
+    """Sends an answer to one client: SILENT -> OPEN (the head has left) -> LAST (the end is queued) -> OVER."""
 
     SILENT, OPEN, LAST, OVER = range(4)
 
@@ -6036,7 +6035,7 @@ class Viewer(Stateful):
         self.more()
 
     def take(self, data: bytes) -> bool:
-        """Send data, behind what the record has; tell whether the client has to read first."""
+        """Send data, which is not empty, behind what the record has; tell whether the client has to read first."""
         client = self.client
         if self.state == self.OPEN and not client.pending:  # then all that was recorded has been sent
             self.since = client.loop.now
@@ -6434,8 +6433,8 @@ class Hub:
         self.refusals = Refusals()
         self.upstream = Upstream(settings)
         self.log = LogWriter()
-        # Whether anybody wants to know of steps, as it was when a request began last.  Where steps are that each
-        # request takes, it is asked before their facts are put together.
+        # Whether anybody wants to know of steps, as it was when a request began last.  Who tells of a step that each
+        # request takes looks here before its facts are put together.
         self.tells = log.isEnabledFor(logging.DEBUG)
         self.loop = Loop(report=self.log.error)
         self.workers = Workers(self.loop, self.log.error, start)
