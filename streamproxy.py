@@ -469,7 +469,7 @@ def redactor(key: str) -> Callable[[str], str]:
             at = place + _PART_SIZE
         return b"".join([*out, data[at:]]).decode("utf-8", "surrogatepass")
 
-    redact_again = functools.lru_cache(maxsize=64)(search)  # names of models, and the like
+    redact_again = functools.lru_cache(maxsize=64)(search)  # names of models and in usage, and the like
     return redact
 
 
@@ -1599,13 +1599,11 @@ class PassedAnswer(Answer):
     def _look_through(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""
         pieces = self._EVENT.findall(block)
-        bad = [at for at, piece in enumerate(pieces) if not self._take_piece(piece)]
-        if bad:
-            pieces[0], passed = pieces[0][passed:], 0
-            for at in bad:
-                pieces[at] = redact_bytes(pieces[at], self._redact)
-            block = b"".join(pieces)
-        return block[passed:]
+        good = [*map(self._take_piece, pieces)]
+        if all(good):
+            return block[passed:]
+        pieces[0] = pieces[0][passed:]
+        return b"".join([piece if ok else redact_bytes(piece, self._redact) for piece, ok in zip(pieces, good)])
 
     def _take_piece(self, piece: bytes) -> bool:
         """Take an event as it came; False: it is an error, and may have secrets."""
@@ -1619,7 +1617,7 @@ class PassedAnswer(Answer):
         events = parser.feed(piece)
         self.life += counts and len(events) + parser.idle
         parser.idle = 0
-        return False not in [self._take_event(event) for event in events]
+        return all([*map(self._take_event, events)])  # each, whatever the one before is
 
     def _take_event(self, event: Event) -> bool:
         """Take event; False: it is an error, and may have secrets."""
@@ -1979,7 +1977,7 @@ class Request:
             if scheme.lower() in ("http", "https") and rest.partition("/")[0].lower() == host.lower():
                 self.path = "/" + rest.partition("/")[2]
         self.fields, self.body = fields, body
-        self.keeps_alive = self.http11 and not ("connection" in fields and _CLOSE.search(fields["connection"]))
+        self.keeps_alive = self.http11 and not _CLOSE.search(fields.get("connection", ""))
 
 
 def parse_request_line(line: str) -> Request:
@@ -4139,17 +4137,12 @@ class Client(Peer, Stateful):
             else:  # nor is its end seen, until what came is taken
                 self.loop.unwatch(self.sock)
 
-    def _listen(self) -> None:
-        """Go on to listen to a client from which more came than could be taken at once."""
-        if not self.lost:
-            self._watch()
-
     def begin(self) -> None:
         """Begin with the request that is there, if one is."""
         if self.state > self.HEAD or self.lost:
             return
-        if len(self.data) > MAX_PIPELINED:
-            self._listen()
+        if len(self.data) > MAX_PIPELINED:  # where on_data stops listening
+            self._watch()
         try:
             parsed = parse_request_head(self.data)
         except RequestError as error:
@@ -4168,8 +4161,8 @@ class Client(Peer, Stateful):
     def expect_body(self) -> bool:
         """Read the body of the request; tell if it is there, whole and good.  Else its exchange is told once it is."""
         self.state = self.BODY
-        if len(self.data) > MAX_PIPELINED:
-            self._listen()
+        if len(self.data) > MAX_PIPELINED and not self.lost:
+            self._watch()
         return self._read_body()
 
     def on_answered(self, cut: bool) -> None:
@@ -4184,8 +4177,7 @@ class Client(Peer, Stateful):
             if not self.keeps_alive:
                 with contextlib.suppress(OSError):
                     self.sock.shutdown(socket.SHUT_WR)
-            if len(self.data) > MAX_PIPELINED:
-                self._listen()
+            self._watch()
             data, self.data = self.data, b""
             self._set_alarm()
             self._linger(data)
@@ -4377,11 +4369,10 @@ class Exchange:
 
     def dispatch(self) -> None:
         """Check what every request must have, and call the function of its path and method."""
-        client, request, access = self.client, self.request, self.server.access
-        fields, resource = request.fields, self.resource
+        request, resource, hub, access = self.request, self.resource, self.server.hub, self.server.access
+        fields = request.fields
         if "x-forwarded-for" in fields:
-            self.who = access.address_of(client.address, fields["x-forwarded-for"])
-        hub = self.server.hub
+            self.who = access.address_of(self.client.address, fields["x-forwarded-for"])
         hub.tells = log.isEnabledFor(logging.DEBUG)
         if hub.tells:
             self.tell("request", client=self.who, method=request.method, path=request.path[:200])
