@@ -1485,7 +1485,7 @@ def goes_on(block: bytes) -> int:
     if "\n" not in text[:-2]:  # mostly
         told, null, rest = text.partition('"finish_reason":null')
         going = null and '"choices":[{' in told and '"finish_reason"' not in told and '"finish_reason"' not in rest
-        return bool(going and text[0] == "d")  # of data
+        return bool(going and text[:5] == "data:")
     events = text.count('"choices":[{')
     going = text.count("\n\n") == events and text.count('"finish_reason"') == text.count('"finish_reason":null')
     return events if going and _DATA_LINES.fullmatch(text) else 0
@@ -1766,7 +1766,10 @@ class FieldLines(dict[str, "tuple[str, str]"]):
         return field
 
 
-_SECRET_FIELDS = ("authorization", "x-api-key", "api-key", "cookie", "set-cookie")
+_SECRET_FIELDS = frozenset((
+    "authorization", "proxy-authorization", "x-api-key", "api-key", "cookie", "set-cookie",
+    "sec-websocket-protocol",  # in which pages send OpenAI's realtime API a key
+))  # fmt: skip
 _STRICT_LINES = FieldLines(_FIELD_LINE)
 _LENIENT_LINES = FieldLines(f"({_TOKEN})[ \t]*:({_VALUE})")  # in an answer the space does no harm: it is dropped
 

@@ -2043,10 +2043,10 @@ C = compact()
     (C, 1), (C * 3, 3), (C + compact("", "stop"), 0), (compact("", "stop"), 0), (compact("error"), 0),
     (C + compact("error"), 0),
     (C + event({"detail": "x"}), 0), (event({"detail": "x"}), 0), (C + DONE, 0), (DONE, 0), (C + b"event: x\n" + C, 0),
-    (b"event: x\n" + C, 0),
+    (b"event: x\n" + C, 0), (b"d: " + C[6:], 0),
     (b": " + C[6:], 0), (C + b": x\n\n", 0), (C + b"\n", 0), (C + C.replace(b"\n\n", b"\r\rdata: x\n\n"), 0),
     (C[:-2] + b"\rdata: [DONE]\n\n", 0), (C[:-2] + b"\r\r", 0), (C[:-2] + b"\r\r" + DONE, 0),
-    (delta("a"), 0), (b"\n\n", 0),
+    (delta("a"), 0), (b"\n\n", 0), (b"", 0),
     (event(b'{"choices":[{"finish_reason":null},{"finish_reason":"stop"}]}'), 0),
     (event(b'{"choices":[],"finish_reason":null}'), 0),
     (C.replace(b"data: ", b"data:") * 2, 2), (C + event(b'{"choices":[{"delta":{}}]}'), 2),
@@ -2342,7 +2342,8 @@ def test_head_lines_are_remembered_but_not_for_ever_nor_long_ones_nor_secrets() 
         assert len(known) <= streamproxy.MAX_FIELD_LINES
     known.clear()
     secrets = ("Authorization: Bearer a", "X-API-Key: a", "api-key: a", "Cookie: a=b", "Set-Cookie: a=b")
-    for line in (*secrets, "A: " + "b" * 100):
+    others = ("Proxy-Authorization: Basic YTpi", "Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.a")
+    for line in (*secrets, *others, "A: " + "b" * 100):
         assert known[line][1] == line.partition(": ")[2] and not known
     assert streamproxy.parse_fields(["A: b", "C: d", "a: e", "A:"]) == {"a": "b, e, ", "c": "d"}
 
