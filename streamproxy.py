@@ -1759,17 +1759,15 @@ class FieldLines(dict[str, "tuple[str, str]"]):
         if not match:
             raise ValueError("a header field is not in HTTP's grammar")
         field = match[1].lower(), match[2].strip(" \t")
-        if len(line) < 100 and field[0] not in _SECRET_FIELDS:
+        if len(line) < 100 and not _SECRET_FIELD.search(field[0]):
             if len(self) >= MAX_FIELD_LINES:
                 self.clear()
             self[line] = field
         return field
 
 
-_SECRET_FIELDS = frozenset((
-    "authorization", "proxy-authorization", "x-api-key", "api-key", "cookie", "set-cookie",
-    "sec-websocket-protocol",  # in which pages send OpenAI's realtime API a key
-))  # fmt: skip
+# Found in their names.  In Sec-WebSocket-Protocol, pages send OpenAI's realtime API a key; "tokens" are counted.
+_SECRET_FIELD = re.compile("auth|cookie|credential|jwt|key|pass|protocol|secret|session|signature|token(?!s)")
 _STRICT_LINES = FieldLines(_FIELD_LINE)
 _LENIENT_LINES = FieldLines(f"({_TOKEN})[ \t]*:({_VALUE})")  # in an answer the space does no harm: it is dropped
 

@@ -2341,10 +2341,16 @@ def test_head_lines_are_remembered_but_not_for_ever_nor_long_ones_nor_secrets() 
         assert known[f"Name: \t{number} "] == ("name", str(number))
         assert len(known) <= streamproxy.MAX_FIELD_LINES
     known.clear()
-    secrets = ("Authorization: Bearer a", "X-API-Key: a", "api-key: a", "Cookie: a=b", "Set-Cookie: a=b")
-    others = ("Proxy-Authorization: Basic YTpi", "Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.a")
-    for line in (*secrets, *others, "A: " + "b" * 100):
+    secrets = (
+        "Authorization: Bearer a", "X-API-Key: a", "api-key: a", "Cookie: a=b", "Set-Cookie: a=b",
+        "Proxy-Authorization: Basic YTpi", "Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.a",
+        "Ocp-Apim-Subscription-Key: a", "X-Goog-API-Key: a", "X-Amz-Security-Token: a", "X-Forwarded-Access-Token: a",
+        "Cf-Access-Jwt-Assertion: a", "X-Client-Secret: a", "X-Session-Id: a", "Idempotency-Key: a",
+    )  # fmt: skip
+    for line in (*secrets, "A: " + "b" * 100):
         assert known[line][1] == line.partition(": ")[2] and not known
+    for line in ("X-RateLimit-Limit-Tokens: 1", "Content-Type: a", "User-Agent: a", "Host: a"):
+        assert known[line] == (line.partition(":")[0].lower(), line[-1]) == known.pop(line)
     assert streamproxy.parse_fields(["A: b", "C: d", "a: e", "A:"]) == {"a": "b, e, ", "c": "d"}
 
 
