@@ -3899,7 +3899,8 @@ class LogWriter:
         lost = self.lost
         news = lost - self._told
         told = news and self._guard(0, self._emit, logging.ERROR, time.time(), f"{news} lines of log were lost")
-        flushed = [self._guard(count, keeper.flush) for keeper in (self.output, *log.handlers) if keeper]
+        keepers = [keeper for keeper in (self.output, *log.handlers) if keeper is not None]
+        flushed = [self._guard(count, keeper.flush) for keeper in keepers]
         if told and all(flushed):
             self._told = lost
 
@@ -6441,8 +6442,8 @@ class Hub:
         return self.upstream.dial(lifeline)
 
     def tell(self, id: str, step: str, facts: Mapping[str, object]) -> None:
-        """Log a step of the request that has this id, if anybody wants to know."""
-        if self.tells:
+        """Log a step of the request that has this id, if anybody wants to know, be it since a moment ago."""
+        if log.isEnabledFor(logging.DEBUG):
             self.log.debug(LogEntry(time="", level="debug", id=id, step=step, **facts))
 
     def stream(self, call: Call, answer: Answer, exchange: Asker, viewer: Viewer | None = None) -> Stream:

@@ -4196,6 +4196,21 @@ def test_log_goes_on_whatever_somebodys_handler_raises(place: str, error: BaseEx
     assert {"b", "1 lines of log were lost"} <= set(faulty.lines)
 
 
+def test_log_has_a_handler_flushed_that_has_no_lines_and_seems_to_be_nothing() -> None:
+    class Sized(Faulty):
+        def __len__(self) -> int:
+            return 0
+
+    sized, writer = Sized("flush", ValueError()), streamproxy.LogWriter()
+    streamproxy.log.addHandler(sized)
+    try:
+        writer.info("a")
+        writer.close(DEADLINE)
+    finally:
+        streamproxy.log.removeHandler(sized)
+    assert not sized.place  # which flush has seen
+
+
 @contextlib.contextmanager
 def logging_through(emit: Callable[[logging.LogRecord], object], as_filter: bool = False) -> Iterator[None]:
     """The log with a handler, or a filter, of an embedding program's."""
@@ -5908,6 +5923,20 @@ def test_log_tells_each_step_to_who_wants_to_know_and_nothing_that_is_said(
     for entry, known in zip(told, expected):
         assert {name: entry[name] for name in known} == known and list(entry)[:4] == ["time", "level", "id", "step"]
     assert 0 <= told[3]["seconds"] < DEADLINE and told[4]["bytes"] < told[7]["bytes"] < 1000
+
+
+def test_log_tells_how_a_request_fails_that_began_before_anybody_wanted_to_know(
+    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="streamproxy")
+    with Client(server).ask(PROMPT, X_Request_Id="1") as client, provider.take() as upstream:
+        upstream.start(A)
+        assert client.head().status == 200 and client.chunk() == b"a"
+        caplog.set_level(logging.DEBUG, logger="streamproxy")
+        upstream.send(b"no chunk\r\n")
+        log_entries(caplog, 1)
+    steps = [(record.msg["id"], record.msg["step"]) for record in caplog.records if record.levelno == logging.DEBUG]
+    assert steps == [("1", "failure")]
 
 
 def test_log_of_health_checks_and_of_none(provider: Provider, caplog: pytest.LogCaptureFixture) -> None:
