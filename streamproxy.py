@@ -4865,10 +4865,9 @@ class Exchange:
 
     def _log(self, now: float) -> None:
         wanted, failure, stream = self.server.settings.access_log, self.failure, self.stream
-        if wanted != "all":
-            health = self.resource.name in _OPEN_PATHS and self.status == 200 and not failure
-            if wanted != "on" or health or self._goes_elsewhere:
-                return
+        is_health = self.resource.name in _OPEN_PATHS and self.status == 200 and not failure
+        if wanted == "off" or (wanted == "on" and (is_health or self._goes_elsewhere)):
+            return
         entry = LogEntry(self._told())
         entry["status"] = self.status
         entry["ending"] = failure.ending if failure else "complete"
