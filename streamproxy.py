@@ -3899,8 +3899,7 @@ class LogWriter:
         lost = self.lost
         news = lost - self._told
         told = news and self._guard(0, self._emit, logging.ERROR, time.time(), f"{news} lines of log were lost")
-        keepers = [keeper for keeper in (self.output, *log.handlers) if keeper is not None]
-        flushed = [self._guard(count, keeper.flush) for keeper in keepers]
+        flushed = [self._guard(count, keeper.flush) for keeper in (self.output, *log.handlers) if keeper is not None]
         if told and all(flushed):
             self._told = lost
 
