@@ -3534,7 +3534,7 @@ class Loop:
     ) -> None:
         """report takes the words for a fault."""
         self.clock = clock
-        self.now = clock()  # when this turn's events came
+        self.now = clock()  # when what is seen to came; for alarms, up to when all that came was seen to
         # epoll itself: the way through selectors costs a fifth of what a piece of text costs in all.
         self._epoll: Any = getattr(select, "epoll", _Selector)()
         self._watched: dict[int, tuple[int, Callable[[int], object]]] = {}  # by descriptor
@@ -3621,34 +3621,35 @@ class Loop:
 
     def turn(self, timeout: float = FOREVER) -> None:
         """Wait for at most timeout seconds, or until an alarm, then do all there is to do."""
+        # What has come by now, this turn sees to, and then alarms that are due by now: a process that was stopped for
+        # a while, wherever in a turn, goes on with what came meanwhile, or streams that are well would be too late.
+        asked_at = self.clock()
         if self._alarms:
-            due = self._alarms[0][0] - self.clock()
+            due = self._alarms[0][0] - asked_at
             timeout = due if 0 < due < timeout else timeout if due > 0 else 0
         self._asleep = True  # from here on, a post rings the bell; those before are seen here
         ready: list[tuple[int, int]] = self._epoll.poll(0 if self._posts or self._begun else timeout, MAX_READY)
         self._asleep = False
-        self.now = self.clock()
-        if not ready and self._alarms and self._alarms[0][0] <= self.now:
-            # A process that was stopped for a while goes on here, without a look at what came meanwhile: that
-            # comes before the clocks, or streams that are well would be too late.
-            ready = self._epoll.poll(0, MAX_READY)
         for fd, events in ready:
+            self.now = self.clock()  # for each, since the process may be stopped between two of them, too
             watched = self._watched.get(fd)
             if watched:  # or what came before has ended it
                 try:
                     watched[1](events)
                 except Exception as error:  # noqa: BLE001
                     self._on_fault(watched[1], error)
-        if self._posts or self._begun or (self._alarms and self._alarms[0][0] <= self.now):
-            self._see_to_others(len(ready))
+        if self._posts or self._begun or (self._alarms and self._alarms[0][0] <= asked_at):
+            self._see_to_others(len(ready), asked_at)
 
-    def _see_to_others(self, ready: int) -> None:
+    def _see_to_others(self, ready: int, asked_at: float) -> None:
         """Do what was posted, what is to begin and what alarms are for; so many sockets had their turn."""
+        self.now = self.clock()
         for _ in range(len(self._posts)):  # what these post is for the next turn: other streams come first
             self._call(self._posts.popleft())
         for _ in range(min(len(self._begun), MAX_BEGINNINGS)):
             self._call(self._begun.popleft())
-        if self._alarms and self._alarms[0][0] <= self.now:
+        if self._alarms and self._alarms[0][0] <= asked_at:
+            self.now = asked_at
             self._full += 1
             if ready < MAX_READY or self._full > len(self._watched) // MAX_READY:  # all had their turn
                 self._ring()

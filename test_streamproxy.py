@@ -3955,6 +3955,45 @@ def alarms_alive() -> int:
     return sum(isinstance(thing, streamproxy.Alarm) for thing in gc.get_objects())
 
 
+@pytest.mark.parametrize("stops", ["before it looks", "behind its look", "with a socket at hand"])
+def test_loop_of_a_process_that_was_stopped_hears_what_came_before_its_alarms_go_off(stops: str) -> None:
+    now, told = 1000.0, []
+    loop = streamproxy.Loop(lambda: now)
+    pairs = [socket.socketpair(), socket.socketpair()]
+
+    def stop() -> float:
+        nonlocal now
+        pairs[1][0].send(b"meanwhile")
+        loop.clock = lambda: now
+        now = 1002.0
+        return now
+
+    def clock_behind_the_look() -> float:
+        loop.clock = stop
+        return now
+
+    def on_ready(number: int) -> None:
+        pairs[number][1].recv(100)
+        told.append(number)
+        if number == 0 and stops == "with a socket at hand":
+            stop()
+
+    for number, (_, near) in enumerate(pairs):
+        loop.watch(near, streamproxy.READ, lambda events, number=number: on_ready(number))  # type: ignore[misc]
+    streamproxy.Alarm(loop, lambda: told.append(-1)).by(1001.0)
+    pairs[0][0].send(b"before")
+    if stops == "before it looks":
+        loop.clock = stop
+    elif stops == "behind its look":
+        loop.clock = clock_behind_the_look
+    for _ in range(3):
+        loop.turn(0)
+    assert sorted(told[:2]) == [0, 1] and told[2:] == [-1]
+    loop.close()
+    for sock in itertools.chain(*pairs):
+        sock.close()
+
+
 def test_loop_alarms_that_were_set_anew_do_not_pile_up() -> None:
     now = 100.0
     loop = streamproxy.Loop(lambda: now)
