@@ -1589,11 +1589,13 @@ class PassedAnswer(Answer):
         return count > 0
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
-        cutter, passed, rest = self._cutter, 0, b""
-        if body[-2:] != b"\n\n" or cutter.rest:  # not whole events, as mostly
-            passed, body = cutter.passed, cutter.feed(body)
-            rest = cutter.pass_on(0 if body else passed)
-        data = body[passed:] if self._goes_on(body) else self._look_through(body, passed)
+        cutter = self._cutter
+        if body[-2:] == b"\n\n" and not cutter.rest:  # mostly, whole events come, which skim has seen
+            self._pass(self._look_through(body, 0), out)
+            return
+        passed, block = cutter.passed, cutter.feed(body)
+        rest = cutter.pass_on(0 if block else passed)
+        data = block[passed:] if self._goes_on(block) else self._look_through(block, passed)
         self._pass(data + rest, out)
 
     def _look_through(self, block: bytes, passed: int) -> bytes:

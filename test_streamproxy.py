@@ -3994,6 +3994,26 @@ def test_loop_of_a_process_that_was_stopped_hears_what_came_before_its_alarms_go
         sock.close()
 
 
+def test_loop_of_a_process_that_was_stopped_between_two_sockets_knows_when_it_hears_the_second() -> None:
+    now, told = 1000.0, []
+    loop = streamproxy.Loop(lambda: now)
+    pairs = [socket.socketpair(), socket.socketpair()]
+
+    def on_ready(events: int) -> None:
+        nonlocal now
+        told.append(loop.now)
+        now = 1002.0
+
+    for far, near in pairs:
+        loop.watch(near, streamproxy.READ, on_ready)
+        far.send(b"before")
+    loop.turn(0)
+    assert told == [1000.0, 1002.0]
+    loop.close()
+    for sock in itertools.chain(*pairs):
+        sock.close()
+
+
 def test_loop_alarms_that_were_set_anew_do_not_pile_up() -> None:
     now = 100.0
     loop = streamproxy.Loop(lambda: now)
