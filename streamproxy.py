@@ -393,6 +393,24 @@ _MAX_PLACES = 20_000
 _ANY_BIT = b"\0" + b"\1" * 255
 
 
+class Remembered(dict["Any", "Any"]):
+    """What work returns of each key that is looked up, until they are many: then all are forgotten.
+
+    A look-up costs a fifth of a call that functools.lru_cache answers.
+    """
+
+    def __init__(self, work: Callable[[Any], Any], size: int) -> None:
+        super().__init__()
+        self._work, self._size = work, size
+
+    def __missing__(self, key: Any) -> Any:
+        value = self._work(key)
+        if len(self) >= self._size:
+            self.clear()
+        self[key] = value
+        return value
+
+
 class _KeyParts:
     """The parts of a key, and where they begin in a text: told in a time that does not depend on what the text is.
 
@@ -449,7 +467,7 @@ def redactor(key: str) -> Callable[[str], str]:
     def redact(text: str) -> str:
         if len(text) < _PART_SIZE and "***" not in text:
             return text
-        return redact_again(text) if len(text) < 400 else search(text)
+        return known[text] if len(text) < 400 else search(text)
 
     def search(text: str) -> str:
         plain = _unescaped(text)
@@ -469,7 +487,7 @@ def redactor(key: str) -> Callable[[str], str]:
             at = place + _PART_SIZE
         return b"".join([*out, data[at:]]).decode("utf-8", "surrogatepass")
 
-    redact_again = functools.lru_cache(maxsize=64)(search)  # names of models and in usage, and the like
+    known: dict[str, str] = Remembered(search, 64)  # names of models and in usage, and the like
     return redact
 
 
@@ -978,18 +996,22 @@ _BACK = frozenset((
 ))  # fmt: skip
 
 
-@functools.lru_cache(maxsize=128)
 def name_back(name: str) -> str:
     """Return the name under which the client is to see a field of upstream's; "": it is not."""
     passes = name in _BACK or name.startswith(("x-ratelimit-", "anthropic-ratelimit-"))
     return name.title() if passes else ""
 
 
-@functools.lru_cache(maxsize=128)
+_NAMES_BACK: dict[str, str] = Remembered(name_back, 128)
+
+
 def parse_media(content_type: str) -> tuple[str, int]:
     """Return the media type in a Content-Type, and what a body of that type is."""
     media = content_type.partition(",")[0].partition(";")[0].strip().lower()
     return media, _EVENTS if media == "text/event-stream" else _DOCUMENT if media.endswith("json") else _OTHER
+
+
+_MEDIA: dict[str, tuple[str, int]] = Remembered(parse_media, 128)
 
 
 class Head:
@@ -998,7 +1020,7 @@ class Head:
     def __init__(self, status: int, fields: Mapping[str, str]) -> None:
         self.status, self.fields = status, fields
         self.content_type = fields.get("content-type", "")
-        self.media, self.label = parse_media(self.content_type[:200])  # the label: what the body is, it says
+        self.media, self.label = _MEDIA[self.content_type[:200]]  # the label: what the body is, it says
 
     @property
     def compression(self) -> str:
@@ -1102,7 +1124,7 @@ class Answer:
         head = Head(status, fields)
         self.notes.request_id = (fields.get("x-request-id") or fields.get("request-id") or "")[:200] or None
         if self.passes:
-            self.fields = {back: value for name, value in fields.items() if (back := name_back(name))}
+            self.fields = {back: value for name, value in fields.items() if (back := _NAMES_BACK[name])}
         if not (status in (200, 201, 202) or (self.passes and 200 <= status < 300)):
             return Refusal(self, head)
         if head.compression:
@@ -1761,7 +1783,7 @@ class FieldLines(dict[str, "tuple[str, str]"]):
         if not match:
             raise ValueError("a header field is not in HTTP's grammar")
         field = match[1].lower(), match[2].strip(" \t")
-        if len(line) < 100 and not _SECRET_FIELD.search(field[0]):
+        if len(line) < 100 and not _SECRET_NAMES[field[0]]:
             if len(self) >= MAX_FIELD_LINES:
                 self.clear()
             self[line] = field
@@ -1770,6 +1792,7 @@ class FieldLines(dict[str, "tuple[str, str]"]):
 
 # Found in their names.  In Sec-WebSocket-Protocol, pages send OpenAI's realtime API a key; "tokens" are counted.
 _SECRET_FIELD = re.compile("auth|cookie|credential|jwt|key|pass|protocol|secret|session|signature|token(?!s)")
+_SECRET_NAMES: dict[str, bool] = Remembered(lambda name: bool(_SECRET_FIELD.search(name)), 128)
 _STRICT_LINES = FieldLines(_FIELD_LINE)
 _LENIENT_LINES = FieldLines(f"({_TOKEN})[ \t]*:({_VALUE})")  # in an answer the space does no harm: it is dropped
 
@@ -1789,6 +1812,15 @@ def parse_fields(lines: Sequence[str], known: FieldLines = _STRICT_LINES) -> dic
     return fields
 
 
+def parse_status_line(line: str) -> tuple[str, int] | None:
+    """Return the minor version and the status in the first line of an answer; None if it is none."""
+    match = _STATUS_LINE.fullmatch(line)
+    return (match[1], int(match[2])) if match else None
+
+
+_STATUS_LINES: dict[str, tuple[str, int] | None] = Remembered(parse_status_line, 64)
+
+
 def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
     """Return (status, fields, what follows the head) of an answer; None while the head is not whole.
 
@@ -1801,17 +1833,17 @@ def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
         if not end:
             return None
         line, *lines = head.decode("latin-1").split("\r\n")
-        match = _STATUS_LINE.fullmatch(line)
-        if not match:
+        told = _STATUS_LINES[line]
+        if not told:
             break
         if len(lines) > MAX_FIELDS:
             raise ValueError("too many header fields")
         fields = parse_fields(lines, _LENIENT_LINES)
-        minor, status = match.groups()
+        minor, status = told
         if minor == "0":
             fields["connection"] = "close"  # as good as said
-        if status >= "200" or status == "101":
-            return int(status), fields, rest
+        if status >= 200 or status == 101:
+            return status, fields, rest
         data = rest
     raise ValueError("not an answer")
 
@@ -1842,11 +1874,13 @@ class BodyDecoder:
         self.complete = self.complete or self.left is None
 
 
-@functools.lru_cache(maxsize=1024)
 def parse_chunk_line(line: bytes) -> int:
     """Return the size in a chunk's first line, its extensions ignored; -1 if it is none."""
     match = _CHUNK_LINE.fullmatch(line)
     return int(match[1], 16) if match else -1
+
+
+_CHUNK_SIZES: dict[bytes, int] = Remembered(parse_chunk_line, 1024)
 
 
 class ChunkedDecoder(BodyDecoder):
@@ -1866,12 +1900,12 @@ class ChunkedDecoder(BodyDecoder):
             data, self._line = self._line + data, b""
         if data[-2:] == b"\r\n" and not (self._chunk_left or self._in_trailer or self.broken):
             line, _, rest = data.partition(b"\r\n")  # mostly, one chunk comes at a time
-            if len(line) < 16 and len(rest) - 2 == parse_chunk_line(line) > 0:
+            if len(line) < 16 and len(rest) - 2 == _CHUNK_SIZES[line] > 0:
                 return rest[:-2]
             parts = data.split(b"\r\n")  # or several that are whole, and hold no such line end
             lines, pieces = parts[:-1:2], parts[1::2]
             whole = len(parts) % 2 and max(map(len, lines)) < 16 and b"" not in pieces[:-1]
-            if whole and [*map(len, pieces)] == [*map(parse_chunk_line, lines)]:
+            if whole and [*map(len, pieces)] == [*map(_CHUNK_SIZES.__getitem__, lines)]:
                 self.complete = self._in_trailer = not pieces[-1]
                 return b"".join(pieces)
         at, end, out = 0, len(data), []
@@ -1901,7 +1935,7 @@ class ChunkedDecoder(BodyDecoder):
             self._trailer_room -= len(line)
             self.broken = self._trailer_room < 0 or not (self.complete or _TRAILER_LINE.fullmatch(line))
         else:
-            size = -1 if self._chunk_left or len(line) > MAX_CHUNK_LINE else parse_chunk_line(line)
+            size = -1 if self._chunk_left or len(line) > MAX_CHUNK_LINE else _CHUNK_SIZES[line]
             self._chunk_left = size + 2 if size else 0
             self._in_trailer = size == 0
             self.broken = size < 0
@@ -3128,6 +3162,7 @@ class Limits:
 _SOON = {"Retry-After": "1"}
 
 _PORT = re.compile(":[0-9]*$")
+_HOST_NAMES: dict[str, str] = Remembered(lambda host: _PORT.sub("", host).strip("[]").lower(), 64)
 # An element of X-Forwarded-For: Azure adds ports, and some write IPv6 as RFC 7239 section 6 has it, in quotes.
 _FORWARDED = re.compile(r'"?(?:\[([0-9A-Fa-f:.%\w]+)\]|([0-9.]+)(?=[:"]|$))(?::[0-9]{1,5})?"?')
 
@@ -3181,7 +3216,7 @@ class Access:
         """
         if self._tokens:
             return
-        name = _PORT.sub("", host).strip("[]").lower()
+        name = _HOST_NAMES[host]
         if not (name in self._names or is_loopback(name) or name == own_address()):
             words = f"This server does not answer to the name {name[:100]!a} (--allow-host)."
             raise RequestError(words, 403, reason="allow_host")
@@ -3927,14 +3962,12 @@ class LogWriter:
         return True
 
 
-@functools.lru_cache(maxsize=1)
-def _log_second(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+_SECONDS: dict[int, str] = Remembered(lambda seconds: time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)), 1)
 
 
 def log_time(seconds: float) -> str:
     """A time of the system's clock as the log has it (RFC 3339), to the millisecond."""
-    return f"{_log_second(int(seconds))}.{int(seconds % 1 * 1000):03}Z"
+    return f"{_SECONDS[int(seconds)]}.{int(seconds % 1 * 1000):03}Z"
 
 
 class LogEntry(dict[str, object]):
@@ -4788,7 +4821,7 @@ class Exchange:
         client, server, asked = self.client, self.server, self.request.fields
         if client.surplus or server.state != server.SERVING:
             client.keeps_alive = False
-        own = {"Date": http_date(int(time.time())), "X-Request-Id": self.id, "X-Content-Type-Options": "nosniff"}
+        own = {"Date": _DATES[int(time.time())], "X-Request-Id": self.id, "X-Content-Type-Options": "nosniff"}
         if not client.keeps_alive:
             own["Connection"] = "close"
         elif server.settings.keep_alive_timeout:  # for whoever would send the next request just then
@@ -4946,10 +4979,12 @@ _UPGRADE = {"Upgrade": "HTTP/1.1", "Connection": "Upgrade, close"}
 STREAM_FIELDS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform", "Incremental": "?1"}
 
 
-@functools.lru_cache(maxsize=1)
 def http_date(seconds: int) -> str:
     """A time of the system's clock as RFC 9110 section 5.6.7 has it."""
     return email.utils.formatdate(seconds, usegmt=True)
+
+
+_DATES: dict[int, str] = Remembered(http_date, 1)
 
 
 def process_figures() -> dict[str, float]:
