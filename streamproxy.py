@@ -562,11 +562,11 @@ class EventParser:
 
         Raises Garbled past max_event_size bytes of one event.
         """
-        # Of one line, mostly.
-        is_one = data[:6] == b"data: " and data[-2:] == b"\n\n" and data.find(b"\n") == len(data) - 2
-        if is_one and not (self._held or self._type or b"\r" in data):
-            self._at_start = self._after_cr = False
-            return [Event("message", data[6:-2].decode("utf-8", "replace"), self._last_event_id)]
+        if data[:6] == b"data: " and data[-2:] == b"\n\n" and not (self._held or self._type):
+            text = data[6:-2].decode("utf-8", "replace")
+            if "\n" not in text and "\r" not in text:  # mostly, it is one line
+                self._at_start = self._after_cr = False
+                return [Event("message", text, self._last_event_id)]
         if self._after_cr and data:
             self._after_cr = False
             if data.startswith(b"\n"):
@@ -1464,6 +1464,21 @@ _encode_json = json.JSONEncoder(ensure_ascii=False).encode
 # 7 ------------------------------------------------------------------- Passed answers
 
 
+# What ends a stream, beside [DONE]: Anthropic's messages, OpenAI's responses.
+_LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
+
+_EVENT = re.compile(rb"(?:[^\n]+\n)*?\r?\n|(?:[^\r]+\r)*\r|.+", re.DOTALL)  # lines and a blank one, or the rest
+
+
+def pieces_of(block: bytes) -> list[bytes]:
+    """Return the events of a block, as they came; the last may lack its blank line."""
+    if block.find(b"\r") >= 0:
+        return _EVENT.findall(block)
+    *pieces, rest = block.split(b"\n\n")
+    pieces = [piece + b"\n\n" for piece in pieces]
+    return [*pieces, rest] if rest else pieces
+
+
 class EventCutter:
     """The events of a stream in the bytes they came in, as they become whole."""
 
@@ -1518,22 +1533,23 @@ _DATA_LINES = re.compile(r"(?:data: ?\{[^\n]*\n\n)+")
 
 def is_dull(event: bytes) -> bool:
     """Tell the same of one event, also where its JSON has blanks or its lines end otherwise, and of a typed delta."""
-    if b'"finish_reason":"' in event or b'"usage":{' in event:  # mostly, where it is not
+    text = event.decode("latin-1")
+    if '"finish_reason":"' in text or '"usage":{' in text:  # mostly, where it is not
         return False
-    match = _DULL_EVENT.fullmatch(event)
+    match = _DULL_EVENT.fullmatch(text)
     if not match or match[1] is None:
         return match is not None  # it has a type that tells
-    if b'"error' in event or _REASON.search(event) or event.count(b"\r") != event.count(b"\r\n"):
+    if '"error' in text or _REASON.search(text) or text.count("\r") != text.count("\r\n"):
         return False
-    return b'"usage"' not in event or b'"usage":null' in event
+    return '"usage"' not in text or '"usage":null' in text
 
 
 _DONE_EVENT = b"data: [DONE]\n\n"  # as mostly sent
-_REASON = re.compile(rb'"finish_reason"\s*:\s*[^n\s]')
-_DULL_TYPE = rb"[a-z_.]*(?:(?<!message)[._]delta|partial_image)"
+_REASON = re.compile(r'"finish_reason"[ \t\r\n]*:[ \t\r\n]*[^n \t\r\n]')
+_DULL_TYPE = r"[a-z_.]*(?:(?<!message)[._]delta|partial_image)"
 _DULL_EVENT = re.compile(
-    rb'(?:(data: ?\{[^\n]*"choices": ?\[ ?\{)|event: ?%b\r?\ndata:|data: ?\{ ?"type": ?"%b")[^\n]*\n\r?\n'
-    % (_DULL_TYPE, _DULL_TYPE)
+    rf'(?:(data: ?\{{[^\n]*"choices": ?\[ ?\{{)|event: ?{_DULL_TYPE}\r?\ndata:|data: ?\{{ ?"type": ?"{_DULL_TYPE}")'
+    r"[^\n]*\n\r?\n"
 )
 
 
@@ -1545,9 +1561,6 @@ class PassedAnswer(Answer):
 
     passes = True
 
-    # What ends a stream, beside [DONE]: Anthropic's messages, OpenAI's responses.
-    _LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
-    _EVENT = re.compile(rb"(?:[^\n]+\n)*?\r?\n|(?:[^\r]+\r)*\r|.+", re.DOTALL)  # lines and a blank one, or the rest
     _SKIMMED = re.compile(rb'"(model|usage)"\s*:\s*("[^"\\]*"|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 
     def __init__(
@@ -1622,7 +1635,7 @@ class PassedAnswer(Answer):
 
     def _look_through(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""
-        pieces = self._EVENT.findall(block)
+        pieces = pieces_of(block)
         good = [*map(self._take_piece, pieces)]
         if all(good):
             return block[passed:]
@@ -1648,11 +1661,11 @@ class PassedAnswer(Answer):
         self.notes.events += 1
         data, payload = event.data, None
         done = data.strip() == "[DONE]"
-        ends = done or event.type in self._LAST_TYPES
+        ends = done or event.type in _LAST_TYPES
         try:
             try:
                 payload = None if done else load_event(event)
-                ends = ends or (isinstance(payload, dict) and payload.get("type") in self._LAST_TYPES)
+                ends = ends or (isinstance(payload, dict) and payload.get("type") in _LAST_TYPES)
                 payload = payload if ends else check_payload(payload, data, event.type)
             except Garbled:  # what is not as it should be is for the client to see
                 pass
@@ -1698,7 +1711,7 @@ class PassedAnswer(Answer):
         events = self._parser.feed(rest) + self._parser.close() if rest or self._parser.holds else ()
         for event in events:
             with contextlib.suppress(Garbled):
-                if event.type not in self._LAST_TYPES or load_payload(event.data):
+                if event.type not in _LAST_TYPES or load_payload(event.data):
                     self._take_event(event)
         self._pass(redact_bytes(rest[self._cutter.passed :], self._redact), out)
 
