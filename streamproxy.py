@@ -1039,8 +1039,15 @@ _NO_HEAD = Head(200, {})  # before upstream's has come
 _STREAM_HEAD = Head(200, {"content-type": "text/event-stream"})  # the same, where a stream was asked for
 
 
-# In the repr of usage, what stands behind a name, mostly: a number, or the colon before names of its own.
-_COUNT = re.compile(r"(?<='): (?:(?:-?[0-9]+|None)(?=[,}])|(?=\{))")
+def names_of_counts(usage: dict[str, Any]) -> str:
+    """Return the names in usage, a line each.  Raises TypeError if it holds anything but numbers and such objects."""
+    names = "\n".join(usage)
+    for value in usage.values():
+        if type(value) is dict:
+            names += "\n" + names_of_counts(value)
+        elif type(value) is not int and value is not None:
+            raise TypeError("no count")
+    return names
 
 
 class Notes:
@@ -1063,14 +1070,19 @@ class Notes:
             if self.model is None and model and isinstance(model, str):
                 self.model = self._redact(model[:100])
             if usage and isinstance(usage, dict):
-                with contextlib.suppress(RecursionError, ValueError):
+                try:
                     self.usage = {**(self.usage or {}), **self._harmless(usage)}
+                except (RecursionError, ValueError):
+                    pass
 
     def _harmless(self, usage: dict[str, Any]) -> dict[str, Any]:
         """Return usage as the log and the client may see it.  Raises ValueError for a number that JSON has not."""
-        names = _COUNT.sub("", repr(usage))  # mostly, and those of the answer before
-        if ":" not in names and "\\" not in names and self._redact(names) == names:
-            return usage
+        try:
+            names = names_of_counts(usage)  # mostly those of the answer before
+            if "\\" not in names and self._redact(names) == names:
+                return usage
+        except TypeError:
+            pass
         told: dict[str, Any] = json.loads(self._redact(json.dumps(usage, allow_nan=False)))
         return told
 
@@ -3479,34 +3491,34 @@ def _escape(label: str) -> str:
     return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-# By the member of usage that tells their number: the kind of tokens, or the kinds by the members of that.  Of two that
-# tell the same kind, the first here counts.
-_USAGE = {
-    "prompt_tokens": "input",
-    "input_tokens": "input",
-    "completion_tokens": "output",
-    "output_tokens": "output",
-    "prompt_tokens_details": {"cached_tokens": "cached"},
-    "input_tokens_details": {"cached_tokens": "cached"},
-    "cache_read_input_tokens": "cached",
-    "completion_tokens_details": {"reasoning_tokens": "reasoning"},
-    "output_tokens_details": {"reasoning_tokens": "reasoning"},
-}
+# Where usage tells the number of tokens of a kind: in a member, or in one of a member's.  Of two that tell the same
+# kind, the first here counts.
+_USAGE = (
+    ("input", "prompt_tokens", ""),
+    ("input", "input_tokens", ""),
+    ("output", "completion_tokens", ""),
+    ("output", "output_tokens", ""),
+    ("cached", "prompt_tokens_details", "cached_tokens"),
+    ("cached", "input_tokens_details", "cached_tokens"),
+    ("cached", "cache_read_input_tokens", ""),
+    ("reasoning", "completion_tokens_details", "reasoning_tokens"),
+    ("reasoning", "output_tokens_details", "reasoning_tokens"),
+)
 
 
-def tokens_in(usage: Mapping[str, Any], kinds: Mapping[str, Any] = _USAGE) -> dict[str, int]:
+def tokens_in(usage: Mapping[str, Any]) -> dict[str, int]:
     """Return the tokens of each kind that usage tells, in the words of any of the APIs.
 
     cached are among the input for OpenAI, not for Anthropic; reasoning is among the output.
     """
     found: dict[str, int] = {}
-    for name in filter(usage.__contains__, kinds):
-        kind, told = kinds[name], usage[name]
-        if type(kind) is str:
+    for kind, name, inner in _USAGE:
+        if name in usage:
+            told = usage[name]
+            if inner:
+                told = told.get(inner) if type(told) is dict else None
             if type(told) is int and 0 < told < MAX_USAGE:
                 found.setdefault(kind, told)
-        elif type(told) is dict:
-            found = {**tokens_in(told, kind), **found}
     return found
 
 
