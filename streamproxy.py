@@ -1768,7 +1768,6 @@ class PassedAnswer(Answer):
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 _QUOTED = r'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'  # section 5.6.4
 _VALUE = r"[\t \x21-\x7e\x80-\xff]*"  # section 5.5: no CR, LF or NUL
-_VALUES = re.compile(_VALUE)
 
 # Lines of RFC 9112, matched whole: int() would also take "+5", "0x5" and "1_0".
 _FIELD_LINE = f"({_TOKEN}):({_VALUE})"  # section 5: no space before the colon, no folding
@@ -1788,7 +1787,8 @@ def encode_chunk(data: bytes) -> bytes:
 
 def encode_head(line: str, fields: Mapping[str, str]) -> bytes:
     """Return a head.  Raises ValueError for a value that would forge a line."""
-    if not _VALUES.fullmatch("".join(fields.values())):
+    values = "".join(fields.values())
+    if "\n" in values or "\r" in values or "\0" in values:
         raise ValueError("a bad value in a header field")
     return "\r\n".join((line, *map(": ".join, fields.items()), "\r\n")).encode("latin-1")
 
@@ -2039,7 +2039,7 @@ class Request:
             if scheme.lower() in ("http", "https") and rest.partition("/")[0].lower() == host.lower():
                 self.path = "/" + rest.partition("/")[2]
         self.fields, self.body = fields, body
-        self.keeps_alive = self.http11 and not _CLOSE.search(fields.get("connection", ""))
+        self.keeps_alive = self.http11 and not ("connection" in fields and _CLOSE.search(fields["connection"]))
 
 
 def parse_request_line(line: str) -> Request:
@@ -2894,19 +2894,18 @@ def harmless_query(query: str, method: str) -> str:
 
 
 # Fields of a request that upstream is to see: what the call needs, and nothing that says who calls.
-PASSED_FIELDS = (
+PASSED_FIELDS = {name: name.title() for name in (
     "content-type", "accept", "anthropic-version", "anthropic-beta", "openai-beta", "idempotency-key", "traceparent",
     "tracestate", "x-client-request-id", "x-stainless-retry-count",
-)  # fmt: skip
+)}  # fmt: skip
 
 
 def passed_fields(fields: Mapping[str, str], settings: Settings, has_body: bool) -> dict[str, str]:
     """Return the fields of a request of the API that upstream sees.  User-Agent says who connects, and for whom."""
     agent = fields.get("user-agent")
     passed = {"User-Agent": f"{USER_AGENT} {agent}" if agent else USER_AGENT}
-    for name in PASSED_FIELDS:
-        if name in fields:
-            passed[name.title()] = fields[name]
+    for name in filter(fields.__contains__, PASSED_FIELDS):
+        passed[PASSED_FIELDS[name]] = fields[name]
     if has_body and "*" not in settings.allow_model:
         passed["Content-Type"] = "application/json"  # as check_model has read it
     elif has_body and "content-encoding" in fields:
