@@ -2855,20 +2855,20 @@ def _named_models(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def count_choices(asked: Mapping[str, Any]) -> int:
     """Return how many choices a completion has: n for each prompt."""
-    n = prompts = 1
+    n = max(1, _whole(asked.get("n")), _whole(asked.get("N")))
+    prompts = 1
     for name, value in asked.items():
-        if name in ("n", "N"):
-            n = max(n, _whole(value))
-        elif name.casefold() == "prompt" and isinstance(value, list) and value and isinstance(value[0], (str, list)):
+        if isinstance(value, list) and value and isinstance(value[0], (str, list)) and name.casefold() == "prompt":
             prompts = max(prompts, len(value))
     return n * prompts
 
 
 def _whole(value: object) -> int:
     """A number as lenient servers take it: 2, 2.0 or "2"; 0 if it is none."""
-    with contextlib.suppress(ValueError, OverflowError):
+    try:
         return int(float(value)) if isinstance(value, (int, float, str)) else 0
-    return 0
+    except (ValueError, OverflowError):
+        return 0
 
 
 def unknown_model(name: str, member: str = "") -> RequestError:
