@@ -3956,23 +3956,25 @@ class LogWriter:
 
     def _write(self, count: int) -> None:
         """Write so many lines, once they are there."""
+        handled = not self.output or log.hasHandlers()
         for _ in range(count):
-            self._guard(1, self._emit, *self._lines.get())
+            self._guard(1, self._emit, handled, *self._lines.get())
         lost = self.lost
         news = lost - self._told
-        told = news and self._guard(0, self._emit, logging.ERROR, time.time(), f"{news} lines of log were lost")
+        words = f"{news} lines of log were lost"
+        told = news and self._guard(0, self._emit, handled, logging.ERROR, time.time(), words)
         flushed = [self._guard(count, keeper.flush) for keeper in (self.output, *log.handlers) if keeper is not None]
         if told and all(flushed):
             self._told = lost
 
-    def _emit(self, level: int, at: float, line: object) -> None:
+    def _emit(self, handled: bool, level: int, at: float, line: object) -> None:
         if not (level and log.isEnabledFor(level)):
             return
         if isinstance(line, LogEntry):
             line["time"] = log_time(at)
         if self.output:
             self.output.add(level, at, line)
-        if not self.output or log.hasHandlers():
+        if handled:
             # log.log would look for the line of code, too.
             log.handle(log.makeRecord(log.name, level, "streamproxy.py", 0, line, (), None))
 
@@ -3998,19 +4000,16 @@ class LogEntry(dict[str, object]):
     """What the log says of one request, or of a step of it.  As text: name=value, nothing from the wire unescaped."""
 
     def __str__(self) -> str:
-        plain, encode = _PLAIN.fullmatch, _COMPACT_JSON.encode
-        parts = []
-        for name, value in self.items():
-            if type(value) is str:
-                parts.append(f"{name}={value if plain(value) else encode(value)}")
-            elif value is not None:
-                parts.append(f"{name}={value if type(value) in _NUMBERS else encode(value)}")
-        return " ".join(parts)
+        return " ".join([f"{name}={_SHOWN[type(value)](value)}" for name, value in self.items() if value is not None])
 
 
 _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
-_NUMBERS = frozenset((int, float))
-_COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
+_encode_compact = json.JSONEncoder(separators=(",", ":")).encode
+_WORDS: dict[str, str] = Remembered(lambda text: text if _PLAIN.fullmatch(text) else _encode_compact(text), 256)
+
+# What shows a value, by its type.
+_SHOWN: collections.defaultdict[type, Callable[[Any], str]]
+_SHOWN = collections.defaultdict(lambda: _encode_compact, {str: _WORDS.__getitem__, int: str, float: str})
 
 
 def write_all(fd: int, text: str) -> None:
