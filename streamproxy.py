@@ -4474,15 +4474,15 @@ class Exchange:
         server.access.check_origin(self.request.fields)
         if server.state == server.ABORTING:  # it came behind one that was
             raise shutting_down()
-        self._look(server.lookout, functools.partial(self._enter, then, counts))
+        self._look(server.lookout, self._enter, then, counts)
 
-    def _look(self, lookout: Lookout, then: Callable[[], None]) -> None:
-        """Go on once a file was looked at, if there is one."""
+    def _look(self, lookout: Lookout, then: Callable[..., None], *args: object) -> None:
+        """Go on with then(*args) once a file was looked at, if there is one."""
         if lookout.file:
-            self._then = then
+            self._then = functools.partial(then, *args)
             lookout.look(self.go_on)
         else:
-            then()
+            then(*args)
 
     def _waits(self) -> bool:
         """Tell whether there is still somebody who was neither answered nor refused."""
@@ -4701,17 +4701,16 @@ class Exchange:
 
     def _ask_by(self, make: Callable[[bytes], tuple[Call, Answer]]) -> None:
         """Ask upstream what make makes of the body: in a thread, where that takes its time."""
-        body, self.client.body, claim = self.client.body, bytearray(), self.claim
-
-        def work() -> tuple[Call, Answer]:
-            if claim and claim.key:
-                claim.take_body(body)
-            return make(bytes(body))
-
+        body, self.client.body = self.client.body, bytearray()
         if len(body) <= MAX_PARSED:
-            self._ask(*work())
+            self._ask(*self._made(make, body))
         else:
-            self._run(work, lambda made: self._ask(*made))
+            self._run(functools.partial(self._made, make, body), lambda made: self._ask(*made))
+
+    def _made(self, make: Callable[[bytes], tuple[Call, Answer]], body: bytearray) -> tuple[Call, Answer]:
+        if self.claim and self.claim.key:
+            self.claim.take_body(body)
+        return make(bytes(body))
 
     def _ask(self, call: Call, answer: Answer) -> None:
         if not (self.claim and self._resume(self.claim, call, answer)):
