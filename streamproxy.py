@@ -1553,6 +1553,8 @@ def is_dull(event: bytes) -> bool:
     text = event.decode("latin-1")
     if '"finish_reason":"' in text or '"usage":{' in text:  # mostly, where it is not
         return False
+    if text[:5] == "data:" and '"usage"' not in text and goes_on(event):  # mostly, where it is
+        return True
     match = _DULL_EVENT.fullmatch(text)
     if not match or match[1] is None:
         return match is not None  # it has a type that tells
