@@ -1775,6 +1775,7 @@ class PassedAnswer(Answer):
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 _QUOTED = r'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'  # section 5.6.4
 _VALUE = r"[\t \x21-\x7e\x80-\xff]*"  # section 5.5: no CR, LF or NUL
+_NAME, _VALUES = re.compile(_TOKEN), re.compile(_VALUE)
 
 # Lines of RFC 9112, matched whole: int() would also take "+5", "0x5" and "1_0".
 _FIELD_LINE = f"({_TOKEN}):({_VALUE})"  # section 5: no space before the colon, no folding
@@ -1806,27 +1807,37 @@ class FieldLines(dict[str, "tuple[str, str]"]):
     Of heads, most lines are those of the one before: they are remembered, but for what is long, or a secret.
     """
 
-    def __init__(self, grammar: str) -> None:
+    def __init__(self, lenient: bool = False) -> None:
+        """lenient: blanks before the colon do no harm, as in an answer."""
         super().__init__()
-        self._grammar = re.compile(grammar)
+        self._blanks = " \t" if lenient else ""
 
     def __missing__(self, line: str) -> tuple[str, str]:
-        match = self._grammar.fullmatch(line)
-        if not match:
+        told, colon, value = line.partition(":")
+        told, short = told.rstrip(self._blanks), len(line) < 100
+        name, is_secret = _FIELD_NAMES[told] if short else parse_field_name(told)
+        plain = value.isascii() and value.isprintable()  # mostly
+        if not (name and colon and (plain or _VALUES.fullmatch(value))):
             raise ValueError("a header field is not in HTTP's grammar")
-        field = match[1].lower(), match[2].strip(" \t")
-        if len(line) < 100 and not _SECRET_NAMES[field[0]]:
+        field = name, value.strip(" \t")
+        if short and not is_secret:
             if len(self) >= MAX_FIELD_LINES:
                 self.clear()
             self[line] = field
         return field
 
 
+def parse_field_name(name: str) -> tuple[str, bool]:
+    """Return the name of a field in lower case, "" if it is none, and whether its value may be a secret."""
+    name = name.lower() if _NAME.fullmatch(name) else ""
+    return name, bool(_SECRET_FIELD.search(name))
+
+
 # Found in their names.  In Sec-WebSocket-Protocol, pages send OpenAI's realtime API a key; "tokens" are counted.
 _SECRET_FIELD = re.compile("auth|cookie|credential|jwt|key|pass|protocol|secret|session|signature|token(?!s)")
-_SECRET_NAMES: dict[str, bool] = Remembered(lambda name: bool(_SECRET_FIELD.search(name)), 128)
-_STRICT_LINES = FieldLines(_FIELD_LINE)
-_LENIENT_LINES = FieldLines(f"({_TOKEN})[ \t]*:({_VALUE})")  # in an answer the space does no harm: it is dropped
+_FIELD_NAMES: dict[str, tuple[str, bool]] = Remembered(parse_field_name, 256)
+_STRICT_LINES = FieldLines()
+_LENIENT_LINES = FieldLines(lenient=True)
 
 
 def parse_fields(lines: Sequence[str], known: FieldLines = _STRICT_LINES) -> dict[str, str]:
