@@ -4022,7 +4022,7 @@ class LogEntry(dict[str, object]):
 
 
 _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
-_encode_compact = json.JSONEncoder(separators=(",", ":")).encode
+_encode_compact = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _WORDS: dict[str, str] = Remembered(lambda text: text if _PLAIN.fullmatch(text) else _encode_compact(text), 256)
 
 # What shows a value, by its type.
