@@ -1044,14 +1044,17 @@ _NO_HEAD = Head(200, {})  # before upstream's has come
 _STREAM_HEAD = Head(200, {"content-type": "text/event-stream"})  # the same, where a stream was asked for
 
 
-def names_of_counts(usage: dict[str, Any]) -> str:
-    """Return the names in usage, a line each.  Raises TypeError if it holds anything but numbers and such objects."""
-    names = "\n".join(usage)
-    for value in usage.values():
-        if type(value) is dict:
-            names += "\n" + names_of_counts(value)
-        elif type(value) is not int and value is not None:
-            raise TypeError("no count")
+def names_of_counts(usage: dict[str, Any]) -> list[str]:
+    """Return the names in usage.  Raises TypeError if it holds anything but numbers and such objects."""
+    names: list[str] = []
+    rest = [usage]
+    for counts in rest:  # which grows meanwhile
+        names += counts
+        for value in counts.values():
+            if type(value) is dict:
+                rest.append(value)
+            elif type(value) is not int and value is not None:
+                raise TypeError("no count")
     return names
 
 
@@ -1083,7 +1086,7 @@ class Notes:
     def _harmless(self, usage: dict[str, Any]) -> dict[str, Any]:
         """Return usage as the log and the client may see it.  Raises ValueError for a number that JSON has not."""
         try:
-            names = names_of_counts(usage)  # mostly those of the answer before
+            names = "\n".join(names_of_counts(usage))  # mostly those of the answer before
             if "\\" not in names and self._redact(names) == names:
                 return usage
         except TypeError:
