@@ -3977,9 +3977,10 @@ class LogWriter:
 
     def _write(self, count: int) -> None:
         """Write so many lines, once they are there."""
+        first = self._lines.get()
         handled = not self.output or log.hasHandlers()
-        for _ in range(count):
-            self._guard(1, self._emit, handled, *self._lines.get())
+        for line in itertools.chain((first,), (self._lines.get() for _ in range(count - 1))):
+            self._guard(1, self._emit, handled, *line)
         lost = self.lost
         news = lost - self._told
         words = f"{news} lines of log were lost"
