@@ -4938,7 +4938,7 @@ class Exchange:
             "time": "",  # which the log's thread fills in
             "id": self.id,
             "client": self.who,
-            "method": self.request.method,
+            "method": self.request.method[:20],
             "path": self.request.path[:200],  # the query may hold a prompt
         }
 
