@@ -5740,16 +5740,15 @@ class Pool:
         return sum(map(len, self._idle.values()))
 
     def take(self, key: object) -> Connection | None:
-        """Return the connection that was used last, if there is one.
-
-        That upstream has closed it is known as soon as the loop is told, which is before it begins a request.
-        """
+        """Return the connection that was used last, if one is alive."""
         idle = self._idle.get(key)
-        if not idle:
-            return None
-        connection = idle.pop().connection  # which is watched still: whoever takes it does so at once
-        connection.reused = True
-        return connection
+        while idle:
+            spare = idle.pop()
+            if spare.connection.read() is None:
+                spare.connection.reused = True
+                return spare.connection  # which is watched still: whoever takes it does so at once
+            self._close(spare)
+        return None
 
     def settle(self, connection: Connection, body: BodyDecoder) -> None:
         """Keep a connection whose answer nobody waits for any more, once body, the rest of it, has ended."""
