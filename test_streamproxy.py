@@ -4270,6 +4270,29 @@ def test_log_has_a_handler_flushed_that_has_no_lines_and_seems_to_be_nothing() -
     assert not sized.place  # which flush has seen
 
 
+def test_log_goes_to_a_handler_that_comes_while_no_line_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = threading.Event()
+
+    class Lines(queue.SimpleQueue):  # type: ignore[type-arg]
+        def get(self) -> Any:
+            if not self.qsize():
+                waits.set()
+            return super().get()
+
+    monkeypatch.setattr(queue, "SimpleQueue", Lines)
+    monkeypatch.setattr(streamproxy.log, "propagate", False)  # to pytest's own handlers
+    lines: list[object] = []
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        writer = streamproxy.LogWriter()
+        writer.output = streamproxy.Output(nowhere, "text")
+        writer.start()
+        assert waits.wait(DEADLINE)
+        with logging_through(lambda record: lines.append(record.msg)):
+            writer.info("a")
+            writer.close(DEADLINE)
+    assert lines == ["a"]
+
+
 @contextlib.contextmanager
 def logging_through(emit: Callable[[logging.LogRecord], object], as_filter: bool = False) -> Iterator[None]:
     """The log with a handler, or a filter, of an embedding program's."""
@@ -7653,6 +7676,21 @@ def test_warm_connection_that_is_old_retires(size: int) -> None:
                 assert not len(stage.hub.pool) and stage.seen() == b""
                 upstream.send(b"x" * size)
                 stage.turn()
+            assert not len(stage.hub.pool) and upstream.gone()
+
+
+@pytest.mark.parametrize("more", [b"", b"HTTP/1.1 408 Request Timeout\r\n"])
+def test_warm_connection_whose_end_came_with_its_answer_is_not_used_in_the_same_turn(more: bytes) -> None:
+    with Stage() as stage:
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        connection = streamproxy.Connection(near, "upstream")
+        connection.opened_at = 1000.0
+        with Peer(far) as upstream:
+            upstream.send(more)
+            upstream.sock.shutdown(socket.SHUT_WR)
+            stage.hub.pool.settle(connection, streamproxy.BodyDecoder(0))
+            assert len(stage.hub.pool) == 1 and stage.hub.pool.take("upstream") is None
             assert not len(stage.hub.pool) and upstream.gone()
 
 
