@@ -1791,6 +1791,11 @@ _TRAILER_LINE = re.compile(_FIELD_LINE.encode("latin-1"))
 LAST_CHUNK = b"0\r\n\r\n"
 
 
+def is_value(text: str) -> bool:
+    """Tell whether text can be the value of a field (RFC 9110 section 5.5)."""
+    return (text.isascii() and text.isprintable()) or bool(_VALUES.fullmatch(text))  # mostly, the first
+
+
 def encode_chunk(data: bytes) -> bytes:
     """Return data as a chunk; nothing for no data, since a chunk of size 0 ends the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
@@ -1798,8 +1803,7 @@ def encode_chunk(data: bytes) -> bytes:
 
 def encode_head(line: str, fields: Mapping[str, str]) -> bytes:
     """Return a head.  Raises ValueError for a value that would forge a line."""
-    values = "".join(fields.values())
-    if "\n" in values or "\r" in values or "\0" in values:
+    if not is_value("".join(fields.values())):
         raise ValueError("a bad value in a header field")
     return "\r\n".join((line, *map(": ".join, fields.items()), "\r\n")).encode("latin-1")
 
@@ -1819,8 +1823,7 @@ class FieldLines(dict[str, "tuple[str, str]"]):
         told, colon, value = line.partition(":")
         told, short = told.rstrip(self._blanks), len(line) < 100
         name, is_secret = _FIELD_NAMES[told] if short else parse_field_name(told)
-        plain = value.isascii() and value.isprintable()  # mostly
-        if not (name and colon and (plain or _VALUES.fullmatch(value))):
+        if not (name and colon and is_value(value)):
             raise ValueError("a header field is not in HTTP's grammar")
         field = name, value.strip(" \t")
         if short and not is_secret:
