@@ -969,6 +969,26 @@ def parse_reason(choice: dict[str, Any]) -> str:
     return reason
 
 
+def cut_out(data: str) -> tuple[str, tuple[str, ...]]:
+    """Return the text in an event of a completion, as it stands in the JSON, and the event without it.
+
+    Of two events without escapes that differ in nothing but their text, the second need not be parsed, which would cost
+    more than all else that is done for a piece of text.  "" where it has to be.
+    """
+    begin, _, rest = data.partition('"delta":{"content":"')
+    text, _, end = rest.partition('"')
+    end, _, rest = end.partition('"obfuscation":"')  # OpenAI's, by which nobody on the way learns the text's length
+    noise, _, last = rest.partition('"')
+    literal = text + noise
+    return text if "\\" not in literal and literal.isprintable() else "", (begin, end, last)
+
+
+def is_only_text(payload: dict[str, Any], text: str) -> bool:
+    """Tell whether payload, of a completion, has one choice, which has this text and goes on."""
+    choices = payload["choices"]
+    return len(choices) == 1 and choices[0].get("delta") == {"content": text} and not choices[0].get("finish_reason")
+
+
 # 6 ------------------------------------------------------------------- Answers
 
 # What a body is.  Its first bytes tell: labels are wrong too often.
@@ -1342,6 +1362,7 @@ class TextAnswer(Answer):
         super().__init__(redact)
         self._parser = EventParser(strict=False)
         self._joiners: dict[str, codecs.IncrementalDecoder] = {}
+        self._frame: tuple[str, ...] = ()  # of an event that told nothing but text: all else of it
         self._messages: str | None = ""  # what messages have told; None: deltas tell, and a message would repeat it
 
     def encode(self, type: str, **payload: Any) -> bytes:
@@ -1383,11 +1404,18 @@ class TextAnswer(Answer):
             return
         self.notes.events += 1
         self.life += 1
-        data = event.data
-        if data.strip() == "[DONE]":
+        data, pieces = event.data, self.notes.pieces
+        text, frame = cut_out(data)
+        if text and frame == self._frame and event.type == "message":
+            self._take_text(text, out)
+        elif data.strip() == "[DONE]":
             self.state = self.DONE
         else:
-            self._take_payload(check_payload(load_event(event), data, event.type), data, out)
+            payload = check_payload(load_event(event), data, event.type)
+            self._take_payload(payload, data, out)
+            if frame != self._frame:
+                once = self.notes.pieces == pieces + 1 and data.count('"delta"') == 1
+                self._frame = frame if once and is_only_text(payload, text) else ()
 
     def _take_payload(self, payload: dict[str, Any], data: str, out: list[bytes]) -> None:
         usage = '"usage"' in data and (payload.get("usage", payload) or data.count('"usage"') > 1)  # mostly null
@@ -1416,18 +1444,20 @@ class TextAnswer(Answer):
             reasoning = self._joined("reasoning", reasoning)
             if reasoning:
                 out.append(self.encode("reasoning", text=reasoning))
-        text = text and self._joined("message", text)
-        if text:
-            self.notes.pieces += 1
-            self.notes.size += len(text.encode())
-            out.append(self.encode("message", text=text))
+        self._take_text(text, out)
         reason = choice.get("finish_reason") and parse_reason(choice)
         if reason:
             self.notes.finish_reason = self._redact(reason)
             # Beside a role or reasoning, before any text, it came early: then nothing is hurried.
             early = not self.notes.pieces and any(part[name] for name in part if name != "content")
             self.state = self.SETTLED if early else self.ENDING
-        elif text:
+
+    def _take_text(self, text: str, out: list[bytes]) -> None:
+        text = text and self._joined("message", text)
+        if text:
+            self.notes.pieces += 1
+            self.notes.size += len(text.encode())
+            out.append(self.encode("message", text=text))
             self.state = min(self.state, self.SETTLED)  # a finish_reason before it came early
 
     def _joined(self, type: str, text: str) -> str:

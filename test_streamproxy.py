@@ -1184,6 +1184,95 @@ def test_answer_is_never_complete_after_an_error_event(data: bytes, status: int,
     assert message not in answer.failure.logged or message == answer.failure.logged
 
 
+def piece(text: str = "b", noise: str = "x", reason: str | None = None, **more: object) -> dict[str, Any]:
+    """The payload of an event as OpenAI sends it, and others without the noise."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": reason}
+    return {"id": "i", "model": "m", "choices": [choice], **more, **({"obfuscation": noise} if noise else {})}
+
+
+def as_sent(payload: dict[str, Any], **how: Any) -> bytes:
+    return json.dumps(payload, **{"separators": (",", ":"), "ensure_ascii": False, **how}).encode()
+
+
+def choices(*texts: str, **more: object) -> list[dict[str, Any]]:
+    return [{**piece(text)["choices"][0], "index": index, **more} for index, text in enumerate(texts)]
+
+
+def other(text: str) -> dict[str, Any]:
+    return {"x": {"delta": {"content": text}}}
+
+
+X_USAGE: dict[str, Any] = {"x": {"usage": {"y": 1}}}
+
+# Two events, the second after the first or after the same in another form: what both give, and why they fail.
+TWO_EVENTS: dict[str, tuple[dict[str, Any], bytes, str, str]] = {
+    "another text": (piece("a"), as_sent(piece()), "ab", ""),
+    "another text without noise": (piece("a", ""), as_sent(piece("b", "")), "ab", ""),
+    "another noise": (piece("a"), as_sent(piece(noise="longer")), "ab", ""),
+    "noise for the first time": (piece("a", ""), as_sent(piece()), "ab", ""),
+    "no text": (piece("a"), as_sent(piece("")), "a", ""),
+    "Greek": (piece("a"), as_sent(piece("β")), "aβ", ""),
+    "a quote": (piece("a"), as_sent(piece('"')), 'a"', ""),
+    "an escape": (piece("a"), as_sent(piece("b\n")), "ab\n", ""),
+    "an escape in the noise": (piece("a"), as_sent(piece(noise="\n")), "ab", ""),
+    "a tab that is not escaped": (piece("a"), as_sent(piece("\t")).replace(b"\\t", b"\t"), "a", "not JSON"),
+    "a line separator": (piece("a"), as_sent(piece("\u2028")), "a\u2028", ""),
+    "cut off": (piece("a"), as_sent(piece())[:-1], "a", "not JSON"),
+    "cut off behind the noise": (piece("a"), as_sent(piece())[:-2], "a", "not JSON"),
+    "cut off in the text": (piece("a"), as_sent(piece()).partition(b'b"')[0], "a", "not JSON"),
+    "two run into one": (piece("a"), as_sent(piece())[:60] + as_sent(piece()), "a", "not JSON"),
+    "a brace too many": (piece("a"), as_sent(piece()) + b"}", "a", "not JSON"),
+    "an error": (piece("a"), as_sent(piece(error={"message": "Bad"})), "a", "Bad"),
+    "an error that is none": (piece("a", error=None), as_sent(piece(error=None)), "ab", ""),
+    "a failure": (piece("a"), as_sent(piece(reason="error")), "ab", "failed"),
+    "an end": (piece("a"), as_sent(piece(reason="stop")), "ab", ""),
+    "an end, and another": (piece("a", reason="stop"), as_sent(piece(reason="stop")), "ab", ""),
+    "usage": (piece("a"), as_sent(piece(usage={"total_tokens": 3})), "ab", ""),
+    "usage each time": (piece("a", usage={"x": 1}), as_sent(piece(usage={"x": 1})), "ab", ""),
+    "usage that is null": (piece("a", usage=None), as_sent(piece(usage=None)), "ab", ""),
+    "usage elsewhere": (piece("a", usage=None, **X_USAGE), as_sent(piece(usage=None, **X_USAGE)), "ab", ""),
+    "another choice": (piece("a"), as_sent(piece(choices=choices("b", "c"))), "abc", ""),
+    "two choices": (piece(choices=choices("a", "")), as_sent(piece(choices=choices("b", ""))), "ab", ""),
+    "another's end": (
+        piece(choices=choices("a") + [{"index": 1, "finish_reason": "stop"}]),
+        as_sent(piece(choices=choices("b") + [{"index": 1, "finish_reason": "stop"}])), "ab", ""),
+    "an index": (piece(choices=choices("a", index=1)), as_sent(piece(choices=choices("b", index=1))), "ab", ""),
+    "a role": (piece(choices=choices("a", role="x")), as_sent(piece(choices=choices("b", role="x"))), "ab", ""),
+    "a text elsewhere": ({**other("a"), **piece("a")}, as_sent({**other("b"), **piece("a")}), "aa", ""),
+    "a text elsewhere alone": (
+        {**other("a"), "choices": [{"text": "a"}]}, as_sent({**other("b"), "choices": [{"text": "a"}]}), "aa", ""),
+    "no model": ({"choices": choices("a")}, as_sent({"choices": choices("b")}), "ab", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("name", TWO_EVENTS)
+def test_answer_is_the_same_whether_an_event_is_parsed_or_known_but_for_its_text(name: str, number: int) -> None:
+    first, second, text, words = TWO_EVENTS[name]
+    for kind in (streamproxy.TextAnswer, lambda: streamproxy.EventAnswer("id")):
+        seen = []
+        for blank in ("", " "):  # with blanks, no event is like the first
+            answer = kind()
+            answer.choices = number
+            out = answer.feed(event(as_sent(first, separators=("," + blank, ":" + blank)))) + answer.feed(event(second))
+            notes = {name: value for name, value in vars(answer.notes).items() if name != "_redact"}
+            seen.append((out, answer.state, answer.life, str(answer.failure), notes))
+            if kind is streamproxy.TextAnswer and number == 1:
+                assert out.decode() == text and words in str(answer.failure)
+        assert seen[0] == seen[1]
+
+
+def test_answer_fails_with_an_error_event_that_is_like_the_text_before_it() -> None:
+    answer, out = answer_to(event(as_sent(piece("a"))), b"event: error\n" + event(as_sent(piece())))
+    assert out == b"a" and answer.failure
+
+
+def test_answer_has_the_usage_that_came_last() -> None:
+    first, second = as_sent(piece(usage={"total_tokens": 1})), as_sent(piece("", usage={"total_tokens": 2}))
+    answer, _ = answer_to(*map(event, (first, first, second, first)), DONE)
+    assert answer.notes.usage == {"total_tokens": 1}
+
+
 def test_answer_joins_surrogate_pairs_split_over_events() -> None:
     halves = [
         b'{"choices":[{"delta":{"content":"%b"}}]}' % text
