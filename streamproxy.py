@@ -463,9 +463,6 @@ def redactor(key: str) -> Callable[[str], str]:
     nothing, and it is so still.  A text without secrets is returned as it is.
     """
     parts = _KeyParts(key.encode())
-    # Of which each such part has one.  To look for them takes a tenth of the time, in what is short.
-    half = _PART_SIZE // 2
-    halves = [key[at : at + half] for at in range(0, len(key) - half + 1, half)]
 
     def redact(text: str) -> str:
         if len(text) < _PART_SIZE and "***" not in text:
@@ -478,8 +475,6 @@ def redactor(key: str) -> Callable[[str], str]:
         return text if shown == plain else shown
 
     def hide(text: str) -> str:
-        if len(text) < _BLOCK_SIZE and not any(map(text.__contains__, halves)):
-            return text
         data = text.encode("utf-8", "surrogatepass")
         places = parts.find(data)
         if not places:
