@@ -171,6 +171,7 @@ RECORD_COST = 12 * 1024  # of such an answer, beside its bytes
 MAX_DISCARDED = 64 * 1024  # of a refused request's body, read for the sake of the connection
 # Of the next request while an answer is on its way: unless they are read, the end behind them is not seen.
 MAX_PIPELINED = 64 * 1024
+MAX_MEMO_KEY = 400  # of what is longer, no Memo keeps anything; in characters
 
 # Seconds.
 LINGER_TIMEOUT = 30.0  # for what a client still sends that was refused: nginx's lingering_time
@@ -201,7 +202,7 @@ FOREVER = 86400.0  # where a wait needs a number and there is no limit
 
 # Counts.
 MAX_FIELDS = 100  # of a head; 40 are seen in practice
-MAX_FIELD_LINES = 1024  # that are remembered as they were read
+MAX_FIELD_LINES = 1024  # that are remembered as they were read; of other things, their Memo says how many
 MAX_INTERIM = 10  # answers (100, 103) before the one that counts
 MAX_IDLE_CONNECTIONS = 128  # to upstream, between two requests
 MAX_MODELS = 1000  # of which it is remembered which defaults upstream refuses
@@ -222,6 +223,25 @@ MAX_USAGE = 1 << 40  # tokens of an answer; more is nonsense, and would spoil a 
 # Upstream statuses that are about the request or about load, so that the client may see them with their
 # message.  Any other failure is between upstream and us: 502.
 PASSED_STATUSES = (400, 402, 404, 408, 409, 413, 415, 422, 425, 429, 503, 529)
+
+
+class Memo(dict["Any", "Any"]):
+    """What work makes of each key, kept from its first look-up on; where there are size of them, all are forgotten.
+
+    For what is asked for many times a request: functools.lru_cache takes five times as long to answer.
+    """
+
+    def __init__(self, work: Callable[[Any], Any], size: int) -> None:
+        super().__init__()
+        self._work, self._size = work, size
+
+    def __missing__(self, key: Any) -> Any:
+        value = self._work(key)
+        if isinstance(key, int) or len(key) <= MAX_MEMO_KEY:
+            if len(self) >= self._size:
+                self.clear()
+            self[key] = value
+        return value
 
 
 # 2 ------------------------------------------------------------------- Errors
@@ -393,24 +413,6 @@ _MAX_PLACES = 20_000
 _ANY_BIT = b"\0" + b"\1" * 255
 
 
-class Remembered(dict["Any", "Any"]):
-    """What work returns of each key that is looked up, until they are many: then all are forgotten.
-
-    A look-up costs a fifth of a call that functools.lru_cache answers.
-    """
-
-    def __init__(self, work: Callable[[Any], Any], size: int) -> None:
-        super().__init__()
-        self._work, self._size = work, size
-
-    def __missing__(self, key: Any) -> Any:
-        value = self._work(key)
-        if len(self) >= self._size:
-            self.clear()
-        self[key] = value
-        return value
-
-
 class _KeyParts:
     """The parts of a key, and where they begin in a text: told in a time that does not depend on what the text is.
 
@@ -467,7 +469,7 @@ def redactor(key: str) -> Callable[[str], str]:
     def redact(text: str) -> str:
         if len(text) < _PART_SIZE and "***" not in text:
             return text
-        return known[text] if len(text) < 400 else search(text)
+        return known[text] if len(text) <= MAX_MEMO_KEY else search(text)
 
     def search(text: str) -> str:
         plain = _unescaped(text)
@@ -487,7 +489,7 @@ def redactor(key: str) -> Callable[[str], str]:
             at = place + _PART_SIZE
         return b"".join([*out, data[at:]]).decode("utf-8", "surrogatepass")
 
-    known: dict[str, str] = Remembered(search, 64)  # names of models and in usage, and the like
+    known: dict[str, str] = Memo(search, 64)  # names of models and in usage, and the like
     return redact
 
 
@@ -1022,7 +1024,7 @@ def name_back(name: str) -> str:
     return name.title() if passes else ""
 
 
-_NAMES_BACK: dict[str, str] = Remembered(name_back, 128)
+_NAMES_BACK: dict[str, str] = Memo(name_back, 128)
 
 
 def parse_media(content_type: str) -> tuple[str, int]:
@@ -1031,7 +1033,7 @@ def parse_media(content_type: str) -> tuple[str, int]:
     return media, _EVENTS if media == "text/event-stream" else _DOCUMENT if media.endswith("json") else _OTHER
 
 
-_MEDIA: dict[str, tuple[str, int]] = Remembered(parse_media, 128)
+_MEDIA: dict[str, tuple[str, int]] = Memo(parse_media, 128)
 
 
 class Head:
@@ -1836,7 +1838,8 @@ def encode_head(line: str, fields: Mapping[str, str]) -> bytes:
 class FieldLines(dict[str, "tuple[str, str]"]):
     """The name, in lower case, and the value of each field line that is looked up.  Raises ValueError.
 
-    Of heads, most lines are those of the one before: they are remembered, but for what is long, or a secret.
+    Of heads, most lines are those of the one before: they are remembered, but for what is long, or a secret.  A Memo
+    would remember secrets, too.
     """
 
     def __init__(self, lenient: bool = False) -> None:
@@ -1866,7 +1869,7 @@ def parse_field_name(name: str) -> tuple[str, bool]:
 
 # Found in their names.  In Sec-WebSocket-Protocol, pages send OpenAI's realtime API a key; "tokens" are counted.
 _SECRET_FIELD = re.compile("auth|cookie|credential|jwt|key|pass|protocol|secret|session|signature|token(?!s)")
-_FIELD_NAMES: dict[str, tuple[str, bool]] = Remembered(parse_field_name, 256)
+_FIELD_NAMES: dict[str, tuple[str, bool]] = Memo(parse_field_name, 256)
 _STRICT_LINES = FieldLines()
 _LENIENT_LINES = FieldLines(lenient=True)
 
@@ -1892,7 +1895,7 @@ def parse_status_line(line: str) -> tuple[str, int] | None:
     return (match[1], int(match[2])) if match else None
 
 
-_STATUS_LINES: dict[str, tuple[str, int] | None] = Remembered(parse_status_line, 64)
+_STATUS_LINES: dict[str, tuple[str, int] | None] = Memo(parse_status_line, 64)
 
 
 def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
@@ -1954,7 +1957,7 @@ def parse_chunk_line(line: bytes) -> int:
     return int(match[1], 16) if match else -1
 
 
-_CHUNK_SIZES: dict[bytes, int] = Remembered(parse_chunk_line, 1024)
+_CHUNK_SIZES: dict[bytes, int] = Memo(parse_chunk_line, 1024)
 
 
 class ChunkedDecoder(BodyDecoder):
@@ -3235,7 +3238,8 @@ class Limits:
 _SOON = {"Retry-After": "1"}
 
 _PORT = re.compile(":[0-9]*$")
-_HOST_NAMES: dict[str, str] = Remembered(lambda host: _PORT.sub("", host).strip("[]").lower(), 64)
+# By a Host field: the name in it, without port and brackets.
+_HOST_NAMES: dict[str, str] = Memo(lambda host: _PORT.sub("", host).strip("[]").lower(), 64)
 # An element of X-Forwarded-For: Azure adds ports, and some write IPv6 as RFC 7239 section 6 has it, in quotes.
 _FORWARDED = re.compile(r'"?(?:\[([0-9A-Fa-f:.%\w]+)\]|([0-9.]+)(?=[:"]|$))(?::[0-9]{1,5})?"?')
 
@@ -4038,7 +4042,7 @@ class LogWriter:
         return True
 
 
-_SECONDS: dict[int, str] = Remembered(lambda seconds: time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)), 1)
+_LOG_SECONDS: dict[int, str] = Memo(lambda seconds: time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)), 1)
 
 
 def log_time(seconds: float) -> str:
@@ -4055,7 +4059,7 @@ class LogEntry(dict[str, object]):
 
 _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _encode_compact = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-_WORDS: dict[str, str] = Remembered(lambda text: text if _PLAIN.fullmatch(text) else _encode_compact(text), 256)
+_TEXTS: dict[str, str] = Memo(lambda text: text if _PLAIN.fullmatch(text) else _encode_compact(text), 256)
 
 # What shows a value, by its type.
 _SHOWN: collections.defaultdict[type, Callable[[Any], str]]
@@ -5056,7 +5060,7 @@ def http_date(seconds: int) -> str:
     return email.utils.formatdate(seconds, usegmt=True)
 
 
-_DATES: dict[int, str] = Remembered(http_date, 1)
+_DATES: dict[int, str] = Memo(http_date, 1)
 
 
 def process_figures() -> dict[str, float]:

@@ -922,6 +922,23 @@ def test_module_says_its_licence_and_runs_by_itself() -> None:
     assert os.access(PROGRAM, os.X_OK)
 
 
+# 1 -------------------------------------------------------------------- Limits
+
+
+def test_memo_works_a_value_out_once_and_keeps_a_bounded_number_and_nothing_of_what_is_long() -> None:
+    asked: list[object] = []
+    memo = streamproxy.Memo(lambda key: (asked.append(key), str(key) * 2)[1], 3)
+    long = "b" * (streamproxy.MAX_MEMO_KEY + 1)
+    for key in ("a", 7, "a", 7, b"c"):
+        assert memo[key] == str(key) * 2
+    assert asked == ["a", 7, b"c"] and memo[long] == long * 2 and len(memo) == 3
+    assert memo["d"] == "dd" and list(memo) == ["d"]
+    failing = streamproxy.Memo(int, 3)
+    with pytest.raises(ValueError, match="invalid literal"):
+        failing["x"]
+    assert not failing
+
+
 # 4 -------------------------------------------------------------------- Event streams: WHATWG HTML section 9.2
 
 
