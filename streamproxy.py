@@ -4489,7 +4489,7 @@ class Exchange:
             self.who = access.address_of(self.client.address, fields["x-forwarded-for"])
         hub.tells = log.isEnabledFor(logging.DEBUG)
         if hub.tells:
-            self.tell("request", client=self.who, method=request.method, path=request.path[:200])
+            self.tell("request", client=self.who, method=request.method[:20], path=request.path[:200])
         if "upgrade" in fields and request.path.startswith("/v1/") and "websocket" in fields["upgrade"].lower():
             raise RequestError("Ask with POST: WebSocket is not spoken here.", 426, fields=_UPGRADE)
         run = resource.methods.get(request.method) or self._without_method()
