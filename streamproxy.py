@@ -1558,8 +1558,8 @@ class EventCutter:
         return data
 
 
-def goes_on(block: bytes) -> int:
-    """Return how many events block has, if each is one line in which a completion just goes on; 0: nothing is told.
+def goes_on(text: str) -> int:
+    """Return how many events text has, if each is one line in which a completion just goes on; 0: nothing is told.
 
     Blank lines end block and each event.  Each has a choice, and what it has of finish_reasons is null.
     """
@@ -1583,7 +1583,7 @@ def is_dull(event: bytes) -> bool:
     text = event.decode("latin-1")
     if '"finish_reason":"' in text or '"usage":{' in text:  # mostly, where it is not
         return False
-    if text[:5] == "data:" and '"usage"' not in text and goes_on(event):  # mostly, where it is
+    if text[:5] == "data:" and text[-2:] == "\n\n" and goes_on(text):  # mostly, where it is
         return True
     match = _DULL_EVENT.fullmatch(text)
     if not match or match[1] is None:
@@ -1667,7 +1667,7 @@ class PassedAnswer(Answer):
         notes = self.notes
         if not notes.events or self._form != _EVENTS or self.state >= self.ENDING:
             return False
-        count = goes_on(block)
+        count = goes_on(block.decode("latin-1"))  # a str is searched in a fraction of the time
         notes.events += count
         self.life += count
         return count > 0
