@@ -966,22 +966,23 @@ def parse_reason(choice: dict[str, Any]) -> str:
     return reason
 
 
-def cut_out(data: str) -> tuple[str, tuple[str, ...]]:
-    """Return the text in an event of a completion, as it stands in the JSON, and the event without it.
+def split_delta(data: str) -> tuple[str, tuple[str, ...]]:
+    """Return the text of a completion's event, found without parsing it, and all that stands around it.
 
-    Of two events without escapes that differ in nothing but their text, the second need not be parsed, which would cost
-    more than all else that is done for a piece of text.  "" where it has to be.
+    Where an event with the same around was parsed and told nothing but its text, this one tells nothing but text: to
+    parse it would cost more than all else that is done for it.  "": it has to be parsed, for there is no text, or an
+    escape, or what JSON may not hold unescaped.  OpenAI's obfuscation, random for each event, counts neither way.
     """
     begin, _, rest = data.partition('"delta":{"content":"')
     text, _, end = rest.partition('"')
-    end, _, rest = end.partition('"obfuscation":"')  # OpenAI's, by which nobody on the way learns the text's length
+    end, _, rest = end.partition('"obfuscation":"')
     noise, _, last = rest.partition('"')
     literal = text + noise
     return text if "\\" not in literal and literal.isprintable() else "", (begin, end, last)
 
 
 def is_only_text(payload: dict[str, Any], text: str) -> bool:
-    """Tell whether payload, of a completion, has one choice, which has this text and goes on."""
+    """Tell whether payload, which has told one piece of text, has one choice, of which this text is all."""
     choices = payload["choices"]
     return len(choices) == 1 and choices[0].get("delta") == {"content": text} and not choices[0].get("finish_reason")
 
@@ -1062,7 +1063,7 @@ _STREAM_HEAD = Head(200, {"content-type": "text/event-stream"})  # the same, whe
 
 
 def names_of_counts(usage: dict[str, Any]) -> list[str]:
-    """Return the names in usage.  Raises TypeError if it holds anything but numbers and such objects."""
+    """Return the names in usage, at any depth.  Raises TypeError for what is no whole number, null or object."""
     names: list[str] = []
     rest = [usage]
     for counts in rest:  # which grows meanwhile
@@ -1103,7 +1104,7 @@ class Notes:
     def _harmless(self, usage: dict[str, Any]) -> dict[str, Any]:
         """Return usage as the log and the client may see it.  Raises ValueError for a number that JSON has not."""
         try:
-            names = "\n".join(names_of_counts(usage))  # mostly those of the answer before
+            names = "\n".join(names_of_counts(usage))  # mostly as in the answer before
             if "\\" not in names and self._redact(names) == names:
                 return usage
         except TypeError:
@@ -1359,7 +1360,7 @@ class TextAnswer(Answer):
         super().__init__(redact)
         self._parser = EventParser(strict=False)
         self._joiners: dict[str, codecs.IncrementalDecoder] = {}
-        self._frame: tuple[str, ...] = ()  # of an event that told nothing but text: all else of it
+        self._around: tuple[str, ...] = ()  # the text of the last event that was parsed, if that told nothing else
         self._messages: str | None = ""  # what messages have told; None: deltas tell, and a message would repeat it
 
     def encode(self, type: str, **payload: Any) -> bytes:
@@ -1402,17 +1403,18 @@ class TextAnswer(Answer):
         self.notes.events += 1
         self.life += 1
         data, pieces = event.data, self.notes.pieces
-        text, frame = cut_out(data)
-        if text and frame == self._frame and event.type == "message":
+        text, around = split_delta(data)
+        if text and around == self._around and event.type == "message":
             self._take_text(text, out)
         elif data.strip() == "[DONE]":
             self.state = self.DONE
         else:
             payload = check_payload(load_event(event), data, event.type)
             self._take_payload(payload, data, out)
-            if frame != self._frame:
-                once = self.notes.pieces == pieces + 1 and data.count('"delta"') == 1
-                self._frame = frame if once and is_only_text(payload, text) else ()
+            if around != self._around:  # forgotten even if it might come again: usage in it counts where it came last
+                plain = text and self.notes.pieces == pieces + 1 and len(data) < _SHORT_JSON
+                plain = plain and data.count('"delta"') == 1 and is_only_text(payload, text)
+                self._around = around if plain else ()
 
     def _take_payload(self, payload: dict[str, Any], data: str, out: list[bytes]) -> None:
         usage = '"usage"' in data and (payload.get("usage", payload) or data.count('"usage"') > 1)  # mostly null
@@ -1561,9 +1563,8 @@ class EventCutter:
 def goes_on(text: str) -> int:
     """Return how many events text has, if each is one line in which a completion just goes on; 0: nothing is told.
 
-    Blank lines end block and each event.  Each has a choice, and what it has of finish_reasons is null.
+    Blank lines end text and each event.  Each has a choice, and what it has of finish_reasons is null.
     """
-    text = block.decode("latin-1")  # which is searched in a fraction of the time
     if "error" in text or "\r" in text:
         return 0
     if "\n" not in text[:-2]:  # mostly
@@ -1579,21 +1580,21 @@ _DATA_LINES = re.compile(r"(?:data: ?\{[^\n]*\n\n)+")
 
 
 def is_dull(event: bytes) -> bool:
-    """Tell the same of one event, also where its JSON has blanks or its lines end otherwise, and of a typed delta."""
+    """Tell whether one event just goes on with an answer, and has no usage: also one that is typed, or has blanks."""
     text = event.decode("latin-1")
-    if '"finish_reason":"' in text or '"usage":{' in text:  # mostly, where it is not
+    if '"finish_reason":"' in text or ('"usage"' in text and '"usage":null' not in text):  # mostly, where it is not
         return False
     if text[:5] == "data:" and text[-2:] == "\n\n" and goes_on(text):  # mostly, where it is
         return True
     match = _DULL_EVENT.fullmatch(text)
     if not match or match[1] is None:
         return match is not None  # it has a type that tells
-    if '"error' in text or _REASON.search(text) or text.count("\r") != text.count("\r\n"):
-        return False
-    return '"usage"' not in text or '"usage":null' in text
+    return not ('"error' in text or _REASON.search(text) or text.count("\r") != text.count("\r\n"))
 
 
 _DONE_EVENT = b"data: [DONE]\n\n"  # as mostly sent
+# What else ends a stream: Anthropic's messages, OpenAI's responses.
+_LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
 _REASON = re.compile(r'"finish_reason"[ \t\r\n]*:[ \t\r\n]*[^n \t\r\n]')
 _DULL_TYPE = r"[a-z_.]*(?:(?<!message)[._]delta|partial_image)"
 _DULL_EVENT = re.compile(
@@ -1684,7 +1685,7 @@ class PassedAnswer(Answer):
 
     def _look_through(self, block: bytes, passed: int) -> bytes:
         """Take whole events; return what the client is to have, which has the first bytes of them already."""
-        pieces = pieces_of(block)
+        pieces = split_events(block)
         good = [*map(self._take_piece, pieces)]
         if all(good):
             return block[passed:]
@@ -1805,22 +1806,21 @@ class PassedAnswer(Answer):
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 _QUOTED = r'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'  # section 5.6.4
 _VALUE = r"[\t \x21-\x7e\x80-\xff]*"  # section 5.5: no CR, LF or NUL
-_NAME, _VALUES = re.compile(_TOKEN), re.compile(_VALUE)
+_FIELD_NAME, _FIELD_VALUE = re.compile(_TOKEN), re.compile(_VALUE)
 
 # Lines of RFC 9112, matched whole: int() would also take "+5", "0x5" and "1_0".
-_FIELD_LINE = f"({_TOKEN}):({_VALUE})"  # section 5: no space before the colon, no folding
 _STATUS_LINE = re.compile(f"HTTP/1\\.([01]) ([1-5][0-9][0-9])(?: {_VALUE})?")  # section 4
 _CHUNK_LINE = re.compile(  # section 7.1
     f"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;[ \t]*{_TOKEN}(?:[ \t]*=[ \t]*(?:{_TOKEN}|{_QUOTED}))?)*".encode("latin-1")
 )
-_TRAILER_LINE = re.compile(_FIELD_LINE.encode("latin-1"))
+_TRAILER_LINE = re.compile(f"{_TOKEN}:{_VALUE}".encode("latin-1"))  # section 5: no space before the colon, no folding
 
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-def is_value(text: str) -> bool:
+def is_field_value(text: str) -> bool:
     """Tell whether text can be the value of a field (RFC 9110 section 5.5)."""
-    return (text.isascii() and text.isprintable()) or bool(_VALUES.fullmatch(text))  # mostly, the first
+    return (text.isascii() and text.isprintable()) or bool(_FIELD_VALUE.fullmatch(text))  # mostly, the first
 
 
 def encode_chunk(data: bytes) -> bytes:
@@ -1829,8 +1829,8 @@ def encode_chunk(data: bytes) -> bytes:
 
 
 def encode_head(line: str, fields: Mapping[str, str]) -> bytes:
-    """Return a head.  Raises ValueError for a value that would forge a line."""
-    if not is_value("".join(fields.values())):
+    """Return a head.  Raises ValueError for a value that would forge a line, or that HTTP cannot carry."""
+    if not is_field_value("".join(fields.values())):
         raise ValueError("a bad value in a header field")
     return "\r\n".join((line, *map(": ".join, fields.items()), "\r\n")).encode("latin-1")
 
@@ -1848,13 +1848,12 @@ class FieldLines(dict[str, "tuple[str, str]"]):
         self._blanks = " \t" if lenient else ""
 
     def __missing__(self, line: str) -> tuple[str, str]:
-        told, colon, value = line.partition(":")
-        told, short = told.rstrip(self._blanks), len(line) < 100
-        name, is_secret = _FIELD_NAMES[told] if short else parse_field_name(told)
-        if not (name and colon and is_value(value)):
+        name, colon, value = line.partition(":")
+        name, is_secret = _FIELD_NAMES[name.rstrip(self._blanks)]
+        if not (name and colon and is_field_value(value)):
             raise ValueError("a header field is not in HTTP's grammar")
         field = name, value.strip(" \t")
-        if short and not is_secret:
+        if len(line) < 100 and not is_secret:
             if len(self) >= MAX_FIELD_LINES:
                 self.clear()
             self[line] = field
@@ -1863,7 +1862,7 @@ class FieldLines(dict[str, "tuple[str, str]"]):
 
 def parse_field_name(name: str) -> tuple[str, bool]:
     """Return the name of a field in lower case, "" if it is none, and whether its value may be a secret."""
-    name = name.lower() if _NAME.fullmatch(name) else ""
+    name = name.lower() if _FIELD_NAME.fullmatch(name) else ""
     return name, bool(_SECRET_FIELD.search(name))
 
 
@@ -1910,13 +1909,13 @@ def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
         if not end:
             return None
         line, *lines = head.decode("latin-1").split("\r\n")
-        told = _STATUS_LINES[line]
-        if not told:
+        status_line = _STATUS_LINES[line]
+        if not status_line:
             break
         if len(lines) > MAX_FIELDS:
             raise ValueError("too many header fields")
         fields = parse_fields(lines, _LENIENT_LINES)
-        minor, status = told
+        minor, status = status_line
         if minor == "0":
             fields["connection"] = "close"  # as good as said
         if status >= 200 or status == 101:
@@ -2907,7 +2906,7 @@ def _named_models(asked: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def count_choices(asked: Mapping[str, Any]) -> int:
     """Return how many choices a completion has: n for each prompt."""
-    n = max(1, _whole(asked.get("n")), _whole(asked.get("N")))
+    n = max(1, _whole(asked.get("n")), _whole(asked.get("N")))  # servers in Go take either
     prompts = 1
     for name, value in asked.items():
         if isinstance(value, list) and value and isinstance(value[0], (str, list)) and name.casefold() == "prompt":
@@ -2945,7 +2944,8 @@ def harmless_query(query: str, method: str) -> str:
     return "&".join(kept)
 
 
-# Fields of a request that upstream is to see: what the call needs, and nothing that says who calls.
+# Fields of a request that upstream is to see, and how they are spelt there: what the call needs, and nothing that says
+# who calls.
 PASSED_FIELDS = {name: name.title() for name in (
     "content-type", "accept", "anthropic-version", "anthropic-beta", "openai-beta", "idempotency-key", "traceparent",
     "tracestate", "x-client-request-id", "x-stainless-retry-count",
@@ -4010,25 +4010,27 @@ class LogWriter:
     def _write(self, count: int) -> None:
         """Write so many lines, once they are there."""
         first = self._lines.get()
-        handled = not self.output or log.hasHandlers()
-        for line in itertools.chain((first,), (self._lines.get() for _ in range(count - 1))):
-            self._guard(1, self._emit, handled, *line)
+        # Asked once for all that come together; not before the first has come, which may take hours.
+        to_handlers = not self.output or log.hasHandlers()
+        rest = (self._lines.get() for _ in range(count - 1))  # one by one: what waits here has to count as waiting
+        for line in itertools.chain([first], rest):
+            self._guard(1, self._emit, to_handlers, *line)
         lost = self.lost
         news = lost - self._told
         words = f"{news} lines of log were lost"
-        told = news and self._guard(0, self._emit, handled, logging.ERROR, time.time(), words)
+        told = news and self._guard(0, self._emit, to_handlers, logging.ERROR, time.time(), words)
         flushed = [self._guard(count, keeper.flush) for keeper in (self.output, *log.handlers) if keeper is not None]
         if told and all(flushed):
             self._told = lost
 
-    def _emit(self, handled: bool, level: int, at: float, line: object) -> None:
+    def _emit(self, to_handlers: bool, level: int, at: float, line: object) -> None:
         if not (level and log.isEnabledFor(level)):
             return
         if isinstance(line, LogEntry):
             line["time"] = log_time(at)
         if self.output:
             self.output.add(level, at, line)
-        if handled:
+        if to_handlers:
             # log.log would look for the line of code, too.
             log.handle(log.makeRecord(log.name, level, "streamproxy.py", 0, line, (), None))
 
@@ -4047,23 +4049,23 @@ _LOG_SECONDS: dict[int, str] = Memo(lambda seconds: time.strftime("%Y-%m-%dT%H:%
 
 def log_time(seconds: float) -> str:
     """A time of the system's clock as the log has it (RFC 3339), to the millisecond."""
-    return f"{_SECONDS[int(seconds)]}.{int(seconds % 1 * 1000):03}Z"
+    return f"{_LOG_SECONDS[int(seconds)]}.{int(seconds % 1 * 1000):03}Z"
 
 
 class LogEntry(dict[str, object]):
     """What the log says of one request, or of a step of it.  As text: name=value, nothing from the wire unescaped."""
 
     def __str__(self) -> str:
-        return " ".join([f"{name}={_SHOWN[type(value)](value)}" for name, value in self.items() if value is not None])
+        return " ".join([f"{name}={_SHOW[type(value)](value)}" for name, value in self.items() if value is not None])
 
 
 _PLAIN = re.compile("[!#-<>-~]+")  # no space, quote or =
 _encode_compact = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _TEXTS: dict[str, str] = Memo(lambda text: text if _PLAIN.fullmatch(text) else _encode_compact(text), 256)
 
-# What shows a value, by its type.
-_SHOWN: collections.defaultdict[type, Callable[[Any], str]]
-_SHOWN = collections.defaultdict(lambda: _encode_compact, {str: _WORDS.__getitem__, int: str, float: str})
+# How a value is written, by its type; one of another type is JSON.
+_SHOW: collections.defaultdict[type, Callable[[Any], str]]
+_SHOW = collections.defaultdict(lambda: _encode_compact, {str: _TEXTS.__getitem__, int: str, float: str})
 
 
 def write_all(fd: int, text: str) -> None:
@@ -4757,11 +4759,12 @@ class Exchange:
         """Ask upstream what make makes of the body: in a thread, where that takes its time."""
         body, self.client.body = self.client.body, bytearray()
         if len(body) <= MAX_PARSED:
-            self._ask(*self._made(make, body))
+            self._ask(*self._prepare(make, body))
         else:
-            self._run(functools.partial(self._made, make, body), lambda made: self._ask(*made))
+            self._run(functools.partial(self._prepare, make, body), lambda made: self._ask(*made))
 
-    def _made(self, make: Callable[[bytes], tuple[Call, Answer]], body: bytearray) -> tuple[Call, Answer]:
+    def _prepare(self, make: Callable[[bytes], tuple[Call, Answer]], body: bytearray) -> tuple[Call, Answer]:
+        """Return what make makes of body, once the claim, if there is one, knows it.  For any thread."""
         if self.claim and self.claim.key:
             self.claim.take_body(body)
         return make(bytes(body))
