@@ -1513,16 +1513,13 @@ _encode_json = json.JSONEncoder(ensure_ascii=False).encode
 # 7 ------------------------------------------------------------------- Passed answers
 
 
-# What ends a stream, beside [DONE]: Anthropic's messages, OpenAI's responses.
-_LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
-
-_EVENT = re.compile(rb"(?:[^\n]+\n)*?\r?\n|(?:[^\r]+\r)*\r|.+", re.DOTALL)  # lines and a blank one, or the rest
+_ANY_EVENT = re.compile(rb"(?:[^\n]+\n)*?\r?\n|(?:[^\r]+\r)*\r|.+", re.DOTALL)  # lines and a blank one, or the rest
 
 
-def pieces_of(block: bytes) -> list[bytes]:
-    """Return the events of a block, as they came; the last may lack its blank line."""
-    if block.find(b"\r") >= 0:
-        return _EVENT.findall(block)
+def split_events(block: bytes) -> list[bytes]:
+    """Return the bytes of each event in a block of whole ones; a line end more than they need is by itself."""
+    if block.find(b"\r") >= 0:  # "in" would raise an error within, and drop it
+        return _ANY_EVENT.findall(block)
     *pieces, rest = block.split(b"\n\n")
     pieces = [piece + b"\n\n" for piece in pieces]
     return [*pieces, rest] if rest else pieces
