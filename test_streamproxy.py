@@ -9729,28 +9729,29 @@ def test_request_for_which_no_thread_can_be_started_waits_for_one(
 
 
 def test_requests_for_which_no_other_thread_can_be_started_are_seen_to_by_those_there_are(
-    server: streamproxy.Server, provider: Provider, caplog: pytest.LogCaptureFixture, no_thread: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    provider: Provider, caplog: pytest.LogCaptureFixture, no_thread: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caught_up(server)
-    log_entries(caplog, 1)  # its thread is there
-    dial, go, dialing = server.hub.upstream.dial, threading.Semaphore(0), []
-    monkeypatch.setattr(
-        server.hub.upstream, "dial", lambda lifeline: (dialing.append(1), go.acquire(), dial(lifeline))[2]
-    )
-    first = Client(server).ask({"prompt": "0"})
-    wait_for(lambda: dialing)
-    with no_thread():
-        clients = [first, *[Client(server).ask({"prompt": str(n)}) for n in range(1, 2 * streamproxy.MAX_WORKERS)]]
-        wait_for(lambda: "no thread can be started" in caplog.text)
-        assert server.snapshot()["threads"] == 1
-        for number in range(len(clients)):  # by that thread, one after the other
-            assert wait_for(lambda number=number: len(dialing) == number + 1)
-            go.release()
-            with provider.take() as upstream:
-                client = clients[int(json.loads(upstream.body)["messages"][0]["content"])]
-                upstream.start(A)
-                assert client.head().status == 200 and client.chunk() == b"a"
+    with running(provider, connect_timeout=0) as server:  # the last waits for as long as all others take
+        caught_up(server)
+        log_entries(caplog, 1)  # its thread is there
+        dial, go, dialing = server.hub.upstream.dial, threading.Semaphore(0), []
+        monkeypatch.setattr(
+            server.hub.upstream, "dial", lambda lifeline: (dialing.append(1), go.acquire(), dial(lifeline))[2]
+        )
+        first = Client(server).ask({"prompt": "0"})
+        wait_for(lambda: dialing)
+        with no_thread():
+            others = range(1, 2 * streamproxy.MAX_WORKERS)
+            clients = [first, *[Client(server).ask({"prompt": str(number)}) for number in others]]
+            wait_for(lambda: "no thread can be started" in caplog.text)
+            assert server.snapshot()["threads"] == 1
+            for number in range(len(clients)):  # by that thread, one after the other
+                assert wait_for(lambda number=number: len(dialing) == number + 1)
+                go.release()
+                with provider.take() as upstream:
+                    client = clients[int(json.loads(upstream.body)["messages"][0]["content"])]
+                    upstream.start(A)
+                    assert client.head().status == 200 and client.chunk() == b"a"
 
 
 def test_streams_go_on_and_end_and_warm_connections_are_used_while_no_thread_can_be_started(
