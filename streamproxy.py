@@ -1360,7 +1360,8 @@ class TextAnswer(Answer):
         super().__init__(redact)
         self._parser = EventParser(strict=False)
         self._joiners: dict[str, codecs.IncrementalDecoder] = {}
-        self._around: tuple[str, ...] = ()  # the text of the last event that was parsed, if that told nothing else
+        # What stood around the text of the last event that was parsed, if that told nothing else.
+        self._around: tuple[str, ...] = ()
         self._messages: str | None = ""  # what messages have told; None: deltas tell, and a message would repeat it
 
     def encode(self, type: str, **payload: Any) -> bytes:
