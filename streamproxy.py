@@ -228,7 +228,7 @@ PASSED_STATUSES = (400, 402, 404, 408, 409, 413, 415, 422, 425, 429, 503, 529)
 class Memo(dict["Any", "Any"]):
     """What work makes of each key, kept from its first look-up on; where there are size of them, all are forgotten.
 
-    For what is asked for many times a request: functools.lru_cache takes five times as long to answer.
+    For what is asked for many times a request: functools.lru_cache takes more than twice as long to answer.
     """
 
     def __init__(self, work: Callable[[Any], Any], size: int) -> None:
@@ -237,11 +237,14 @@ class Memo(dict["Any", "Any"]):
 
     def __missing__(self, key: Any) -> Any:
         value = self._work(key)
-        if isinstance(key, int) or len(key) <= MAX_MEMO_KEY:
+        if self._keeps(key, value):
             if len(self) >= self._size:
                 self.clear()
             self[key] = value
         return value
+
+    def _keeps(self, key: Any, value: Any) -> bool:
+        return isinstance(key, int) or len(key) <= MAX_MEMO_KEY
 
 
 # 2 ------------------------------------------------------------------- Errors
@@ -1404,7 +1407,7 @@ class TextAnswer(Answer):
         self.notes.events += 1
         self.life += 1
         data, pieces = event.data, self.notes.pieces
-        text, around = split_delta(data)
+        text, around = split_delta(data) if len(data) < _SHORT_JSON else ("", ())
         if text and around == self._around and event.type == "message":
             self._take_text(text, out)
         elif data.strip() == "[DONE]":
@@ -1413,9 +1416,8 @@ class TextAnswer(Answer):
             payload = check_payload(load_event(event), data, event.type)
             self._take_payload(payload, data, out)
             if around != self._around:  # forgotten even if it might come again: usage in it counts where it came last
-                plain = text and self.notes.pieces == pieces + 1 and len(data) < _SHORT_JSON
-                plain = plain and data.count('"delta"') == 1 and is_only_text(payload, text)
-                self._around = around if plain else ()
+                once = text and self.notes.pieces == pieces + 1 and data.count('"delta"') == 1
+                self._around = around if once and is_only_text(payload, text) else ()
 
     def _take_payload(self, payload: dict[str, Any], data: str, out: list[bytes]) -> None:
         usage = '"usage"' in data and (payload.get("usage", payload) or data.count('"usage"') > 1)  # mostly null
@@ -1519,11 +1521,10 @@ _ANY_EVENT = re.compile(rb"(?:[^\n]+\n)*?\r?\n|(?:[^\r]+\r)*\r|.+", re.DOTALL)  
 
 def split_events(block: bytes) -> list[bytes]:
     """Return the bytes of each event in a block of whole ones; a line end more than they need is by itself."""
-    if block.find(b"\r") >= 0:  # "in" would raise an error within, and drop it
+    # To ask with "in" would raise an error within, and drop it.
+    if block[:1] == b"\n" or block.find(b"\n\n\n") >= 0 or block.find(b"\r") >= 0:
         return _ANY_EVENT.findall(block)
-    *pieces, rest = block.split(b"\n\n")
-    pieces = [piece + b"\n\n" for piece in pieces]
-    return [*pieces, rest] if rest else pieces
+    return [event + b"\n\n" for event in block.split(b"\n\n")[:-1]]
 
 
 class EventCutter:
@@ -1580,7 +1581,8 @@ _DATA_LINES = re.compile(r"(?:data: ?\{[^\n]*\n\n)+")
 def is_dull(event: bytes) -> bool:
     """Tell whether one event just goes on with an answer, and has no usage: also one that is typed, or has blanks."""
     text = event.decode("latin-1")
-    if '"finish_reason":"' in text or ('"usage"' in text and '"usage":null' not in text):  # mostly, where it is not
+    has_usage = '"usage"' in text and text.count('"usage"') > text.count('"usage":null')
+    if has_usage or '"finish_reason":"' in text:  # mostly, where it is not
         return False
     if text[:5] == "data:" and text[-2:] == "\n\n" and goes_on(text):  # mostly, where it is
         return True
@@ -1833,42 +1835,36 @@ def encode_head(line: str, fields: Mapping[str, str]) -> bytes:
     return "\r\n".join((line, *map(": ".join, fields.items()), "\r\n")).encode("latin-1")
 
 
-class FieldLines(dict[str, "tuple[str, str]"]):
-    """The name, in lower case, and the value of each field line that is looked up.  Raises ValueError.
+def parse_field_line(line: str, blanks: str = "") -> tuple[str, str]:
+    """Return the name, in lower case, and the value in a field line.  Raises ValueError.
 
-    Of heads, most lines are those of the one before: they are remembered, but for what is long, or a secret.  A Memo
-    would remember secrets, too.
+    blanks: which of them do no harm before the colon.
+    """
+    name, colon, value = line.partition(":")
+    name = _FIELD_NAMES[name.rstrip(blanks)]
+    if not (name and colon and is_field_value(value)):
+        raise ValueError("a header field is not in HTTP's grammar")
+    return name, value.strip(" \t")
+
+
+class FieldLines(Memo):
+    """What parse_field_line makes of each line.
+
+    Of heads, most lines are those of the one before: they are remembered, but for what is long, or a secret.
     """
 
-    def __init__(self, lenient: bool = False) -> None:
-        """lenient: blanks before the colon do no harm, as in an answer."""
-        super().__init__()
-        self._blanks = " \t" if lenient else ""
-
-    def __missing__(self, line: str) -> tuple[str, str]:
-        name, colon, value = line.partition(":")
-        name, is_secret = _FIELD_NAMES[name.rstrip(self._blanks)]
-        if not (name and colon and is_field_value(value)):
-            raise ValueError("a header field is not in HTTP's grammar")
-        field = name, value.strip(" \t")
-        if len(line) < 100 and not is_secret:
-            if len(self) >= MAX_FIELD_LINES:
-                self.clear()
-            self[line] = field
-        return field
-
-
-def parse_field_name(name: str) -> tuple[str, bool]:
-    """Return the name of a field in lower case, "" if it is none, and whether its value may be a secret."""
-    name = name.lower() if _FIELD_NAME.fullmatch(name) else ""
-    return name, bool(_SECRET_FIELD.search(name))
+    def _keeps(self, key: str, value: tuple[str, str]) -> bool:
+        return len(key) < 100 and not _HAS_SECRETS[value[0]]
 
 
 # Found in their names.  In Sec-WebSocket-Protocol, pages send OpenAI's realtime API a key; "tokens" are counted.
 _SECRET_FIELD = re.compile("auth|cookie|credential|jwt|key|pass|protocol|secret|session|signature|token(?!s)")
-_FIELD_NAMES: dict[str, tuple[str, bool]] = Memo(parse_field_name, 256)
-_STRICT_LINES = FieldLines()
-_LENIENT_LINES = FieldLines(lenient=True)
+_HAS_SECRETS: dict[str, bool] = Memo(lambda name: bool(_SECRET_FIELD.search(name)), 256)
+# By a name as it was sent: in lower case; "" if it is none.
+_FIELD_NAMES: dict[str, str] = Memo(lambda name: name.lower() if _FIELD_NAME.fullmatch(name) else "", 256)
+_STRICT_LINES = FieldLines(parse_field_line, MAX_FIELD_LINES)
+# In an answer, blanks before the colon do no harm.
+_LENIENT_LINES = FieldLines(functools.partial(parse_field_line, blanks=" \t"), MAX_FIELD_LINES)
 
 
 def parse_fields(lines: Sequence[str], known: FieldLines = _STRICT_LINES) -> dict[str, str]:

@@ -1279,6 +1279,16 @@ def test_answer_is_the_same_whether_an_event_is_parsed_or_known_but_for_its_text
         assert seen[0] == seen[1]
 
 
+def test_answer_parses_no_second_event_that_is_like_the_first_but_for_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    load, parsed = streamproxy.load_event, []
+    monkeypatch.setattr(streamproxy, "load_event", lambda event: (parsed.append(event.data), load(event))[1])
+    long = "x" * streamproxy._SHORT_JSON
+    texts = ["a", "b", "c", "\n", "d", long, "e", "f"]
+    answer, out = answer_to(*(event(as_sent(piece(text, noise=str(at)))) for at, text in enumerate(texts)), STOP, DONE)
+    assert out.decode() == "".join(texts) and answer.state == answer.DONE
+    assert [texts.index(json.loads(data)["choices"][0]["delta"]["content"]) for data in parsed[:-1]] == [0, 3, 5, 6]
+
+
 def test_answer_fails_with_an_error_event_that_is_like_the_text_before_it() -> None:
     answer, out = answer_to(event(as_sent(piece("a"))), b"event: error\n" + event(as_sent(piece())))
     assert out == b"a" and answer.failure
@@ -2161,6 +2171,16 @@ def test_events_in_which_a_completion_just_goes_on(block: bytes, count: int) -> 
     assert streamproxy.goes_on(block.decode("latin-1")) == count
 
 
+@pytest.mark.parametrize("ends", [(b"\n\n",), (b"\r\n\r\n",), (b"\n\n", b"\r\n\r\n")])
+@pytest.mark.parametrize("spare", [[], [b"\n"], [b"\n", b"\n"]])
+def test_events_of_a_block_are_split_and_a_line_end_too_many_is_by_itself(
+    ends: tuple[bytes, ...], spare: list[bytes]
+) -> None:
+    events = [line + end for end in ends for line in (b"data: a", b"event: b\ndata: c", b": d")]
+    pieces = [*spare, *(piece for event in events for piece in (event, *spare))]
+    assert streamproxy.split_events(b"".join(pieces)) == pieces and streamproxy.split_events(b"") == []
+
+
 @pytest.mark.parametrize(("piece", "dull"), [
     (C, True), (delta("a"), True), (delta("a").replace(b"\n", b"\r\n"), True),
     (event({"choices": [{"delta": {}}]}), True), (delta("a", "stop"), False),
@@ -2173,6 +2193,7 @@ def test_events_in_which_a_completion_just_goes_on(block: bytes, count: int) -> 
     (event({"type": "message_delta"}), False), (b"event: x.partial_image\ndata: {}\n\n", True),
     (b"event: error\ndata: {}\n\n", False),
     (delta("a").replace(b"\n\n", b"\rdata: [DONE]\n\n"), False), (C[:-1], False), (b": x\n\n", False),
+    (compact(usage=None, x={"usage": {"y": 1}}), False), (event({**json.loads(C[6:]), "usage": {"x": 1}}), False),
     (b"event: delta\ndata: {}\ndata: {}\n\n", False),
 ])  # fmt: skip
 def test_event_that_need_not_be_looked_at(piece: bytes, dull: bool) -> None:
@@ -2442,7 +2463,7 @@ def test_head_of_upstream_with_more_than_100_fields_is_said_to_have_too_many() -
 
 
 def test_head_lines_are_remembered_but_not_for_ever_nor_long_ones_nor_secrets() -> None:
-    known = streamproxy.FieldLines()
+    known = streamproxy.FieldLines(streamproxy.parse_field_line, streamproxy.MAX_FIELD_LINES)
     for number in range(3 * streamproxy.MAX_FIELD_LINES):
         assert known[f"Name: \t{number} "] == ("name", str(number))
         assert len(known) <= streamproxy.MAX_FIELD_LINES
@@ -6049,6 +6070,19 @@ def test_log_holds_no_query_and_cannot_be_forged(
     entry = log_entries(caplog, 1)[0]
     assert re.search(r' path="/a\[2Jb=c\\u00ff\\"" status=404 ', str(entry)), str(entry)
     assert "secret" not in caplog.text and re.fullmatch("[0-9a-f]{16}", entry["id"])
+
+
+def test_log_cuts_a_method_and_a_path_that_are_long_in_the_line_and_in_the_step(
+    server: streamproxy.Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "streamproxy")
+    with Client(server) as client:
+        client.send(b"%b /%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % (b"M" * 1000, b"p" * 1000))
+        assert client.head().status == 404
+    wait_for(lambda: " status=404 " in caplog.text)
+    entries = [record.msg for record in caplog.records if "method" in record.msg]
+    told = [(entry["method"], entry["path"]) for entry in entries]
+    assert told == [("M" * 20, "/" + "p" * 199)] * 2
 
 
 def test_log_does_not_quote_a_request_line_that_it_cannot_read(
