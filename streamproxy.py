@@ -3845,7 +3845,8 @@ class Workers:
         self._threads: set[threading.Thread] = set()
         self._starting = 0  # threads that were started and are not yet among those
         self._parked = 0
-        self._taken = self._seen = 0  # jobs, in all; and when that was last looked at
+        self._taken = 0  # jobs, in all
+        self._seen, self._seen_at = 0, 0.0  # so many when they were last seen to be more, and when, by _clock
         self._alarm = Alarm(loop, self._relieve)
         self._loop = loop
 
@@ -3881,14 +3882,24 @@ class Workers:
             return self._jobs.qsize() > self._parked + self._starting
 
     def _relieve(self) -> None:
-        """Add as many threads as there are if they have taken no job since the last look: they wait for somebody."""
+        """Add as many threads as there are if they have taken no job for a while: they wait for somebody."""
         if self._short():
-            if self._taken == self._seen:
+            now = self._clock()
+            if self._taken != self._seen:
+                self._seen, self._seen_at = self._taken, now
+            elif now >= self._seen_at + RELIEF_PAUSE:
+                self._seen_at = now
                 for _ in range(max(1, min(len(self), self._jobs.qsize()))):
                     if not self._add():
                         break
-            self._seen = self._taken
             self._alarm.by(self._loop.now + RELIEF_PAUSE)
+
+    @staticmethod
+    def _clock() -> float:
+        """Seconds that threads had.  Those in which the loop ran count a tenth: they hardly get the interpreter then,
+        and to start more of them would hold up the loop.
+        """
+        return time.monotonic() - 0.9 * time.thread_time()
 
     def _add(self) -> bool:
         with self._lock:

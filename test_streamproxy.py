@@ -4269,6 +4269,23 @@ def test_workers_are_a_few_and_more_where_those_are_held_up() -> None:
         assert len(threads.workers) == streamproxy.MAX_WORKERS
 
 
+def test_workers_are_no_more_while_it_is_the_loop_that_keeps_them_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+
+    def always() -> float:
+        looks.append(time.monotonic())
+        return looks[-1] / 0.9
+
+    with Threads() as threads:
+        monkeypatch.setattr(time, "thread_time", always)
+        for number in range(40):
+            threads.run(number)
+        threads.turn_until(lambda: len(looks) >= 20)
+        assert len(threads.workers) == streamproxy.MAX_WORKERS
+        monkeypatch.setattr(time, "thread_time", lambda: 0.0)
+        threads.turn_until(lambda: len(threads.workers) >= 40)
+
+
 def test_jobs_for_which_no_thread_can_be_started_are_done_by_those_there_are() -> None:
     with Threads() as threads:
         threads.run(0)
