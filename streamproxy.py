@@ -5930,18 +5930,21 @@ class Source(Stateful):
         """Listen to upstream unless the client has to read first (back-pressure), and send while there is more to."""
         if self.state in (self.DIALING, self.OVER):
             return
-        events = WRITE if self.state == self.SENDING else 0
+        events, call = (WRITE, self.on_sending) if self.state == self.SENDING else (0, self.on_ready)
         events |= 0 if self.stream.viewer.blocked else READ
         if events:
-            self.hub.loop.watch(self.connection.sock, events, self.on_ready)
+            self.hub.loop.watch(self.connection.sock, events, call)
         else:
             self.hub.loop.unwatch(self.connection.sock)
 
+    def on_sending(self, events: int) -> None:
+        """Send on, and hear what upstream says meanwhile."""
+        self._send()
+        if not self.stream.viewer.blocked:
+            self.on_ready(events)
+
     def on_ready(self, events: int) -> None:
-        if self.state == self.SENDING:
-            self._send()
-            if self.stream.viewer.blocked:
-                return
+        """Hear what upstream says."""
         data = self.connection.read()
         if data is None:
             return
@@ -6034,10 +6037,17 @@ class Source(Stateful):
     def _take(self, body: BodyDecoder, data: bytes, closed: bool = False) -> None:
         """Pass on what data adds to the answer; closed: it is the last of the connection."""
         answer, stream, now = self.answer, self.stream, self.hub.loop.now
-        life = answer.life
         data = body.feed(data)
-        out = data if self.state == self.FLOWING and answer.skim(data) else answer.feed(data)
-        if body.complete or body.broken or closed:
+        ends = closed or body.complete or body.broken
+        if self.state == self.FLOWING and not ends and answer.skim(data):  # mostly
+            self.since = now
+            self._note_text(now)
+            if stream.viewer.take(data):
+                self.watch()
+            return
+        life = answer.life
+        out = answer.feed(data)
+        if ends:
             out += answer.close(self._cut(body))
         is_first = answer.notes.pieces != self._pieces and self._note_text(now)
         if answer.state == answer.DONE or answer.failure:
