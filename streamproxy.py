@@ -5442,7 +5442,9 @@ class TlsConnection(Connection):
         return plain
 
     def flush(self) -> bool:
-        while self._push() and self._unsent:
+        while self._push():
+            if not self._unsent:
+                return True
             piece = self._unsent[0]
             sent = self._tls.write(piece[:READ_SIZE])
             if sent < len(piece):
@@ -5450,7 +5452,7 @@ class TlsConnection(Connection):
                 self._push()
                 return False
             del self._unsent[0]
-        return not self._unsent
+        return False
 
     def close(self) -> None:
         """Say so first (RFC 8446 section 6.1); what was sent of a request tells what that is worth."""

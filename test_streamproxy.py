@@ -7269,6 +7269,16 @@ def test_body_is_sent_as_the_socket_takes_it(both_ends: Any) -> None:
     assert got == b"head" + body + b"tail"
 
 
+def test_what_was_sent_has_left(both_ends: Any) -> None:
+    connection, peer = both_ends
+    sent = 0
+    while connection.write(b"x" * 30_000):
+        sent += 30_000
+    got = 0
+    while got < sent:  # without a further flush
+        got += len(peer.recv(1 << 20))
+
+
 def test_answer_comes_while_a_body_is_sent_and_after_it_cannot_be(both_ends: Any) -> None:
     connection, peer = both_ends
     assert not connection.write(b"x" * 20_000_000)
