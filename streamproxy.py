@@ -3832,7 +3832,7 @@ NO_THREAD = "no thread can be started: the system's limit is reached"
 class Workers:
     """Threads for what may block, or take its time: a few, parked for good, and more while those are held up.
 
-    run and close belong to the loop's thread.
+    run belongs to the loop's thread, and close to whoever has ended that.
     """
 
     def __init__(
@@ -3841,17 +3841,19 @@ class Workers:
         """start has a new thread make a call.  report takes the words where none can be started."""
         self._start, self._report = start, report
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards _threads, _parked and _taken
+        self._lock = threading.Lock()  # guards _threads and the counts
         self._threads: set[threading.Thread] = set()
         self._starting = 0  # threads that were started and are not yet among those
         self._parked = 0
-        self._taken = 0  # jobs, in all
-        self._seen, self._seen_at = 0, 0.0  # so many when they were last seen to be more, and when, by _clock
+        self._given = self._taken = 0  # jobs, in all
+        self._seen, self._seen_at = 0, 0.0  # how many were taken when that was last seen to grow; and when, by _clock
         self._alarm = Alarm(loop, self._relieve)
         self._loop = loop
 
     def run(self, job: Callable[[], object]) -> None:
         """Have a thread do a job, which says by itself what came of it."""
+        with self._lock:
+            self._given += 1
         self._jobs.put(job)
         if self._short() and len(self) < MAX_WORKERS:
             self._add()
@@ -3878,26 +3880,27 @@ class Workers:
 
     def _short(self) -> bool:
         """Tell whether there are jobs that no parked thread is about to take."""
-        with self._lock:
-            return self._jobs.qsize() > self._parked + self._starting
+        with self._lock:  # what was got from _jobs is not taken yet, and who got it is still among those parked
+            return self._given - self._taken > self._parked + self._starting
 
     def _relieve(self) -> None:
-        """Add as many threads as there are if they have taken no job for a while: they wait for somebody."""
+        """Add as many threads as there are if they take no job: they wait for somebody."""
         if self._short():
             now = self._clock()
             if self._taken != self._seen:
                 self._seen, self._seen_at = self._taken, now
             elif now >= self._seen_at + RELIEF_PAUSE:
                 self._seen_at = now
-                for _ in range(max(1, min(len(self), self._jobs.qsize()))):
+                for _ in range(max(1, min(len(self), self._given - self._taken))):
                     if not self._add():
                         break
             self._alarm.by(self._loop.now + RELIEF_PAUSE)
 
     @staticmethod
     def _clock() -> float:
-        """Seconds that threads had.  Those in which the loop ran count a tenth: they hardly get the interpreter then,
-        and to start more of them would hold up the loop.
+        """Seconds that threads had, by the loop's thread, whose time this reads: those in which that ran count a tenth.
+
+        Threads hardly get the interpreter then, and to start more of them would hold up the loop.
         """
         return time.monotonic() - 0.9 * time.thread_time()
 
@@ -3936,7 +3939,7 @@ class Workers:
     def _park(self) -> bool:
         """Count a thread among those that wait for a job, unless there are enough."""
         with self._lock:
-            few = self._parked < MAX_WORKERS or self._jobs.qsize() > 0
+            few = self._parked < MAX_WORKERS or self._given > self._taken
             self._parked += few
             return few
 

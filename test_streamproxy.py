@@ -4286,6 +4286,31 @@ def test_workers_are_no_more_while_it_is_the_loop_that_keeps_them_from_running(m
         threads.turn_until(lambda: len(threads.workers) >= 40)
 
 
+def test_job_is_done_while_the_thread_that_seemed_free_has_just_got_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    holds, got, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    class Jobs(queue.SimpleQueue):  # type: ignore[type-arg]
+        def get(self) -> Any:
+            job = super().get()
+            if holds.is_set():
+                got.set()
+                go_on.wait(DEADLINE)
+            return job
+
+    monkeypatch.setattr(queue, "SimpleQueue", Jobs)
+    with Threads() as threads:
+        threads.go.release()
+        threads.run(0)
+        wait_for(lambda: threads.done == [0])
+        holds.set()
+        threads.run(1)  # which waits
+        assert got.wait(DEADLINE)
+        threads.workers.run(lambda: threads.done.append(2))
+        holds.clear()
+        go_on.set()
+        threads.turn_until(lambda: threads.done == [0, 2])
+
+
 def test_jobs_for_which_no_thread_can_be_started_are_done_by_those_there_are() -> None:
     with Threads() as threads:
         threads.run(0)
