@@ -250,6 +250,10 @@ class Memo(dict["Any", "Any"]):
 # 2 ------------------------------------------------------------------- Errors
 
 
+# How something ends, wherever it has a method of this name.  refuse: with an error for an answer.  abort and fail: so
+# that the client can tell.  drop: at once, and mostly nobody is told.  cut: without the end that a whole one has.
+
+
 class ProxyError(Exception):
     """Why a request failed: a sentence for the client, a status, and the log's word for the ending.
 
@@ -3769,10 +3773,12 @@ class Loop:
             if not self._alarms or self._alarms[0][0] > self.now:
                 break
             when, alarm = heapq.heappop(self._alarms)
-            if alarm.at == when:
-                alarm.at = math.inf
-                if alarm.call:
-                    self._call(alarm.call)
+            if alarm.at != when:
+                self.stale -= 1
+                continue
+            alarm.at = math.inf
+            if alarm.call:
+                self._call(alarm.call)
 
     def _run(self) -> None:
         self._owner = threading.get_ident()
@@ -4123,6 +4129,7 @@ class Peer:
     """A client's socket, which the loop reads from and writes to without waiting."""
 
     resets = False  # when it is closed, or the process dies, the client sees an error
+    listens = True  # what comes is read
 
     def __init__(self, sock: socket.socket, loop: Loop) -> None:
         """sock must not block."""
@@ -4132,7 +4139,11 @@ class Peer:
         self._watch()
 
     def _watch(self) -> None:
-        self.loop.watch(self.sock, READ | WRITE if self.pending else READ, self.on_ready)
+        events = (READ if self.listens else 0) | (WRITE if self.pending else 0)
+        if events:
+            self.loop.watch(self.sock, events, self.on_ready)
+        else:
+            self.loop.unwatch(self.sock)
 
     def on_ready(self, events: int) -> None:
         if events & WRITE:
@@ -4148,6 +4159,12 @@ class Peer:
                 self.on_data(data)
             else:
                 self._lose()
+
+    def listen(self, wanted: bool) -> None:
+        """Read what comes, or leave it where it is, and its end behind it."""
+        if wanted != self.listens and not self.lost:
+            self.listens = wanted
+            self._watch()
 
     def send(self, data: bytes) -> None:
         """Send data, or keep what the socket does not take: then on_drained is called once it has."""
@@ -4217,10 +4234,10 @@ class Peer:
 class Client(Peer, Stateful):
     """A connection of HTTP/1.1: its requests, one after the other.
 
-    IDLE -> HEAD -> ANSWERING -> IDLE, and from any of them CLOSED.  HEAD: a part of it has come.  ANSWERING: the whole
-    head has; it goes to BODY and back where the request is let in and has one.  It goes by LINGERING where it was
-    answered before the body was there: the rest is dropped, for to close with bytes unread would reset the connection,
-    and the client would never see why it was refused.
+    IDLE -> HEAD -> ANSWERING -> IDLE, and from any of them CLOSED.  HEAD: a part of it has come, and no more yet.
+    ANSWERING: the whole head has, or it cannot be read; it goes to BODY and back where the request is let in and has
+    one.  It goes by LINGERING where it was answered before the body was there: the rest is dropped, for to close with
+    bytes unread would reset the connection, and the client would never see why it was refused.
     """
 
     IDLE, HEAD, BODY, ANSWERING, LINGERING, CLOSED = range(6)
@@ -4248,25 +4265,20 @@ class Client(Peer, Stateful):
         if self.state == self.LINGERING:
             self._linger(data)
             return
-        self.data = self.data + data if self.data else data
+        self._keep(self.data + data if self.data else data)
         if self.state == self.BODY:
             if self._read_body() and self.exchange:
                 self.loop.begin(self.exchange.on_whole_body)
             return
         if self.state == self.IDLE or (self.state == self.HEAD and (b"\n" in data or len(self.data) > MAX_HEAD_SIZE)):
             self.loop.begin(self.begin)
-        if len(self.data) > MAX_PIPELINED:
-            if self.exchange and self.exchange.request.body.complete:
-                self.exchange.drop(Aborted("The client sent too much while its answer was on its way."))
-            else:  # nor is its end seen, until what came is taken
-                self.loop.unwatch(self.sock)
+        if not self.listens and self.exchange and self.exchange.request.body.complete:
+            self.exchange.drop(Aborted("The client sent too much while its answer was on its way."))
 
     def begin(self) -> None:
         """Begin with the request that is there, if one is."""
         if self.state > self.HEAD or self.lost:
             return
-        if len(self.data) > MAX_PIPELINED:  # where on_data stops listening
-            self._watch()
         try:
             parsed = parse_request_head(self.data)
         except RequestError as error:
@@ -4275,7 +4287,8 @@ class Client(Peer, Stateful):
         if parsed:
             if self.state == self.IDLE:
                 self.since = self.loop.now
-            request, self.data = parsed
+            request, rest = parsed
+            self._keep(rest)
             exchange = self._exchange_for(request)
             exchange.step(exchange.dispatch)
         elif self.state == self.IDLE and self.data.strip(b"\r\n"):  # empty lines are none of a request
@@ -4285,8 +4298,6 @@ class Client(Peer, Stateful):
     def expect_body(self) -> bool:
         """Read the body of the request; tell if it is there, whole and good.  Else its exchange is told once it is."""
         self.state = self.BODY
-        if len(self.data) > MAX_PIPELINED and not self.lost:
-            self._watch()
         return self._read_body()
 
     def on_answered(self, cut: bool) -> None:
@@ -4301,8 +4312,8 @@ class Client(Peer, Stateful):
             if not self.keeps_alive:
                 with contextlib.suppress(OSError):
                     self.sock.shutdown(socket.SHUT_WR)
-            self._watch()
-            data, self.data = self.data, b""
+            data = self.data
+            self._keep(b"")
             self._set_alarm()
             self._linger(data)
         elif self.keeps_alive:
@@ -4369,6 +4380,11 @@ class Client(Peer, Stateful):
         with contextlib.suppress(OSError):
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", wanted, 0))
 
+    def _keep(self, data: bytes) -> None:
+        """Keep what came and is not taken; while that is much, no more is read, nor is the client's end seen."""
+        self.data = data
+        self.listen(len(data) <= MAX_PIPELINED)
+
     def _exchange_for(self, request: Request) -> Exchange:
         self.state, self.keeps_alive = self.ANSWERING, request.keeps_alive
         self.proxied = self.proxied or not _PROXY_FIELDS.isdisjoint(request.fields)
@@ -4395,7 +4411,7 @@ class Client(Peer, Stateful):
         assert exchange
         body = exchange.request.body
         self.body += body.feed(self.data)
-        self.data = body.rest
+        self._keep(body.rest)
         if body.complete:
             self.state = self.ANSWERING
         else:
@@ -4412,7 +4428,7 @@ class Client(Peer, Stateful):
         """Drop what is left of a request: a little for the sake of the connection, else until the client closes."""
         self._rest.feed(data)
         if self.keeps_alive and self._rest.complete:
-            self.data = self._rest.rest
+            self.data, self.since = self._rest.rest, self.loop.now
             self._expect_head()
         elif self._rest.broken:
             self.keeps_alive = False
@@ -4442,10 +4458,10 @@ class Client(Peer, Stateful):
             self._set_alarm()
         elif self.state in (self.HEAD, self.BODY):
             self._refuse(RequestError("The request did not arrive in time.", 408))
-        elif self.exchange:
-            self.exchange.drop(Aborted("The client stopped reading."))
+            if self.pending:  # it did not take what it was told before, either
+                self.on_blocked()
         else:
-            self.close()
+            self.drop(Aborted("The client stopped reading."))
 
 
 # What proxies say of themselves.  In a drain, one may send a request on a connection as long as that is open; if we
@@ -4482,7 +4498,8 @@ class Exchange:
         self.lead = -self.began_at
         self.stream: Stream | Watch | TestStream | None = None
 
-    # What is asked.
+    # What is asked: dispatch, _admit, _look at the token file, _enter, _expect_body, and what asks upstream, mostly
+    # _ask_by.  It waits for one thing at a time, and _then goes on.
 
     def step(self, step: Callable[[], None]) -> None:
         """Make a step; where it fails, the client is told."""
@@ -5858,8 +5875,8 @@ class Source(Stateful):
     """One try of a call: the request out, the answer in.
 
     DIALING -> SENDING -> AWAITING -> FLOWING -> ENDING, and from any of them OVER.  SENDING: upstream is listened to
-    meanwhile, for it may refuse what it has not read.  AWAITING: the first event.  ENDING: all but a word or two has
-    come; if more does, it is FLOWING again.
+    meanwhile, for it may answer what it has not read, and so be FLOWING or ENDING next.  AWAITING: the first event.
+    ENDING: all but a word or two has come; if more does, it is FLOWING again.
     """
 
     DIALING, SENDING, AWAITING, FLOWING, ENDING, OVER = range(6)
@@ -5873,7 +5890,7 @@ class Source(Stateful):
     )
 
     connection: Connection  # from SENDING on
-    _sent_at = 0.0
+    _asked_at = 0.0
     _dial: Job | None = None
     _lifeline: Lifeline | None = None  # by which that can be ended
     _head = b""  # what came of the answer's head, until it is whole
@@ -5924,7 +5941,7 @@ class Source(Stateful):
 
     def conclude(self) -> None:
         """Wait no longer for what follows the last event: the answer is what it is."""
-        self._take(BodyDecoder(0), b"")
+        self._take(BodyDecoder(0), b"")  # as if the body had ended
 
     def late(self) -> UpstreamError:
         """Return the failure for a state that has lasted too long."""
@@ -5932,7 +5949,10 @@ class Source(Stateful):
         return UpstreamError(f"Upstream took too long {words}.", 504, "aborted", reason=setting)
 
     def watch(self) -> None:
-        """Listen to upstream unless the client has to read first (back-pressure), and send while there is more to."""
+        """Listen to upstream unless the client has to read first (back-pressure), and send while there is more to.
+
+        Called where either may have changed.
+        """
         if self.state in (self.DIALING, self.OVER):
             return
         events, call = (WRITE, self.on_sending) if self.state == self.SENDING else (0, self.on_ready)
@@ -5983,7 +6003,7 @@ class Source(Stateful):
         self.connection, self.stream.asked = connection, True
         self.hub.metrics.values["upstream_connections_total"]["true" if connection.reused else "false",] += 1
         self.state, self.since = self.SENDING, self.hub.loop.now
-        self._sent_at = self.since
+        self._asked_at = self.since
         call = self.stream.call
         if self.hub.tells:
             self.stream.tell(
@@ -5999,15 +6019,16 @@ class Source(Stateful):
             done = self.connection.write(head, body) if head else self.connection.flush()
         except OSError:  # it may have answered without reading all
             done = True
-        if done:
-            self.state = self.AWAITING
-            if not head:
-                self.watch()
+        if done and self.state == self.SENDING:
+            self.state = self.FLOWING if self.answer.notes.events else self.AWAITING
+        if done and not head:
+            self.watch()
+            self.stream.set_alarm()
 
     def _take_head(self, data: bytes) -> None:
         """Read on in the head of the answer; b"" is the end of the connection."""
         if not data:
-            stale = self.connection.reused and not self._head and self.hub.loop.now < self._sent_at + STALE_WINDOW
+            stale = self.connection.reused and not self._head and self.hub.loop.now < self._asked_at + STALE_WINDOW
             self.stream.fail(_no_answer(), stale)
             return
         self._head += data
@@ -6092,7 +6113,9 @@ class Source(Stateful):
         return UpstreamError("Upstream closed the connection within its answer.", ending="truncated")
 
     def _conclude(self, answer: Answer, out: bytes) -> None:
-        """End the stream with an answer that is done, or that failed and of which nothing more than out passes."""
+        """End the stream with an answer that is done, or that failed; out is the last of it, but for what comes within
+        the moment.
+        """
         stream = self.stream
         stream.record.append(out)
         if answer.state == Answer.DONE:
@@ -6131,7 +6154,7 @@ class Record:
 
 
 class Viewer(Stateful):
-    """Sends an answer to one client: SILENT -> OPEN (the head has left) -> LAST (the end is queued) -> OVER."""
+    """Sends an answer to one client: SILENT -> OPEN (the head leaves) -> LAST (the end is queued) -> OVER."""
 
     SILENT, OPEN, LAST, OVER = range(4)
 
@@ -6139,7 +6162,7 @@ class Viewer(Stateful):
         """begin tells, when the first bytes leave, the head that goes before them, and whether the body is chunked."""
         self.record, self.client = record, client
         self.state = self.SILENT
-        self.since = client.loop.now  # when something was last sent
+        self.since = client.loop.now  # when something was last sent, or the client had taken what was
         self.intact = False  # the body ends as it should
         self._begin = begin
         self._head = self._tail = b""  # what goes before what leaves next, and behind it
@@ -6326,7 +6349,8 @@ class Stream:
     def set_alarm(self) -> None:
         """Look at the clocks when the next is due, at the latest.  Called where one may have come nearer.
 
-        While the client has to read, upstream's clocks stand still; and none counts once upstream is done with.
+        While the client has to read, upstream's are not looked at, and start anew once it has; and none counts once
+        upstream is done with.
         """
         if not self._source:
             return

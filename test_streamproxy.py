@@ -10087,6 +10087,82 @@ def test_large_body_that_comes_while_the_token_file_is_looked_at_is_taken(tmp_pa
         assert sent["messages"] == [{"role": "user", "content": "x" * 300_000}]
 
 
+def test_answer_that_is_whole_before_the_request_is_sent_waits_for_nothing_more() -> None:
+    with StillServer() as still, still.client() as client:
+        client.ask(PROMPT)
+        still.turn(2)
+        next(iter(still.server.clients)).exchange.stream.call.body = b"x" * 3_000_000  # more than is taken at once
+        upstream = still.connect()
+        upstream.send(STREAM_HEAD, chunk(A + STOP))
+        still.turn(2)
+        upstream.sock.setblocking(False)
+        for _ in range(1000):
+            with contextlib.suppress(BlockingIOError):
+                upstream.sock.recv(1 << 20)
+            still.turn()
+        still.at(streamproxy.END_GRACE)
+        assert client.head().status == 200 and client.body() == b"a"
+
+
+def test_request_to_upstream_is_sent_on_while_its_answer_comes() -> None:
+    with StillServer(idle_timeout=3) as still, still.client() as client:
+        client.ask(PROMPT)
+        still.turn(2)
+        next(iter(still.server.clients)).exchange.stream.call.body = body = b"x" * 3_000_000
+        upstream = still.connect()
+        upstream.send(STREAM_HEAD, chunk(A))
+        still.turn(2)
+        upstream.seen = upstream.seen.replace(b"x", b"")
+        assert read_call(still, upstream)[1] == body
+        still.at(3)
+        assert client.head().status == 200 and client.exactly(6) == b"1\r\na\r\n" and client.rest() == b""
+        assert still.lines.requests[0]["ending"] == "aborted"
+
+
+@pytest.mark.parametrize("comes", [b"", b'{"prompt": "x"}'])
+def test_client_that_takes_no_100_nor_what_is_told_behind_it_is_dropped(comes: bytes) -> None:
+    with StillServer(client_timeout=5) as still, still.client() as client:
+        asking = next(iter(still.server.clients))
+        near, asking.sock = asking.sock, Full(asking.sock)  # type: ignore[assignment]
+        client.send(b"POST / HTTP/1.1\r\n" + H + b"Content-Length: 15\r\nExpect: 100-continue\r\n\r\n")
+        still.turn(2)
+        assert asking.pending
+        client.send(comes)
+        still.turn(2)
+        for seconds in (5, 10):
+            still.at(seconds)
+            still.turn()
+        assert near.fileno() == -1 and not still.server.clients and not still.server.snapshot()["streams"]
+        assert len(still.lines.requests) == 1
+
+
+def test_answer_leaves_though_its_client_sends_more_than_is_listened_to() -> None:
+    with StillServer(client_timeout=5) as still, still.client() as client:
+        asking = next(iter(still.server.clients))
+        near, asking.sock = asking.sock, Full(asking.sock)  # type: ignore[assignment]
+        client.send(b"POST /healthz/stream?events=1 HTTP/1.1\r\n" + H + b"Content-Length: 1000000\r\n\r\n")
+        still.turn(2)
+        assert asking.pending
+        assert send_some(still, client, b"x" * 1_000_000)
+        asking.sock = near
+        still.turn(2)
+        assert client.head().status == 200 and client.chunk()
+
+
+def test_connection_that_is_kept_behind_a_body_that_is_late_lives_as_long_as_any() -> None:
+    with StillServer(keep_alive_timeout=2) as still, still.client() as client:
+        client.send(b"POST /healthz HTTP/1.1\r\n" + H + b"Content-Length: 10\r\n\r\n")
+        still.turn(2)
+        assert client.head().status == 405
+        still.at(3)
+        client.send(b"x" * 10)
+        still.turn(2)
+        still.at(4.5)
+        assert still.server.clients
+        still.at(5)
+        assert not still.server.clients
+
+
 def test_looked_at_token_file_admits_nobody_who_was_refused_meanwhile(tmp_path: Path) -> None:
     with StillServer(token_file=token_file(tmp_path, "a token-a\n")) as still, still.client() as client:
         client.ask(PROMPT, Authorization="Bearer token-a")
@@ -10123,7 +10199,7 @@ class Full:
     """A socket that takes nothing as yet."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.fileno, self.recv, self.close = sock.fileno, sock.recv, sock.close
+        self.fileno, self.recv, self.close, self.shutdown = sock.fileno, sock.recv, sock.close, sock.shutdown
 
     def send(self, data: bytes) -> int:
         raise BlockingIOError
