@@ -7427,7 +7427,7 @@ def test_tunnel_that_is_refused_says_why(
     dialing = Dialing(streamproxy.Upstream(dial_settings("https://api.example/v1")))
     with listener.accept() as proxy:
         head_from(proxy)
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):  # it may have closed: it has been told enough
             proxy.sendall(answer)
             proxy.shutdown(socket.SHUT_WR)
         assert dialing.error() == (502, f"~ {reason}.")
@@ -10317,7 +10317,7 @@ def test_metrics_of_a_stream(server: streamproxy.Server, provider: Provider) -> 
     counts = {name: after[f"{name}_seconds_count"] for name in (
         "time_to_first_token", "overhead", "time_between_pieces")}  # fmt: skip
     assert counts == {"time_to_first_token": 1, "overhead": 1, "time_between_pieces": 2}
-    assert 0 < after["overhead_seconds_sum"] <= after["time_to_first_token_seconds_sum"]
+    assert 0 < after["overhead_seconds_sum"] <= after["request_duration_seconds_sum"]
     assert after["process_open_fds"] > 5 and abs(after["process_start_time_seconds"] - time.time()) < 3600
 
 
