@@ -6019,11 +6019,11 @@ class Source(Stateful):
             done = self.connection.write(head, body) if head else self.connection.flush()
         except OSError:  # it may have answered without reading all
             done = True
-        if done and self.state == self.SENDING:
+        if done:
             self.state = self.FLOWING if self.answer.notes.events else self.AWAITING
-        if done and not head:
-            self.watch()
-            self.stream.set_alarm()
+            if not head:
+                self.watch()
+                self.stream.set_alarm()
 
     def _take_head(self, data: bytes) -> None:
         """Read on in the head of the answer; b"" is the end of the connection."""
@@ -6129,7 +6129,9 @@ class Source(Stateful):
 
     def _flow(self, answer: Answer) -> None:
         if answer.state == answer.ENDING:
-            self.state = self.ENDING
+            was, self.state = self.state, self.ENDING
+            if was == self.SENDING:  # nobody needs the rest of the request
+                self.watch()
         elif answer.notes.events and self.state != self.SENDING:
             self.state = self.FLOWING
         self.stream.set_alarm()
