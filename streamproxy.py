@@ -189,10 +189,9 @@ SWITCH_INTERVAL = 0.001  # for the loop to get the interpreter from another thre
 MAX_NOTED = 256  # pauses between pieces of text that are counted together
 LAG_INTERVAL = 1.0  # between two looks at how late the loop is, while text comes
 LOOK_TIMEOUT = 1.0  # for the token file to be looked at, before its last version counts
-RELIEF_PAUSE = 0.005  # for busy threads to take another job, before more are started
 LOG_PAUSE = 0.05  # for lines of log that come together to be written together
 CLOSE_TIMEOUT = 1.0  # for threads to end with the server
-SHORTAGE_PAUSE = 0.1  # before connections are accepted again, where no descriptor was left
+SHORTAGE_PAUSE = 0.1  # before it is tried again what a lack of descriptors, or of threads, had kept from being done
 TRIM_DELAY = 0.1  # for the script's last line to have run, before what it took is given back
 ATTEMPT_DELAY = 0.25  # before the next address of a name is tried, too; RFC 8305 section 5
 DIAL_GRACE = 0.2  # over connect_timeout: the loop's clock cuts first, and has its own words for it
@@ -210,7 +209,7 @@ MAX_QUIET_CLIENTS = 10_000  # remembered for their limits although they have no 
 SPARE_CONNECTIONS = 256  # beyond two a stream: those between two requests, and those slow to send one
 BACKLOG = 1024  # of connections that wait to be accepted (socketserver: 5)
 MAX_SURPLUS = 256  # connections beyond those, which are answered that there are too many
-MAX_WORKERS = 4  # threads that are parked; more of them starve the loop of the interpreter
+MAX_WORKERS = 4  # threads that can run, or are parked; more of them starve the loop of the interpreter
 MAX_BEGINNINGS = 8  # new connections, requests, and clients that leave, of a turn of the loop
 MAX_ALARMS = 64  # that go off in a turn
 MAX_READY = 1024  # sockets seen to in a turn
@@ -3835,8 +3834,17 @@ class Job:
 NO_THREAD = "no thread can be started: the system's limit is reached"
 
 
+_of_thread = threading.local()  # workers: those that this thread is one of
+
+
+def held_up() -> contextlib.AbstractContextManager[None]:
+    """While this is entered, the thread waits for somebody; its Workers, if it has some, have another in its place."""
+    workers: Workers | None = getattr(_of_thread, "workers", None)
+    return workers.replaced() if workers else contextlib.nullcontext()
+
+
 class Workers:
-    """Threads for what may block, or take its time: a few, parked for good, and more while those are held up.
+    """Threads for what may block, or take its time: a few that can run, and one more for each that is held up.
 
     run belongs to the loop's thread, and close to whoever has ended that.
     """
@@ -3850,21 +3858,18 @@ class Workers:
         self._lock = threading.Lock()  # guards _threads and the counts
         self._threads: set[threading.Thread] = set()
         self._starting = 0  # threads that were started and are not yet among those
-        self._parked = 0
-        self._given = self._taken = 0  # jobs, in all
-        self._seen, self._seen_at = 0, 0.0  # how many were taken when that was last seen to grow; and when, by _clock
-        self._alarm = Alarm(loop, self._relieve)
+        self._parked = 0  # threads that wait for a job, or have got one and not taken it yet
+        self._held_up = 0  # threads
+        self._waiting = 0  # jobs that were not taken yet
+        self._alarm = Alarm(loop, self._fill)
         self._loop = loop
 
     def run(self, job: Callable[[], object]) -> None:
         """Have a thread do a job, which says by itself what came of it."""
         with self._lock:
-            self._given += 1
+            self._waiting += 1
         self._jobs.put(job)
-        if self._short() and len(self) < MAX_WORKERS:
-            self._add()
-        if self._short():
-            self._alarm.by(self._loop.now + RELIEF_PAUSE)
+        self._fill()
 
     def __len__(self) -> int:
         return len(self._threads) + self._starting
@@ -3873,56 +3878,54 @@ class Workers:
     def has_this_thread(self) -> bool:
         return threading.current_thread() in self._threads
 
+    @contextlib.contextmanager
+    def replaced(self) -> Iterator[None]:
+        """In a thread of these: see held_up."""
+        with self._lock:
+            self._held_up += 1
+        self._fill()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held_up -= 1
+
     def close(self, timeout: float) -> None:
         """End the threads; wait up to timeout seconds for those that are held up."""
         self._alarm.close()
         deadline = time.monotonic() + timeout
         with self._lock:
-            threads = list(self._threads)
-        for _ in range(len(self)):
+            threads, count = list(self._threads), len(self)
+            self._waiting += count
+        for _ in range(count):
             self._jobs.put(None)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _short(self) -> bool:
-        """Tell whether there are jobs that no parked thread is about to take."""
-        with self._lock:  # what was got from _jobs is not taken yet, and who got it is still among those parked
-            return self._given - self._taken > self._parked + self._starting
+    def _fill(self) -> None:
+        """Start threads for jobs that nobody is about to take, while few can run.  For any thread."""
+        while self._lacks_one():
+            try:
+                self._start(self._work)
+            except RuntimeError:
+                with self._lock:
+                    self._starting -= 1
+                self._report(NO_THREAD)
+                self._loop.post(self._try_again)
+                break
 
-    def _relieve(self) -> None:
-        """Add as many threads as there are if they take no job: they wait for somebody."""
-        if self._short():
-            now = self._clock()
-            if self._taken != self._seen:
-                self._seen, self._seen_at = self._taken, now
-            elif now >= self._seen_at + RELIEF_PAUSE:
-                self._seen_at = now
-                for _ in range(max(1, min(len(self), self._given - self._taken))):
-                    if not self._add():
-                        break
-            self._alarm.by(self._loop.now + RELIEF_PAUSE)
-
-    @staticmethod
-    def _clock() -> float:
-        """Seconds that threads had, by the loop's thread, whose time this reads: those in which that ran count a tenth.
-
-        Threads hardly get the interpreter then, and to start more of them would hold up the loop.
-        """
-        return time.monotonic() - 0.9 * time.thread_time()
-
-    def _add(self) -> bool:
+    def _lacks_one(self) -> bool:
+        """Tell whether a thread is to be started, and count it then."""
         with self._lock:
-            self._starting += 1
-        try:
-            self._start(self._work)
-        except RuntimeError:
-            with self._lock:
-                self._starting -= 1
-            self._report(NO_THREAD)
-            return False
-        return True
+            lacks = self._waiting > self._parked + self._starting and len(self) - self._held_up < MAX_WORKERS
+            self._starting += lacks
+            return lacks
+
+    def _try_again(self) -> None:
+        self._alarm.by(self._loop.now + SHORTAGE_PAUSE)
 
     def _work(self) -> None:
+        _of_thread.workers = self
         thread = threading.current_thread()
         with self._lock:
             self._starting -= 1
@@ -3931,7 +3934,7 @@ class Workers:
             job = self._jobs.get()
             with self._lock:
                 self._parked -= 1
-                self._taken += 1
+                self._waiting -= 1
             if not job:
                 break
             try:
@@ -3945,7 +3948,7 @@ class Workers:
     def _park(self) -> bool:
         """Count a thread among those that wait for a job, unless there are enough."""
         with self._lock:
-            few = self._parked < MAX_WORKERS or self._given > self._taken
+            few = self._parked < MAX_WORKERS or self._waiting > self._parked
             self._parked += few
             return few
 
@@ -5180,7 +5183,11 @@ class Deadline:
         with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
             for sock in socks:
                 selector.register(sock, events, sock)
-            return [key.data for key, _ in selector.select(min(self.left(), timeout))]
+            ready = selector.select(0)
+            if not ready:
+                with held_up():
+                    ready = selector.select(min(self.left(), timeout))
+            return [key.data for key, _ in ready]
 
 
 class Resolver:
@@ -5198,7 +5205,8 @@ class Resolver:
         try:
             ipaddress.ip_address(host)
         except ValueError:
-            return self._wait((host, port), deadline)
+            with held_up():
+                return self._wait((host, port), deadline)
         return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
 
     def _wait(self, address: tuple[str, int], deadline: Deadline) -> list[Any]:
@@ -7315,7 +7323,9 @@ class Lookout(Stateful):
         """In a thread that may wait."""
         assert self.file
         try:
-            for complaint in self.file.look():
+            with held_up():
+                complaints = self.file.look()
+            for complaint in complaints:
                 self._hub.log.error(complaint)
         finally:
             self._hub.loop.post(self._on_looked)

@@ -28,6 +28,7 @@ import queue
 import random
 import re
 import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -4245,23 +4246,26 @@ class Threads:
             raise RuntimeError("can't start new thread")
         streamproxy.start_thread(work)
 
-    def run(self, number: int) -> None:
-        """A job that waits."""
-        self.workers.run(lambda: (self.go.acquire(), self.done.append(number)))
+    def run(self, number: int, waits: Callable[[], Any] = streamproxy.held_up) -> None:
+        """A job that is held up, or else takes its time."""
+        def job() -> None:
+            with waits():
+                self.go.acquire()
+            self.done.append(number)
+        self.workers.run(job)
 
     def turn_until(self, good: Any) -> None:
         wait_for(lambda: self.loop.turn(0) or good())
 
 
-def test_workers_are_a_few_and_more_where_those_are_held_up() -> None:
+def test_workers_are_a_few_and_one_more_for_each_that_is_held_up() -> None:
     with Threads() as threads:
         for number in range(40):
             threads.run(number)
-        assert len(threads.workers) == streamproxy.MAX_WORKERS  # at once
-        threads.turn_until(lambda: len(threads.workers) >= 40)
+        wait_for(lambda: len(threads.workers) >= 40)
         for _ in range(40):
             threads.go.release()
-        threads.turn_until(lambda: len(threads.workers) == streamproxy.MAX_WORKERS)  # parked for good
+        wait_for(lambda: len(threads.workers) == streamproxy.MAX_WORKERS)  # parked for good
         assert sorted(threads.done) == list(range(40)) and not threads.reports
         threads.run(40)
         threads.go.release()
@@ -4269,21 +4273,39 @@ def test_workers_are_a_few_and_more_where_those_are_held_up() -> None:
         assert len(threads.workers) == streamproxy.MAX_WORKERS
 
 
-def test_workers_are_no_more_while_it_is_the_loop_that_keeps_them_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[float] = []
-
-    def always() -> float:
-        looks.append(time.monotonic())
-        return looks[-1] / 0.9
-
+def test_workers_are_no_more_where_they_take_their_time() -> None:
     with Threads() as threads:
-        monkeypatch.setattr(time, "thread_time", always)
         for number in range(40):
-            threads.run(number)
-        threads.turn_until(lambda: len(looks) >= 20)
-        assert len(threads.workers) == streamproxy.MAX_WORKERS
-        monkeypatch.setattr(time, "thread_time", lambda: 0.0)
-        threads.turn_until(lambda: len(threads.workers) >= 40)
+            threads.run(number, contextlib.nullcontext)
+        for number in range(40):
+            assert len(threads.workers) == streamproxy.MAX_WORKERS
+            threads.go.release()
+            wait_for(lambda number=number: len(threads.done) == number + 1)  # type: ignore[misc]
+        assert sorted(threads.done) == list(range(40)) and not threads.reports
+
+
+def test_who_waits_for_what_is_there_is_not_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    @contextlib.contextmanager
+    def held_up() -> Iterator[None]:
+        waits.append(time.monotonic())
+        yield
+
+    monkeypatch.setattr(streamproxy, "held_up", held_up)
+    near, far = socket.socketpair()
+    with near, far:
+        deadline = streamproxy.Deadline(streamproxy.Lifeline(), DEADLINE)
+        assert deadline.wait([near], selectors.EVENT_WRITE) == [near] and not waits
+        assert deadline.wait([near], selectors.EVENT_READ, 0.001) == [] and len(waits) == 1
+
+
+def test_dials_that_wait_for_upstream_keep_no_other_from_it(listener: Listener) -> None:
+    with running(None, upstream=f"https://127.0.0.1:{listener.port}") as server, contextlib.ExitStack() as stack:
+        for _ in range(30):
+            stack.enter_context(Client(server).ask(PROMPT))
+        for _ in range(30):
+            assert stack.enter_context(listener.accept()).recv(1) == b"\x16"  # of a handshake
 
 
 def test_job_is_done_while_the_thread_that_seemed_free_has_just_got_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -9958,7 +9980,7 @@ def test_fuzzed_heads_and_bodies_never_stop_the_server(provider: Provider, caplo
     with running(provider, upstream="http://127.0.0.1:9/v1", client_timeout=5.0) as server:
         for number in range(4 * ORDERS):
             with Client(server) as client:
-                with contextlib.suppress(ConnectionError):
+                with contextlib.suppress(OSError):
                     client.send(mutated(rng, rng.choice(seeds)))
                     client.sock.shutdown(socket.SHUT_WR)
                     for answer in re.findall(rb"HTTP/1\.1 (\d\d\d) ", client.rest()):
