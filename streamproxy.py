@@ -7019,14 +7019,16 @@ class KeptAnswer:
             gone = min(taken, max(size // 2, excess))
             self.record.forget(gone)
             size -= gone
-            answers.release(gone)
+            if gone:  # or those that wait for room would all look for it again and again
+                answers.release(gone)
         # Who has had all of it is not held up by what others have.
         waited, self.pending = self.pending, self._is_full and bool(size or not self.watches)
         if self.pending and size < answers.most:
             answers.waiting.add(self)
         elif waited and not self.pending:
             answers.waiting.discard(self)
-            self.stream.on_drained()
+            if self.stream.viewer.state < Viewer.LAST:  # or who is about to end it would end it twice
+                self.stream.on_drained()
 
     @property
     def _is_full(self) -> bool:

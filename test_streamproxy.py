@@ -8949,6 +8949,52 @@ def complete_answer(stage: KeptStage, how: str) -> bytes:
     return unchunked(stage.taken(client))[1]
 
 
+def test_kept_answer_that_is_a_document_as_large_as_is_kept_ends_once() -> None:
+    with KeptStage() as stage:
+        client = stage.asks("v1")
+        upstream, data = stage.connect(), whole({**COMPLETION, "x": "y" * (streamproxy.MAX_KEPT_SIZE - 100)})
+        upstream.sock.setblocking(False)
+        while data:
+            with contextlib.suppress(BlockingIOError):
+                data = data[upstream.sock.send(data) :]
+            stage.turn()
+        stage.taken(client)
+        assert (stage.server.answers.running, stage.server.limits.total) == (0, 0)
+
+
+def test_kept_answer_that_ends_as_it_gets_room_ends_once() -> None:
+    with KeptStage(resume_memory=150_000, idle_timeout=0.0) as stage:
+        reader, other = stage.asks("v1", "reader"), stage.asks("text", "other")
+        mine, theirs = stage.connect(), stage.connect()
+        theirs.send(STREAM_HEAD)
+        stage.leaves(other)
+        filling = next(kept for kept in stage.server.answers._by_id.values() if kept.claim.key == "other")
+        while not filling.pending:
+            theirs.send(chunk(delta("x" * 5000)))
+            stage.turn(2)
+        mine.send(whole(COMPLETION))
+        stage.taken(reader)
+        assert (stage.server.answers.running, stage.server.limits.total) == (1, 1)
+
+
+def test_kept_answers_that_wait_for_room_let_the_loop_rest() -> None:
+    with KeptStage(resume_memory=250_000, idle_timeout=0.0, heartbeat=0.0) as stage:
+        clients = [stage.asks("text", key) for key in "ab"]
+        upstreams = [stage.connect() for _ in clients]
+        for upstream in upstreams:
+            upstream.send(STREAM_HEAD)
+            upstream.sock.setblocking(False)
+        for _ in range(2000):
+            for upstream in upstreams:
+                with contextlib.suppress(BlockingIOError):
+                    upstream.sock.send(chunk(delta("x" * 3000)))
+            stage.turn()
+        assert stage.server.answers.waiting
+        clients[0].sock.recv(400_000)
+        stage.turn(100)
+        assert not stage.hub.loop._begun
+
+
 @pytest.mark.parametrize("how", ["text", "events", "source", "v1"])
 def test_kept_answer_cut_after_each_byte_is_made_whole_and_asked_for_once(how: str) -> None:
     with KeptStage() as stage:
