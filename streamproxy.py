@@ -2991,7 +2991,7 @@ def api_routes(path: str, is_allowed: bool) -> dict[str, Route]:
 
 
 # What is put before the path that is meant, or instead of /v1; Azure's deployments are among it.
-_OTHER_BASE = re.compile(r"(?i)(?:/(?:v[0-9]+\w*|api|openai(?:/deployments/[^/]+)?|anthropic|proxy))*(?=/)")
+_OTHER_BASE = re.compile(r"(?i)(?:/(?:v[0-9]\w*|api|openai(?:/deployments/[^/]+)?|anthropic|proxy))*(?=/)")
 
 
 def meant_path(path: str, settings: Settings) -> str | None:

@@ -5201,6 +5201,13 @@ def test_path_that_is_nearly_one_of_ours_says_which(path: str, meant: str | None
     assert streamproxy.meant_path(path, settings) == (meant if path else "/")
 
 
+@pytest.mark.parametrize("path", ["/v" + "1" * 60_000, "/v1" * 20_000, "/v1/openai/deployments/" + "x" * 60_000])
+def test_path_that_is_long_is_looked_at_at_once(path: str) -> None:
+    began_at = time.thread_time()
+    streamproxy.meant_path(path, streamproxy.Settings(api_key=KEY))
+    assert time.thread_time() - began_at < 1  # where each digit was looked at from each other, it was a minute
+
+
 def test_404_says_which_path_is_meant(server: streamproxy.Server) -> None:
     with Client(server) as client:
         client.ask(ASKED, path="/chat/completions")
