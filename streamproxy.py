@@ -3895,10 +3895,9 @@ class Workers:
         self._alarm.close()
         deadline = time.monotonic() + timeout
         with self._lock:
-            threads, count = list(self._threads), len(self)
-            self._waiting += count
-        for _ in range(count):
-            self._jobs.put(None)
+            threads = list(self._threads)
+        for _ in range(len(self)):
+            self._jobs.put(None)  # which is no job: nobody is started for it
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -3934,7 +3933,7 @@ class Workers:
             job = self._jobs.get()
             with self._lock:
                 self._parked -= 1
-                self._waiting -= 1
+                self._waiting -= job is not None
             if not job:
                 break
             try:
@@ -4008,7 +4007,7 @@ class LogWriter:
         """Write what waits; give up after timeout seconds."""
         self._closing.set()
         self._lines.put((logging.NOTSET, 0.0, None))  # wakes the thread
-        if self._thread:
+        if self._thread and self._thread is not threading.current_thread():  # where somebody's handler collects garbage
             self._thread.join(timeout)
 
     def _put(self, level: int, line: object) -> None:
