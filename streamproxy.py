@@ -214,6 +214,7 @@ MAX_BEGINNINGS = 8  # new connections, requests, and clients that leave, of a tu
 MAX_ALARMS = 64  # that go off in a turn
 MAX_READY = 1024  # sockets seen to in a turn
 MAX_LOOSE = 16  # such pieces
+MAX_UNNAMED = 8  # events of a stream that are looked through for the model
 MAX_STOPS = 1000  # that are remembered for requests that they have overtaken
 MAX_LOG_LINES = 4000  # that wait to be written
 MAX_NAMED_CLIENTS = 100  # whose names are labels of metrics; the rest are "other"
@@ -1189,7 +1190,7 @@ class Answer:
         return self.head.content_type
 
     def client_head(self) -> tuple[int, dict[str, str]]:
-        """Return the status and the fields of the client's answer."""
+        """Return the status and the fields of the client's answer, which begins."""
         type = {"Content-Type": self.content_type} if self.content_type else {}
         return self.status, {**self.fields, **type}
 
@@ -1535,6 +1536,7 @@ class EventCutter:
 
     # What passes of an event that is not whole: it says nothing yet.
     _QUIET = re.compile(rb"(?:(?:event|id|retry)?:[^\r\n]*(?:\r?\n|\Z))*[^\r\n]{0,8}")
+    _COMMENTS = re.compile(rb"(?::[^\r\n]*\r?\n)+")
 
     def __init__(self) -> None:
         self.rest = bytearray()  # what came behind the last blank line
@@ -1549,6 +1551,16 @@ class EventCutter:
         events = bytes(self.rest[:end])
         del self.rest[:end]
         return events
+
+    def skip_comments(self) -> bool:
+        """Have done with comments that were passed on before anything else; tell whether there were some."""
+        match = self._COMMENTS.match(self.rest)
+        end = match.end() if match else 0
+        if not 0 < end <= self.passed:
+            return False
+        del self.rest[:end]
+        self.passed -= end
+        return True
 
     def pass_on(self, passed: int) -> bytes:
         """Return what may pass of the event that is not whole, of which passed bytes did."""
@@ -1565,9 +1577,9 @@ class EventCutter:
 def goes_on(text: str) -> int:
     """Return how many events text has, if each is one line in which a completion just goes on; 0: nothing is told.
 
-    Blank lines end text and each event.  Each has a choice, and what it has of finish_reasons is null.
+    Blank lines end text and each event.  Each has a choice, no usage, and what it has of finish_reasons is null.
     """
-    if "error" in text or "\r" in text:
+    if "error" in text or '"usage":{' in text or "\r" in text:
         return 0
     if "\n" not in text[:-2]:  # mostly
         told, null, rest = text.partition('"finish_reason":null')
@@ -1591,7 +1603,7 @@ def is_dull(event: bytes) -> bool:
         return True
     match = _DULL_EVENT.fullmatch(text)
     if not match or match[1] is None:
-        return match is not None  # it has a type that tells
+        return match is not None and '"error":' not in text  # it has a type that tells
     return not ('"error' in text or _REASON.search(text) or text.count("\r") != text.count("\r\n"))
 
 
@@ -1631,6 +1643,11 @@ class PassedAnswer(Answer):
         self._parser = EventParser(sys.maxsize, strict=False)  # of the events that are looked at
         self._cutter = EventCutter()
         self._is_open = False  # the client has a head of ours for a stream, and nothing of upstream's
+        self._has_begun = False  # the client has a head
+
+    def client_head(self) -> tuple[int, dict[str, str]]:
+        self._has_begun = True
+        return super().client_head()
 
     def ping(self) -> bytes:
         if self._cutter.passed:
@@ -1656,7 +1673,13 @@ class PassedAnswer(Answer):
             out.append(data)
 
     def _take_other(self, body: bytes, out: list[bytes]) -> None:
+        self._check_form()
         self._pass(body, out)
+
+    def _check_form(self) -> None:
+        """Raise UpstreamError where the client was promised a stream, and this is none."""
+        if self._is_open:
+            raise UpstreamError("Upstream sent a document where a stream was asked for.")
 
     def skim(self, body: bytes) -> bool:
         if body[-2:] != b"\n\n" or self._cutter.rest or not self._goes_on(body):
@@ -1669,12 +1692,18 @@ class PassedAnswer(Answer):
     def _goes_on(self, block: bytes) -> bool:
         """Take whole events with which the stream just goes on; False: they are others, or none, and not taken."""
         notes = self.notes
-        if not notes.events or self._form != _EVENTS or self.state >= self.ENDING:
+        if not self._is_under_way or self.state >= self.ENDING:
             return False
         count = goes_on(block.decode("latin-1"))  # a str is searched in a fraction of the time
         notes.events += count
         self.life += count
         return count > 0
+
+    @property
+    def _is_under_way(self) -> bool:
+        """Whether a stream has begun, and has named the model: some servers do in the second event."""
+        notes = self.notes
+        return self._form == _EVENTS and (notes.events > 0 if notes.model else notes.events >= MAX_UNNAMED)
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
         cutter = self._cutter
@@ -1683,6 +1712,7 @@ class PassedAnswer(Answer):
             return
         passed, block = cutter.passed, cutter.feed(body)
         rest = cutter.pass_on(0 if block else passed)
+        self.life += cutter.skip_comments() and self.state < self.ENDING  # servers keep an idle connection alive so
         data = block[passed:] if self._goes_on(block) else self._look_through(block, passed)
         self._pass(data + rest, out)
 
@@ -1699,7 +1729,7 @@ class PassedAnswer(Answer):
         """Take an event as it came; False: it is an error, and may have secrets."""
         notes, parser, counts = self.notes, self._parser, self.state < self.ENDING
         done = piece == _DONE_EVENT
-        if counts and (done or (notes.events and len(piece) < MAX_SKIMMED and is_dull(piece))):
+        if counts and (done or (self._is_under_way and len(piece) < MAX_SKIMMED and is_dull(piece))):
             notes.events += 1
             self.life += 1
             self.state = self.ENDING if done else self.state
@@ -1748,11 +1778,15 @@ class PassedAnswer(Answer):
         if self._form == _EVENTS:
             self._finish_events(out)
         elif self._form == _UNTOLD and self.head.label == _EVENTS:
-            self._pass(bytes(self._held), out)
+            if not self._is_open:  # else an event says what is wrong, which has to begin a line
+                self._pass(bytes(self._held), out)
         elif cut:
             raise cut
         elif self._form == _DOCUMENT or self.head.framed:
-            document = self._take_document(bytes(self._held), out) if self._form == _DOCUMENT else bytes(self._held)
+            document = bytes(self._held)
+            if self._form == _DOCUMENT:
+                document = self._take_document(document, out)
+            self._check_form()
             if self._form != _OTHER and self.status != 204:  # RFC 9110 section 8.6
                 self.fields["Content-Length"] = str(len(document))
             self._pass(document, out)
@@ -1762,11 +1796,15 @@ class PassedAnswer(Answer):
         """Take the event that the body ended in: it counts if it is whole, though no blank line came."""
         rest = bytes(self._cutter.rest)
         events = self._parser.feed(rest) + self._parser.close() if rest or self._parser.holds else ()
+        good = bool(events)
         for event in events:
+            whole = event.data.strip() == "[DONE]"
             with contextlib.suppress(Garbled):
-                if event.type not in _LAST_TYPES or load_payload(event.data):
-                    self._take_event(event)
-        self._pass(redact_bytes(rest[self._cutter.passed :], self._redact), out)
+                whole = whole or bool(load_payload(event.data))
+            taken = (whole or event.type not in _LAST_TYPES) and self._take_event(event)
+            good = good and whole and taken
+        rest = rest[self._cutter.passed :]
+        self._pass(rest if good else redact_bytes(rest, self._redact), out)
 
     def _take_document(self, document: bytes, out: list[bytes]) -> bytes:
         """Return a JSON document as the client is to have it.
@@ -1774,8 +1812,9 @@ class PassedAnswer(Answer):
         Raises UpstreamError where it is cut, or an error although a stream was asked for.
         """
         if len(document) > MAX_SKIMMED and self.head.framed and document.find(b'"error', 0, 2048) < 0:
-            ends = self._SKIMMED.findall(document[:2048] + document[-2048:])
-            self.notes.take({name.decode(): load_payload(value.decode("utf-8", "replace")) for name, value in ends})
+            for name, value in [*self._SKIMMED.findall(document[:2048]), *self._SKIMMED.findall(document[-2048:])]:
+                with contextlib.suppress(Garbled):
+                    self.notes.take({name.decode(): load_payload(value.decode("utf-8", "replace"))})
             return document
         text = document.decode("utf-8", "replace")
         try:
@@ -1792,15 +1831,13 @@ class PassedAnswer(Answer):
             pass
         except UpstreamError as error:
             document = redact_bytes(document, self._redact)
-            if self.head.label == _EVENTS:  # its head has left
+            if self.head.label == _EVENTS and self._has_begun:
                 self._pass(document, out)
             elif self._stream:
                 error.document = document
             else:
                 return document
             raise
-        if self._is_open:
-            raise UpstreamError("Upstream sent a document where a stream was asked for.")
         return document
 
 
@@ -2017,7 +2054,9 @@ class ChunkedDecoder(BodyDecoder):
         if self._in_trailer:
             name, colon, value = line.partition(b":")
             return name.rstrip(b" \t") + colon + value
-        return line.rstrip(b" \t").lstrip(b"0") or line[:1]
+        line = line.rstrip(b" \t")
+        size = line.lstrip(b"0")
+        return size if size[:1].isalnum() else line[: len(line) - len(size)][:1] + size
 
     def _hold(self, line: bytes) -> None:
         """Keep the start of a line, if it can become one."""
@@ -6085,11 +6124,10 @@ class Source(Stateful):
         is_first = answer.notes.pieces != self._pieces and self._note_text(now)
         if answer.state == answer.DONE or answer.failure:
             self._conclude(answer, out)
-        elif out:
-            if stream.viewer.take(out):
-                self.watch()
-            if is_first:
-                stream.first_sent_at = self.hub.loop.clock()
+        elif out and stream.viewer.take(out):
+            self.watch()
+        if is_first:
+            stream.first_sent_at = self.hub.loop.clock()
         if answer.life != life and self.state != self.OVER:
             self.since = now
             if self.state != self.FLOWING or answer.state == answer.ENDING:

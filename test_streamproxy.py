@@ -547,6 +547,7 @@ class Reader(streamproxy.Peer):
         self.faults: list[Exception] = []
 
     def begin_stream(self) -> tuple[bytes, bool]:
+        self.stream.head()
         return b"HEAD ", True
 
     def tell(self, step: str, **facts: object) -> None:
@@ -2154,6 +2155,123 @@ def compact(text: str = "a", reason: str | None = None, **more: object) -> bytes
 
 
 C = compact()
+
+
+def stage_with_comments(**settings: Any) -> Stage:
+    """A stage of /v1 whose stream has begun."""
+    stage = Stage(streamproxy.PassedAnswer(stream=True), heartbeat=15.0, **settings)
+    stage.begin()
+    stage.upstream.send(chunk(C))
+    assert C in stage.seen()
+    return stage
+
+
+@pytest.mark.parametrize("comment", [b": ping\n", b": ping\r\n", b": ping\n\n", b": a\n: b\n", b":\n"])
+def test_comment_passes_and_is_life_with_a_blank_line_or_not(comment: bytes) -> None:
+    with stage_with_comments(idle_timeout=60.0) as stage:
+        for seconds in range(14, 1400, 14):
+            stage.upstream.send(chunk(comment))
+            assert comment[:-1] in stage.seen(seconds) and not stage.ended
+        stage.upstream.send(chunk(b"\n" + C), chunk(compact("", "stop") + DONE))
+        stage.turn()
+        assert C + compact("", "stop") in stage.seen() and stage.stream.answer.notes.events == 4
+
+
+@pytest.mark.parametrize(("comment", "beats"), [
+    (b": working\n", True), (b": half a li", False), (b"event: x\n", False),
+])
+def test_heartbeats_go_on_behind_a_comment_that_is_whole(comment: bytes, beats: bool) -> None:
+    with stage_with_comments(idle_timeout=0.0) as stage:
+        stage.upstream.send(chunk(comment))
+        stage.seen(1)
+        assert (streamproxy.PING in b"".join(map(stage.seen, range(2, 60)))) == beats
+
+
+def test_comment_that_comes_in_pieces_and_ends_up_in_an_event() -> None:
+    for text in (b": a\n: b\n" + C + DONE, b": a\r\n\r\n: b\n\n" + C + b": c\n" + C + DONE):
+        for first in range(len(text)):
+            for second in range(first, len(text), 7):
+                parts = text[:first], text[first:second], text[second:]
+                answer, out = passed_to(C, *filter(None, parts))
+                assert out == C + text and answer.state == answer.DONE
+
+
+@pytest.mark.parametrize(("label", "document"), [
+    ("text/html", b"<html>busy</html>"), ("application/json", b""), ("application/x-ndjson", b'{"a":1}\n{"b'),
+    ("application/json", b'{"data":"%b"}' % (b"A" * 3000)), ("application/json", b'{"data":"%b"}' % (b"A" * 300_000)),
+    ("text/event-stream", b"dat"), ("text/event-stream", b""),
+])
+def test_what_is_no_stream_is_never_whole_where_one_was_begun(label: str, document: bytes) -> None:
+    answer = streamproxy.PassedAnswer(stream=True)
+    sent = answer.ping()
+    answer.start(200, {"content-type": label, "content-length": str(len(document))})
+    sent += answer.feed(document) + answer.close(None)
+    assert answer.failure
+    told = answer.encode("error", error=answer.failure.message)
+    events = streamproxy.EventParser().feed(sent + told)
+    words = [json.loads(event.data)["error"]["message"] for event in events]
+    assert words == [answer.failure.message] * bool(told) and bool(told) == (document != b"dat")  # else a cut tells
+
+
+def test_fields_that_stand_where_a_large_document_is_cut_for_a_look_are_no_fields() -> None:
+    for size in range(1950, 2080):
+        fields = f'"note":"{"n" * size}","model":"gpt-x","usage":{{"prompt_tokens":1,"details":{{"a":1}}}}'
+        document = f'{{{fields},"data":"{"y" * 300_000}","end":1}}'.encode()
+        length = {"content-length": str(len(document)), "transfer-encoding": ""}
+        answer, out = passed_to(document, label="application/json", fields=length)
+        assert out == document and not answer.failure and answer.notes.model in (None, "gpt-x"), size
+
+
+@pytest.mark.parametrize(("last", "passes"), [
+    (compact("***bold***", "stop")[:-1], True), (compact("***bold***", "stop")[:-2], True),
+    (compact("***bold***", "stop")[:-4], False), (b'data: {"error": {"message": "***"}}', False),
+])
+def test_last_event_without_its_blank_line_passes_as_it_is_unless_it_may_be_an_error(last: bytes, passes: bool) -> None:
+    _, out = passed_to(C, last, redact=streamproxy.redactor(KEY))
+    assert (out == C + last) == passes and (b"***" in out) == passes
+
+
+def test_usage_and_model_are_noted_wherever_they_stand() -> None:
+    usage = {"prompt_tokens": 1, "completion_tokens": 2}
+    last = compact(usage=usage)
+    for parts in ((last,), (last[:10], last[10:]), (C + last,), (C + last[:-1], last[-1:]), (C, C, last)):
+        answer = streamproxy.PassedAnswer().start(200, {"content-type": "text/event-stream"})
+        for part in (compact(model="gpt-x"), *parts):
+            if not answer.skim(part):
+                answer.feed(part)
+        assert answer.notes.usage == usage, parts
+    unnamed = event({"choices": [], "model": "", "prompt_filter_results": []})
+    for count in range(1, streamproxy.MAX_UNNAMED):
+        answer = streamproxy.PassedAnswer().start(200, {"content-type": "text/event-stream"})
+        for part in (unnamed * count, compact(model="gpt-x"), C):
+            if not answer.skim(part):
+                answer.feed(part)
+        assert answer.notes.model == "gpt-x"
+
+
+@pytest.mark.parametrize("cut", [0, 1, 9, None])
+def test_error_in_a_document_that_is_labelled_a_stream_is_told_by_its_status(cut: int | None) -> None:
+    document = b'{"error":{"message":"slow down","code":429}}'
+    head = STREAM_HEAD[:STREAM_HEAD.index(b"Transfer")] + b"Content-Length: %d\r\n\r\n" % len(document)
+    with Stage(streamproxy.PassedAnswer(stream=True), head=head + document[:cut]) as stage:
+        stage.begin()
+        stage.upstream.send(document[len(document) if cut is None else cut :])
+        stage.turn(2)
+        assert stage.ended and stage.stream.failure.status == 429
+        assert (document in stage.seen()) == (cut == 0)  # a head that has left cannot be taken back
+
+
+def test_error_in_a_typed_delta_is_none_of_the_text() -> None:
+    fine = b'event: response.output_text.delta\ndata: {"type": "response.output_text.delta", "delta": "x"}\n\n'
+    assert streamproxy.is_dull(fine) and not streamproxy.is_dull(fine.replace(b'"delta":', b'"error":'))
+
+
+@pytest.mark.parametrize("last", [b"0;sig=x", b"00;sig=x", b"0 ;sig=x", b"0 ", b"000"])
+def test_last_chunk_of_upstream_may_have_an_extension_wherever_it_is_cut(last: bytes) -> None:
+    data = b"3;a=b\r\nabc\r\n" + last + b"\r\n\r\n"
+    for at in range(len(data)):
+        decoder = streamproxy.ChunkedDecoder(lenient=True)
+        assert decoder.feed(data[:at]) + decoder.feed(data[at:]) == b"abc" and decoder.complete, at
 
 
 @pytest.mark.parametrize(("block", "count"), [
