@@ -1644,6 +1644,7 @@ class PassedAnswer(Answer):
         self._cutter = EventCutter()
         self._is_open = False  # the client has a head of ours for a stream, and nothing of upstream's
         self._has_begun = False  # the client has a head
+        self._is_under_way = False  # a stream that has named the model: some servers do in the second event
 
     def client_head(self) -> tuple[int, dict[str, str]]:
         self._has_begun = True
@@ -1699,12 +1700,6 @@ class PassedAnswer(Answer):
         self.life += count
         return count > 0
 
-    @property
-    def _is_under_way(self) -> bool:
-        """Whether a stream has begun, and has named the model: some servers do in the second event."""
-        notes = self.notes
-        return self._form == _EVENTS and (notes.events > 0 if notes.model else notes.events >= MAX_UNNAMED)
-
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
         cutter = self._cutter
         if body[-2:] == b"\n\n" and not cutter.rest:  # mostly, whole events come, which skim has seen
@@ -1755,6 +1750,7 @@ class PassedAnswer(Answer):
             if ends and self.failure is None:
                 self.state = self.ENDING
             self._take_payload(payload, data)
+            self._is_under_way = bool(self.notes.model) or self.notes.events >= MAX_UNNAMED
         except UpstreamError as error:
             if self.state < self.ENDING:
                 self._fail(error)
