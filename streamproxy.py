@@ -1520,7 +1520,8 @@ _encode_json = json.JSONEncoder(ensure_ascii=False).encode
 # 7 ------------------------------------------------------------------- Passed answers
 
 
-_ANY_EVENT = re.compile(rb"(?:[^\n]+\n)*?\r?\n|(?:[^\r]+\r)*\r|.+", re.DOTALL)  # lines and a blank one, or the rest
+_LINE_END = r"(?:\r\n|\n|\r(?!\n))"
+_ANY_EVENT = re.compile(rf"(?:[^\r\n]+{_LINE_END})*{_LINE_END}|.+".encode(), re.DOTALL)  # and a blank line, or the rest
 
 
 def split_events(block: bytes) -> list[bytes]:

@@ -2300,6 +2300,13 @@ def test_events_of_a_block_are_split_and_a_line_end_too_many_is_by_itself(
     assert streamproxy.split_events(b"".join(pieces)) == pieces and streamproxy.split_events(b"") == []
 
 
+@pytest.mark.parametrize("line", [b"\r", b"\r\n", b"\n", b"a\r", b"a\n", b"a\r\n", b"a"])
+def test_block_of_many_lines_is_cut_at_once(line: bytes) -> None:
+    began_at = time.thread_time()
+    assert b"".join(streamproxy.split_events(line * 60_000 + b"\r\r")) == line * 60_000 + b"\r\r"
+    assert time.thread_time() - began_at < 1
+
+
 @pytest.mark.parametrize(("piece", "dull"), [
     (C, True), (delta("a"), True), (delta("a").replace(b"\n", b"\r\n"), True),
     (event({"choices": [{"delta": {}}]}), True), (delta("a", "stop"), False),
