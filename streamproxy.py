@@ -1123,7 +1123,8 @@ class Notes:
         """Note why the answer ended, as any of the APIs says it.  Raises UpstreamError: it failed."""
         choices = dicts_in(payload.get("choices"))
         for holder in choices or holders_in(payload):
-            reason = holder.get("stop_reason") or holder.get("finish_reason")
+            # In a choice, vLLM has a stop_reason, too: the words of the request that it stopped at.
+            reason = holder.get("finish_reason") or (not choices and holder.get("stop_reason"))
             if holder.get("object") == "response":
                 details = holder.get("incomplete_details")
                 reason = details.get("reason") if isinstance(details, dict) else holder.get("status")
@@ -1551,21 +1552,27 @@ class EventCutter:
         end = max((at + len(blank) for blank in blanks if (at := self.rest.rfind(blank, begin)) >= 0), default=0)
         events = bytes(self.rest[:end])
         del self.rest[:end]
+        if events:
+            self.passed = 0
         return events
 
-    def skip_comments(self) -> bool:
-        """Have done with comments that were passed on before anything else; tell whether there were some."""
-        match = self._COMMENTS.match(self.rest)
-        end = match.end() if match else 0
-        if not 0 < end <= self.passed:
-            return False
-        del self.rest[:end]
-        self.passed -= end
-        return True
+    def take_comments(self, body: bytes) -> bytes | None:
+        """Return the comments that stand before all else, but for what was passed on of them.
 
-    def pass_on(self, passed: int) -> bytes:
-        """Return what may pass of the event that is not whole, of which passed bytes did."""
-        size, data = len(self.rest), b""
+        body: what was fed.  None: it ends none.
+        """
+        match = self._COMMENTS.match(self.rest) if b"\n" in body else None
+        if not match:
+            return None
+        end = match.end()
+        data = bytes(self.rest[self.passed : end])
+        del self.rest[:end]
+        self.passed = max(0, self.passed - end)
+        return data
+
+    def pass_on(self) -> bytes:
+        """Return what may pass of the event that is not whole, and did not yet."""
+        size, passed, data = len(self.rest), self.passed, b""
         if size > MAX_EVENT_SIZE or (size < 256 and self._QUIET.fullmatch(self.rest)):
             data, passed = bytes(self.rest[passed:]), size
         if size > MAX_EVENT_SIZE:
@@ -1611,6 +1618,10 @@ def is_dull(event: bytes) -> bool:
 _DONE_EVENT = b"data: [DONE]\n\n"  # as mostly sent
 # What else ends a stream: Anthropic's messages, OpenAI's responses.
 _LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
+# What is whole with this, though more may come: images, OpenAI's, of which there may be several, and speech.
+_WHOLE_TYPES = (
+    "image_generation.completed", "image_edit.completed", "speech.audio.done", "transcript.text.done",
+)  # fmt: skip
 _REASON = re.compile(r'"finish_reason"[ \t\r\n]*:[ \t\r\n]*[^n \t\r\n]')
 _DULL_TYPE = r"[a-z_.]*(?:(?<!message)[._]delta|partial_image)"
 _DULL_EVENT = re.compile(
@@ -1703,12 +1714,15 @@ class PassedAnswer(Answer):
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
         cutter = self._cutter
+        if self._is_open and not self.notes.events:
+            body = body.removeprefix(codecs.BOM_UTF8)  # which stands at the begin of a stream alone
         if body[-2:] == b"\n\n" and not cutter.rest:  # mostly, whole events come, which skim has seen
             self._pass(self._look_through(body, 0), out)
             return
         passed, block = cutter.passed, cutter.feed(body)
-        rest = cutter.pass_on(0 if block else passed)
-        self.life += cutter.skip_comments() and self.state < self.ENDING  # servers keep an idle connection alive so
+        comments = cutter.take_comments(body)
+        self.life += comments is not None and self.state < self.ENDING  # servers keep an idle connection alive so
+        rest = (comments or b"") + cutter.pass_on()
         data = block[passed:] if self._goes_on(block) else self._look_through(block, passed)
         self._pass(data + rest, out)
 
@@ -1750,6 +1764,8 @@ class PassedAnswer(Answer):
                 pass
             if ends and self.failure is None:
                 self.state = self.ENDING
+            elif event.type in _WHOLE_TYPES or (isinstance(payload, dict) and payload.get("type") in _WHOLE_TYPES):
+                self.state = max(self.state, self.SETTLED)
             self._take_payload(payload, data)
             self._is_under_way = bool(self.notes.model) or self.notes.events >= MAX_UNNAMED
         except UpstreamError as error:
@@ -1828,7 +1844,7 @@ class PassedAnswer(Answer):
             pass
         except UpstreamError as error:
             document = redact_bytes(document, self._redact)
-            if self.head.label == _EVENTS and self._has_begun:
+            if self.head.label == _EVENTS and self._has_begun and not self._is_open:
                 self._pass(document, out)
             elif self._stream:
                 error.document = document
@@ -3919,8 +3935,8 @@ class Workers:
         """In a thread of these: see held_up."""
         with self._lock:
             self._held_up += 1
-        self._fill()
         try:
+            self._fill()
             yield
         finally:
             with self._lock:
@@ -3942,9 +3958,11 @@ class Workers:
         while self._lacks_one():
             try:
                 self._start(self._work)
-            except RuntimeError:
+            except BaseException as error:
                 with self._lock:
                     self._starting -= 1
+                if not isinstance(error, RuntimeError):
+                    raise
                 self._report(NO_THREAD)
                 self._loop.post(self._try_again)
                 break
@@ -5979,8 +5997,13 @@ class Source(Stateful):
         """When this state has lasted too long."""
         if self.state == self.ENDING:
             return self.since + END_GRACE
-        limit: float = getattr(self.hub.settings, self._CLOCKS[self.state][0])
+        limit: float = getattr(self.hub.settings, self._clock[0])
         return self.since + limit if limit else math.inf
+
+    @property
+    def _clock(self) -> tuple[str, str]:
+        begun = self.state == self.SENDING and self.answer.notes.events  # the answer has, before the request was sent
+        return self._CLOCKS[self.FLOWING if begun else self.state]
 
     def conclude(self) -> None:
         """Wait no longer for what follows the last event: the answer is what it is."""
@@ -5988,7 +6011,7 @@ class Source(Stateful):
 
     def late(self) -> UpstreamError:
         """Return the failure for a state that has lasted too long."""
-        setting, words = self._CLOCKS[self.state]
+        setting, words = self._clock
         return UpstreamError(f"Upstream took too long {words}.", 504, "aborted", reason=setting)
 
     def watch(self) -> None:
@@ -6068,11 +6091,15 @@ class Source(Stateful):
                 self.watch()
                 self.stream.set_alarm()
 
+    @property
+    def _crosses(self) -> bool:
+        """Whether what comes now may have been sent before the request came, as the connection had been idle."""
+        return self.connection.reused and self.hub.loop.now < self._asked_at + STALE_WINDOW
+
     def _take_head(self, data: bytes) -> None:
         """Read on in the head of the answer; b"" is the end of the connection."""
         if not data:
-            stale = self.connection.reused and not self._head and self.hub.loop.now < self._asked_at + STALE_WINDOW
-            self.stream.fail(_no_answer(), stale)
+            self.stream.fail(_no_answer(), stale=self._crosses and not self._head)
             return
         self._head += data
         try:
@@ -6084,7 +6111,7 @@ class Source(Stateful):
         except ValueError as error:
             self.stream.fail(Garbled(f"Upstream's answer cannot be read: {error}."))
             return
-        if status == 408 and self.connection.reused:  # it was about to be closed, and crossed the request
+        if status == 408 and self._crosses:  # it was about to be closed; later, a 408 may be the model's, and paid
             self.stream.fail(_no_answer(), stale=True)
             return
         self._head, self._body = b"", body

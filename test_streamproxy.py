@@ -1088,10 +1088,10 @@ def test_cutter_gives_all_bytes_and_each_event_when_it_is_whole(stream: bytes) -
 ])  # fmt: skip
 def test_cutter_passes_on_what_says_nothing_yet(rest: bytes, passes: bool) -> None:
     cutter = streamproxy.EventCutter()
-    assert cutter.feed(rest) == b"" and cutter.pass_on(0) == (rest if passes else b"")
+    assert cutter.feed(rest) == b"" and cutter.pass_on() == (rest if passes else b"")
     assert cutter.passed == (len(rest) if passes else 0)
     if passes:
-        assert cutter.feed(b"\n\n" if rest.startswith(b"d") else b"z\n\n") and cutter.pass_on(0) == b""
+        assert cutter.feed(b"\n\n" if rest.startswith(b"d") else b"z\n\n") and cutter.pass_on() == b""
 
 
 @pytest.mark.parametrize("data", ["", "a", "a\nb", "a\r\nb", "a\rb", "\n", "data: x\n\nevent: y", " a", "ä👋"])
@@ -2177,6 +2177,53 @@ def test_comment_passes_and_is_life_with_a_blank_line_or_not(comment: bytes) -> 
         assert C + compact("", "stop") in stage.seen() and stage.stream.answer.notes.events == 4
 
 
+@pytest.mark.parametrize("comment", [b": " + b"x" * 300 + b"\n", b": ping\n" * 40, b": " + b"x" * 30_000 + b"\n"])
+def test_comments_that_are_long_or_many_are_life(comment: bytes) -> None:
+    with stage_with_comments(idle_timeout=60.0) as stage:
+        for seconds in range(50, 500, 50):
+            stage.upstream.send(chunk(comment))
+            stage.turn(3)
+            assert comment[-2:] + b"\r\n" in stage.seen(seconds) and not stage.ended
+
+
+def test_comment_without_an_end_is_not_looked_at_again_with_each_piece() -> None:
+    answer = streamproxy.PassedAnswer().start(200, {"content-type": "text/event-stream"})
+    answer.feed(C + b": ")
+    began_at = time.thread_time()
+    for _ in range(1000):
+        answer.feed(b"x" * 2048)
+    assert time.thread_time() - began_at < 1
+
+
+def test_byte_order_mark_behind_a_ping_costs_no_event() -> None:
+    answer = streamproxy.PassedAnswer(stream=True)
+    sent = answer.ping()
+    answer.start(200, {"content-type": "text/event-stream"})
+    sent += answer.feed(b"\xef\xbb\xbf" + C) + answer.feed(C + DONE)
+    assert len(streamproxy.EventParser().feed(sent)) == 3
+
+
+@pytest.mark.parametrize("type", [
+    "image_generation.completed", "image_edit.completed", "speech.audio.done", "transcript.text.done",
+])
+@pytest.mark.parametrize("named", [True, False])
+def test_answer_of_images_or_speech_is_whole_with_its_last_event(type: str, named: bool) -> None:
+    last = (f"event: {type}\n" if named else "").encode() + event({"type": type})
+    for end in (b"", DONE):
+        answer, out = passed_to(last * 2 + end)
+        assert (out, answer.state, answer.failure) == (last * 2 + end, answer.DONE, None)
+    answer, _ = passed_to(last, event({"type": "image_generation.partial_image"}))
+    assert answer.state == answer.DONE
+    answer, _ = passed_to(event({"type": "image_generation.partial_image"}))
+    assert answer.failure
+
+
+@pytest.mark.parametrize("stop_reason", ["my secret words", 128009, None])
+def test_words_that_vllm_stopped_at_are_not_told(stop_reason: object) -> None:
+    answer, _ = passed_to(one_choice(delta={}, finish_reason="stop", stop_reason=stop_reason), DONE)
+    assert answer.notes.finish_reason == "stop"
+
+
 @pytest.mark.parametrize(("comment", "beats"), [
     (b": working\n", True), (b": half a li", False), (b"event: x\n", False),
 ])
@@ -2259,6 +2306,17 @@ def test_error_in_a_document_that_is_labelled_a_stream_is_told_by_its_status(cut
         stage.turn(2)
         assert stage.ended and stage.stream.failure.status == 429
         assert (document in stage.seen()) == (cut == 0)  # a head that has left cannot be taken back
+
+
+def test_error_in_a_bare_document_behind_a_ping_is_an_event_of_its_own() -> None:
+    answer = streamproxy.PassedAnswer(stream=True)
+    sent = answer.ping()
+    answer.client_head()
+    answer.start(200, {"content-type": "text/event-stream"})
+    sent += answer.feed(b'{"error": {"message": "busy"}}') + answer.close(None)
+    assert answer.failure
+    sent += answer.encode("error", error=answer.failure.message)
+    assert [json.loads(event.data)["error"]["message"] for event in streamproxy.EventParser().feed(sent)] == ["busy"]
 
 
 def test_error_in_a_typed_delta_is_none_of_the_text() -> None:
@@ -10318,6 +10376,35 @@ def test_request_to_upstream_is_sent_on_while_its_answer_comes() -> None:
         still.at(3)
         assert client.head().status == 200 and client.exactly(6) == b"1\r\na\r\n" and client.rest() == b""
         assert still.lines.requests[0]["ending"] == "aborted"
+
+
+def test_upstream_that_does_not_read_on_may_pause_as_long_as_any() -> None:
+    with StillServer(idle_timeout=10, first_byte_timeout=0) as still, still.client() as client:
+        client.ask(PROMPT)
+        still.turn(2)
+        next(iter(still.server.clients)).exchange.stream.call.body = b"x" * 3_000_000
+        still.connect().send(STREAM_HEAD, chunk(A))
+        still.turn(2)
+        still.at(9)
+        assert still.server.snapshot()["streams"] == 1
+        still.at(10)
+        assert still.server.snapshot()["streams"] == 0 and client.head().status == 200
+        assert still.lines.requests[0]["error"] == "Upstream took too long to go on with its answer."
+
+
+@pytest.mark.parametrize(("seconds", "again"), [(0.1, True), (120, False)])
+def test_408_is_asked_again_at_once_or_not_at_all(seconds: float, again: bool) -> None:
+    with StillServer(first_byte_timeout=0, heartbeat=0) as still, still.client() as client:
+        upstream = keep_warm(still)  # type: ignore[arg-type]
+        client.ask(PROMPT)
+        still.turn(2)
+        assert upstream.more() and b"Say hello" in upstream.seen
+        still.now = 1000.0 + seconds
+        upstream.send(error_answer(408, b'{"error": {"code": "Timeout", "message": "The operation was timeout."}}'))
+        still.turn(3)
+        assert bool(still.jobs) == again
+        if not again:
+            assert client.error() == (408, "The operation was timeout.")
 
 
 @pytest.mark.parametrize("comes", [b"", b'{"prompt": "x"}'])
