@@ -95,6 +95,7 @@ import socket
 import socketserver
 import ssl
 import stat
+import string
 import struct
 import sys
 import threading
@@ -214,6 +215,8 @@ MAX_BEGINNINGS = 8  # new connections, requests, and clients that leave, of a tu
 MAX_ALARMS = 64  # that go off in a turn
 MAX_READY = 1024  # sockets seen to in a turn
 MAX_LOOSE = 16  # such pieces
+MAX_HOPS = 32  # in X-Forwarded-For that are looked at
+MAX_ITEMS = 100  # of a list in another field
 MAX_UNNAMED = 8  # events of a stream that are looked through for the model
 MAX_STOPS = 1000  # that are remembered for requests that they have overtaken
 MAX_LOG_LINES = 4000  # that wait to be written
@@ -2428,7 +2431,8 @@ class Setting:
 
 _row: Any = Setting  # for type checkers, to which a row below is a value of its setting's type
 
-_IN_URL = r"(?s)(?<=//)[^/?#]+(?=@)|(?<=\?).+"  # a password, and what may hold a key
+# A password, with a slash or a question mark in it, too, and what may hold a key.
+_IN_URL = r"(?s)(?:(?<=//)|\A(?![\w+.-]+://))(?:[^?]+(?=@)|.*\?.*@.*)|(?<=\?).+"
 
 # What Kubernetes has in the environment of each container for a Service that is named streamproxy, or streamproxy-web.
 _KUBERNETES = re.compile(r"STREAMPROXY_(\w+_)?(SERVICE_HOST=|SERVICE_PORT\w*=|PORT_[0-9]+_\w+=|PORT=\w+://)")
@@ -3325,7 +3329,7 @@ class Access:
 
     def address_of(self, peer: str, forwarded: str) -> str:
         """Return the client's address: peer, or what trusted proxies say of it; "unix" for a unix socket."""
-        hops = forwarded.split(",")
+        hops = forwarded.rsplit(",", MAX_HOPS)[-MAX_HOPS:]  # nobody has more proxies
         while hops and self._trusts(peer):
             try:
                 hop = hops.pop().strip()
@@ -3365,7 +3369,7 @@ class Access:
         if "origin" not in fields:
             return {}
         self.check_origin(fields)
-        names = [name.strip() for name in fields.get("access-control-request-headers", "").split(",")]
+        names = [name.strip() for name in fields.get("access-control-request-headers", "").split(",", MAX_ITEMS)]
         return {
             "Access-Control-Allow-Methods": methods,
             "Access-Control-Allow-Headers": ", ".join(name for name in names if re.fullmatch(_TOKEN, name)),
@@ -4372,7 +4376,7 @@ class Client(Peer, Stateful):
             self._keep(b"")
             self._set_alarm()
             self._linger(data)
-        elif self.keeps_alive:
+        elif self.keeps_alive and (self.data or self.server.state < self.server.ABORTING):
             self._expect_head()
         else:
             self.close()
@@ -4409,6 +4413,8 @@ class Client(Peer, Stateful):
         """Wait for less long, now: see _due.  What has come is heard before."""
         if self.state == self.IDLE:
             self.on_ready(READ)
+            if not self.proxied:
+                self.since = self.loop.now  # a request may be on its way
         self._set_alarm()
 
     def abort(self, failure: ProxyError) -> None:
@@ -4769,7 +4775,7 @@ class Exchange:
             return
         try:
             # curl sends bytes that should be escaped as they are.
-            query = re.sub("[\x80-\xff]", lambda byte: f"%{ord(byte[0]):02X}", self.request.query)
+            query = urllib.parse.quote(self.request.query, safe=string.printable, encoding="latin-1")
             prompts = urllib.parse.parse_qs(query, errors="strict").get("prompt", [])
         except ValueError:
             raise RequestError("The query is not UTF-8.") from None
@@ -4833,7 +4839,7 @@ class Exchange:
 
     def _wants_events(self) -> bool:
         accept = self.request.fields.get("accept", "")
-        ranges = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
+        ranges = [part.partition(";")[0].strip().lower() for part in accept.split(",", MAX_ITEMS)]
         return "text/event-stream" in ranges and self.request.method != "HEAD"
 
     def _ask_by(self, make: Callable[[bytes], tuple[Call, Answer]]) -> None:
@@ -5123,8 +5129,11 @@ def resource_at(path: str, is_allowed: bool, resumes: bool) -> Resource:
     """
     routes = api_routes(path, is_allowed)
     if routes:
-        models = Exchange.get_models if path.startswith("/v1/models") else None
-        methods = {name: models or functools.partial(Exchange.pass_on, route=route) for name, route in routes.items()}
+        methods: dict[str, Callable[[Exchange], None]] = {
+            name: functools.partial(Exchange.pass_on, route=route) for name, route in routes.items()
+        }
+        if path.startswith("/v1/models") and "GET" in methods:
+            methods["GET"] = Exchange.get_models
         return Resource(next(iter(routes.values())).name or path, {**methods, **_PREFLIGHT})
     name = re.sub("^/streams/[^/]+", "/streams/{id}", path)
     if name not in _OWN_PATHS or (name.startswith("/streams") and not resumes):
@@ -5162,8 +5171,7 @@ def process_figures() -> dict[str, float]:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         with open("/proc/self/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()  # proc(5), from the third on
-        with open("/proc/stat", "rb") as file:
-            booted = next(int(line.split()[1]) for line in file if line.startswith(b"btime "))
+        booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)  # /proc/stat is hidden by systemd's ProcSubset
         figures["process_start_time_seconds"] = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
         figures["process_virtual_memory_bytes"] = int(fields[20])
         figures["process_resident_memory_bytes"] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
@@ -8449,9 +8457,11 @@ class Check:
             place = urllib.parse.urljoin(self.url + TEST_PATH, location).partition("?")[0]
             url, is_ours = place[: -len(TEST_PATH)], place.endswith(TEST_PATH)
             old, new = urllib.parse.urlsplit(self.settings.check), urllib.parse.urlsplit(url)  # however far it led
-            is_safe = old.hostname == new.hostname and new.scheme in (old.scheme, "https")
+            ports = [place.port or _PORTS[place.scheme] for place in (old, new)]
+            is_same = new.scheme == old.scheme and ports[0] == ports[1]
+            is_safe = old.hostname == new.hostname and (is_same or ports == [_PORTS["http"], _PORTS["https"]])
             self._visitor = Visitor(self.settings if is_safe else self.settings.replace(check_token=""), url)
-        except ValueError:  # it is none
+        except (ValueError, KeyError):  # it is none
             return False
         if is_ours:
             self.url = url
@@ -8811,8 +8821,8 @@ def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] |
     except SettingsError as error:
         _complain(str(error))
         return 2, None
-    except OSError as error:
-        _complain(f"cannot listen at {error.filename or settings.bind}: {reason_of(error)}")
+    except (OSError, UnicodeError) as error:  # the last for a name like a..b
+        _complain(f"cannot listen at {getattr(error, 'filename', None) or settings.bind}: {reason_of(error)}")
         return 1, None
     except RuntimeError:
         _complain(NO_THREAD)
@@ -8843,12 +8853,13 @@ def run_script() -> None:
         sys.exit(status)
 
     def go_on() -> None:
-        status = 1
         try:
             status = serve()
-        finally:
-            if status:
-                os._exit(status)
+        except BaseException:  # noqa: BLE001
+            sys.excepthook(*sys.exc_info())
+            status = 1
+        if status:
+            os._exit(status)
 
     try:
         threading.Thread(target=go_on, name="main").start()

@@ -2812,7 +2812,7 @@ BAD_SETTINGS = [
     ("upstream", "ftp://h/"),
     ("upstream", "file:///etc/passwd"),
     ("upstream", "h/v1"),
-    ("upstream", "http://u:p@h/"),
+    ("upstream", "http://u:p@h/"), ("upstream", "http://u:p/q@h/"), ("upstream", "u:p@h"),
     ("upstream", "http://h:x/"),
     ("upstream", "http:///v1"),
     ("upstream", "http://h/v 1"),
@@ -2886,7 +2886,7 @@ def test_bad_setting_is_one_line_that_says_what_is_allowed(name: str, text: str)
         streamproxy.Settings.load(variables(name, text))
     line = str(caught.value)
     may_be_key = name == "auth_header" and "{key}" not in text
-    shown = "***" if may_be_key else text.replace("u:p@", "***@")
+    shown = "***" if may_be_key else re.sub("(//|^)u:[^@]*@", r"\1***@", text)
     assert "\n" not in line and "allowed: " in line and ascii(shown) in line
     assert "--" + name.replace("_", "-") in line
 
@@ -5382,6 +5382,20 @@ def test_api_counting_tokens_does_not_count_among_the_requests_of_a_minute(provi
 def test_path_that_is_nearly_one_of_ours_says_which(path: str, meant: str | None) -> None:
     settings = streamproxy.Settings(api_key=KEY, allow_path="/v1/images/generations")
     assert streamproxy.meant_path(path, settings) == (meant if path else "/")
+
+
+def test_path_below_models_that_is_allowed_passes_on() -> None:
+    with StillServer(allow_path=["/v1/models/load"]) as still, still.client() as client:
+        client.ask({"model": streamproxy.DEFAULT_MODEL}, path="/v1/models/load")
+        still.turn(3)
+        assert read_call(still, still.connect())[0].startswith("POST /v1/models/load HTTP/1.1\r\n")
+
+
+def test_address_behind_very_many_proxies_is_not_looked_for() -> None:
+    access, looks = streamproxy.Access(streamproxy.Settings(api_key=KEY)), []
+    with unittest.mock.patch.object(streamproxy, "plain_address", lambda address: looks.append(address) or address):
+        assert access.address_of("unix", "192.0.2.1" + ",::1" * 15_000) == "::1"
+    assert len(looks) == streamproxy.MAX_HOPS
 
 
 @pytest.mark.parametrize("path", ["/v" + "1" * 60_000, "/v1" * 20_000, "/v1/openai/deployments/" + "x" * 60_000])
@@ -11041,6 +11055,35 @@ def test_stop_tells_again_what_it_waits_for(provider: Provider, monkeypatch: pyt
         thread.join()
 
 
+def test_drain_waits_for_a_request_that_may_be_on_its_way_however_long_a_connection_was_idle() -> None:
+    with StillServer(drain_timeout=100.0) as still:
+        client = still.client()
+        still.at(20)
+        still.server.state = still.server.DRAINING
+        still.hub.loop.post(still.server._drain)
+        still.turn()
+        still.at(20 + streamproxy.IDLE_GRACE - 0.1)
+        assert still.silent(client)
+        still.at(20 + streamproxy.IDLE_GRACE)
+        still.turn(2)
+        assert not still.server.clients
+
+
+def test_abort_waits_for_no_connection_that_has_had_its_answer() -> None:
+    with StillServer() as still, still.client() as client:
+        client.ask(PROMPT, Via="1.1 nginx", **EVENTS)
+        still.turn(3)
+        still.connect().send(STREAM_HEAD, chunk(A))
+        still.turn(3)
+        assert client.head().fields["Keep-Alive"]
+        still.server.state = still.server.DRAINING
+        still.server._drain()
+        still.turn(2)
+        still.server._abort()
+        still.turn(3)
+        assert not still.server.clients and b"event: error" in client.body()
+
+
 @pytest.mark.parametrize(("fields", "seconds"), [
     ({"X_Forwarded_For": "192.0.2.1"}, 75.0), ({"Via": "1.1 x"}, 75.0), ({"Forwarded": "for=192.0.2.1"}, 75.0),
     ({}, streamproxy.IDLE_GRACE), (None, streamproxy.IDLE_GRACE),
@@ -11054,6 +11097,7 @@ def test_drain_closes_a_connection_once_no_proxy_can_be_using_it(fields: dict[st
             assert client.head().fields.get("Connection") is None and client.exactly(3) == b"ok\n"
         still.server.state = still.server.DRAINING
         still.hub.loop.post(still.server._drain)
+        still.turn()
         still.at(seconds - 0.1)
         still.turn(2)
         assert still.silent(clients[0]) and still.silent(clients[1])
@@ -12297,6 +12341,18 @@ def test_command_line_address_taken_is_one_line_and_status_1() -> None:
 def test_command_line_path_of_a_socket_that_is_too_long_is_one_line_and_status_1(tmp_path: Path) -> None:
     bind = f"unix:{tmp_path}/{'s' * 108}"
     assert run("--demo", "--bind", bind) == (1, "", f"streamproxy: cannot listen at {bind}: file name too long\n")
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".example"])
+def test_command_line_name_that_cannot_be_one_is_one_line_and_status_1(host: str) -> None:
+    status, out, err = run("--demo", "--bind", f"{host}:80", "--allow-anonymous")
+    assert (status, out) == (1, "") and re.fullmatch(f"streamproxy: cannot listen at {host}:80: [^\n]+\n", err)
+
+
+def test_command_line_fault_has_its_traceback_and_status_1() -> None:
+    code = "import streamproxy; streamproxy._serve = lambda *_: 1 / 0; streamproxy.run_script()"
+    status, _, err = run("--demo", "--bind", "127.0.0.1:0", code=code)
+    assert status == 1 and "ZeroDivisionError" in err
 
 
 def test_command_line_help_lists_every_setting() -> None:
