@@ -192,7 +192,7 @@ LAG_INTERVAL = 1.0  # between two looks at how late the loop is, while text come
 LOOK_TIMEOUT = 1.0  # for the token file to be looked at, before its last version counts
 LOG_PAUSE = 0.05  # for lines of log that come together to be written together
 CLOSE_TIMEOUT = 1.0  # for threads to end with the server
-SHORTAGE_PAUSE = 0.1  # before it is tried again what a lack of descriptors, or of threads, had kept from being done
+SHORTAGE_PAUSE = 0.1  # before what failed for lack of descriptors or threads is tried again
 TRIM_DELAY = 0.1  # for the script's last line to have run, before what it took is given back
 ATTEMPT_DELAY = 0.25  # before the next address of a name is tried, too; RFC 8305 section 5
 DIAL_GRACE = 0.2  # over connect_timeout: the loop's clock cuts first, and has its own words for it
@@ -253,8 +253,8 @@ class Memo(dict["Any", "Any"]):
 # 2 ------------------------------------------------------------------- Errors
 
 
-# How something ends, wherever it has a method of this name.  refuse: with an error for an answer.  abort and fail: so
-# that the client can tell.  drop: at once, and mostly nobody is told.  cut: without the end that a whole one has.
+# How requests, answers and clients end, by methods of these names.  refuse: with an error for an answer.  abort and
+# fail: so that the client can tell.  drop: at once, and mostly nobody is told.  cut: without the end of a whole one.
 
 
 class ProxyError(Exception):
@@ -1525,7 +1525,9 @@ _encode_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 _LINE_END = r"(?:\r\n|\n|\r(?!\n))"
-_ANY_EVENT = re.compile(rf"(?:[^\r\n]+{_LINE_END})*{_LINE_END}|.+".encode(), re.DOTALL)  # and a blank line, or the rest
+_ANY_EVENT = re.compile(  # lines and a blank one, or the rest
+    rf"(?:[^\r\n]+{_LINE_END})*{_LINE_END}|.+".encode(), re.DOTALL
+)
 
 
 def split_events(block: bytes) -> list[bytes]:
@@ -1659,7 +1661,7 @@ class PassedAnswer(Answer):
         self._cutter = EventCutter()
         self._is_open = False  # the client has a head of ours for a stream, and nothing of upstream's
         self._has_begun = False  # the client has a head
-        self._is_under_way = False  # a stream that has named the model: some servers do in the second event
+        self._is_under_way = False  # a stream whose model is known, or is not told
 
     def client_head(self) -> tuple[int, dict[str, str]]:
         self._has_begun = True
@@ -1717,7 +1719,7 @@ class PassedAnswer(Answer):
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
         cutter = self._cutter
-        if self._is_open and not self.notes.events:
+        if self._is_open and not (self.notes.events or cutter.rest):
             body = body.removeprefix(codecs.BOM_UTF8)  # which stands at the begin of a stream alone
         if body[-2:] == b"\n\n" and not cutter.rest:  # mostly, whole events come, which skim has seen
             self._pass(self._look_through(body, 0), out)
@@ -1768,7 +1770,7 @@ class PassedAnswer(Answer):
             if ends and self.failure is None:
                 self.state = self.ENDING
             elif event.type in _WHOLE_TYPES or (isinstance(payload, dict) and payload.get("type") in _WHOLE_TYPES):
-                self.state = max(self.state, self.SETTLED)
+                self.notes.finished.add(str(self.notes.events))
             self._take_payload(payload, data)
             self._is_under_way = bool(self.notes.model) or self.notes.events >= MAX_UNNAMED
         except UpstreamError as error:
@@ -1817,7 +1819,7 @@ class PassedAnswer(Answer):
             whole = event.data.strip() == "[DONE]"
             with contextlib.suppress(Garbled):
                 whole = whole or bool(load_payload(event.data))
-            taken = (whole or event.type not in _LAST_TYPES) and self._take_event(event)
+            taken = (whole or event.type not in (*_LAST_TYPES, *_WHOLE_TYPES)) and self._take_event(event)
             good = good and whole and taken
         rest = rest[self._cutter.passed :]
         self._pass(rest if good else redact_bytes(rest, self._redact), out)
@@ -3329,7 +3331,7 @@ class Access:
 
     def address_of(self, peer: str, forwarded: str) -> str:
         """Return the client's address: peer, or what trusted proxies say of it; "unix" for a unix socket."""
-        hops = forwarded.rsplit(",", MAX_HOPS)[-MAX_HOPS:]  # nobody has more proxies
+        hops = forwarded.rsplit(",", MAX_HOPS)[-MAX_HOPS:]  # the nearest: nobody has so many proxies
         while hops and self._trusts(peer):
             try:
                 hop = hops.pop().strip()
@@ -3890,7 +3892,7 @@ class Job:
 NO_THREAD = "no thread can be started: the system's limit is reached"
 
 
-_of_thread = threading.local()  # workers: those that this thread is one of
+_of_thread = threading.local()  # workers: those that the thread belongs to
 
 
 def held_up() -> contextlib.AbstractContextManager[None]:
@@ -3917,6 +3919,7 @@ class Workers:
         self._parked = 0  # threads that wait for a job, or have got one and not taken it yet
         self._held_up = 0  # threads
         self._waiting = 0  # jobs that were not taken yet
+        self._is_closed = False
         self._alarm = Alarm(loop, self._fill)
         self._loop = loop
 
@@ -3951,9 +3954,10 @@ class Workers:
         self._alarm.close()
         deadline = time.monotonic() + timeout
         with self._lock:
+            self._is_closed = True
             threads = list(self._threads)
         for _ in range(len(self)):
-            self._jobs.put(None)  # which is no job: nobody is started for it
+            self._jobs.put(None)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -3975,6 +3979,7 @@ class Workers:
         """Tell whether a thread is to be started, and count it then."""
         with self._lock:
             lacks = self._waiting > self._parked + self._starting and len(self) - self._held_up < MAX_WORKERS
+            lacks = lacks and not self._is_closed
             self._starting += lacks
             return lacks
 
@@ -4065,7 +4070,7 @@ class LogWriter:
         """Write what waits; give up after timeout seconds."""
         self._closing.set()
         self._lines.put((logging.NOTSET, 0.0, None))  # wakes the thread
-        if self._thread and self._thread is not threading.current_thread():  # where somebody's handler collects garbage
+        if self._thread and self._thread is not threading.current_thread():  # in which a server may be collected
             self._thread.join(timeout)
 
     def _put(self, level: int, line: object) -> None:
@@ -4520,7 +4525,7 @@ class Client(Peer, Stateful):
             self._set_alarm()
         elif self.state in (self.HEAD, self.BODY):
             self._refuse(RequestError("The request did not arrive in time.", 408))
-            if self.pending:  # it did not take what it was told before, either
+            if self.pending:  # it was blocked before, so that no clock runs for what it is told now
                 self.on_blocked()
         else:
             self.drop(Aborted("The client stopped reading."))
@@ -5156,6 +5161,12 @@ def http_date(seconds: int) -> str:
 _DATES: dict[int, str] = Memo(http_date, 1)
 
 
+@functools.lru_cache(maxsize=1)  # or it would be another at each look
+def booted_at() -> float:
+    """When the system was started, by its clock.  /proc/stat has it, too, but systemd's ProcSubset hides that."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def process_figures() -> dict[str, float]:
     """Return what the system tells of this process, by the names that Prometheus' own clients have.
 
@@ -5168,11 +5179,10 @@ def process_figures() -> dict[str, float]:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if limit != resource.RLIM_INFINITY:
             figures["process_max_fds"] = limit
-    with contextlib.suppress(OSError, ValueError, StopIteration):
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         with open("/proc/self/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()  # proc(5), from the third on
-        booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)  # /proc/stat is hidden by systemd's ProcSubset
-        figures["process_start_time_seconds"] = booted + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        figures["process_start_time_seconds"] = booted_at() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
         figures["process_virtual_memory_bytes"] = int(fields[20])
         figures["process_resident_memory_bytes"] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
         figures["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # that of the list itself
@@ -8452,14 +8462,15 @@ class Check:
         return Look("the address", words, found)
 
     def _follow(self, location: str) -> bool:
-        """Go to where a redirect leads, if a streamproxy can be there; the token does not go to another host."""
+        """Go to where a redirect leads, if a streamproxy can be there; the token goes to no other host or port."""
         try:
             place = urllib.parse.urljoin(self.url + TEST_PATH, location).partition("?")[0]
             url, is_ours = place[: -len(TEST_PATH)], place.endswith(TEST_PATH)
             old, new = urllib.parse.urlsplit(self.settings.check), urllib.parse.urlsplit(url)  # however far it led
-            ports = [place.port or _PORTS[place.scheme] for place in (old, new)]
+            ports = [address.port or _PORTS[address.scheme] for address in (old, new)]
             is_same = new.scheme == old.scheme and ports[0] == ports[1]
-            is_safe = old.hostname == new.hostname and (is_same or ports == [_PORTS["http"], _PORTS["https"]])
+            is_secured = new.scheme == "https" and ports == [_PORTS["http"], _PORTS["https"]]
+            is_safe = old.hostname == new.hostname and (is_same or is_secured)
             self._visitor = Visitor(self.settings if is_safe else self.settings.replace(check_token=""), url)
         except (ValueError, KeyError):  # it is none
             return False

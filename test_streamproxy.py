@@ -2214,8 +2214,12 @@ def test_answer_of_images_or_speech_is_whole_with_its_last_event(type: str, name
         assert (out, answer.state, answer.failure) == (last * 2 + end, answer.DONE, None)
     answer, _ = passed_to(last, event({"type": "image_generation.partial_image"}))
     assert answer.state == answer.DONE
-    answer, _ = passed_to(event({"type": "image_generation.partial_image"}))
-    assert answer.failure
+    for parts in ((event({"type": "image_generation.partial_image"}),), (last[:-4],), (last[:-3],) if named else ()):
+        answer, _ = passed_to(*parts)
+        assert answer.failure, parts
+    for images in (1, 2):
+        answer, _ = passed_to(last * images, choices=2)
+        assert bool(answer.failure) == (images < 2)
 
 
 @pytest.mark.parametrize("stop_reason", ["my secret words", 128009, None])
