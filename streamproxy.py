@@ -1759,17 +1759,19 @@ class PassedAnswer(Answer):
         self.notes.events += 1
         data, payload = event.data, None
         done = data.strip() == "[DONE]"
+        types: tuple[object, ...] = (event.type,)
         ends = done or event.type in _LAST_TYPES
         try:
             try:
                 payload = None if done else load_event(event)
-                ends = ends or (isinstance(payload, dict) and payload.get("type") in _LAST_TYPES)
+                types = (event.type, payload.get("type") if isinstance(payload, dict) else None)
+                ends = ends or types[1] in _LAST_TYPES
                 payload = payload if ends else check_payload(payload, data, event.type)
             except Garbled:  # what is not as it should be is for the client to see
                 pass
             if ends and self.failure is None:
                 self.state = self.ENDING
-            elif event.type in _WHOLE_TYPES or (isinstance(payload, dict) and payload.get("type") in _WHOLE_TYPES):
+            elif any(type in _WHOLE_TYPES for type in types):
                 self.notes.finished.add(str(self.notes.events))
             self._take_payload(payload, data)
             self._is_under_way = bool(self.notes.model) or self.notes.events >= MAX_UNNAMED
@@ -3978,10 +3980,10 @@ class Workers:
     def _lacks_one(self) -> bool:
         """Tell whether a thread is to be started, and count it then."""
         with self._lock:
-            lacks = self._waiting > self._parked + self._starting and len(self) - self._held_up < MAX_WORKERS
-            lacks = lacks and not self._is_closed
-            self._starting += lacks
-            return lacks
+            lacks, few = self._waiting > self._parked + self._starting, len(self) - self._held_up < MAX_WORKERS
+            starts = lacks and few and not self._is_closed
+            self._starting += starts
+            return starts
 
     def _try_again(self) -> None:
         self._alarm.by(self._loop.now + SHORTAGE_PAUSE)
@@ -6015,11 +6017,11 @@ class Source(Stateful):
         """When this state has lasted too long."""
         if self.state == self.ENDING:
             return self.since + END_GRACE
-        limit: float = getattr(self.hub.settings, self._clock[0])
+        limit: float = getattr(self.hub.settings, self._limit[0])
         return self.since + limit if limit else math.inf
 
     @property
-    def _clock(self) -> tuple[str, str]:
+    def _limit(self) -> tuple[str, str]:
         begun = self.state == self.SENDING and self.answer.notes.events  # the answer has, before the request was sent
         return self._CLOCKS[self.FLOWING if begun else self.state]
 
@@ -6029,7 +6031,7 @@ class Source(Stateful):
 
     def late(self) -> UpstreamError:
         """Return the failure for a state that has lasted too long."""
-        setting, words = self._clock
+        setting, words = self._limit
         return UpstreamError(f"Upstream took too long {words}.", 504, "aborted", reason=setting)
 
     def watch(self) -> None:
@@ -6153,7 +6155,7 @@ class Source(Stateful):
         answer, stream, now = self.answer, self.stream, self.hub.loop.now
         data = body.feed(data)
         ends = closed or body.complete or body.broken
-        if self.state == self.FLOWING and not ends and answer.skim(data):  # mostly
+        if self.state == self.FLOWING and not ends and answer.skim(data):  # mostly, and never the first of the answer
             self.since = now
             self._note_text(now)
             if stream.viewer.take(data):
