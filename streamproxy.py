@@ -419,6 +419,7 @@ _ESCAPED = re.compile(r"\\u00(2[013-9A-Fa-f]|[346][0-9A-Fa-f]|5[0-9ABDEFabdef]|7
 # nobody sends but to hold us up, is hidden whole.
 _BLOCK_SIZE = 16 * 1024
 _MAX_PLACES = 20_000
+_FEW_PLACES = 80
 
 _ANY_BIT = b"\0" + b"\1" * 255
 
@@ -447,14 +448,17 @@ class _KeyParts:
 
     def find(self, data: bytes) -> list[int] | None:
         """Return where parts begin; None: in too many places."""
+        if len(data) < _FEW_PLACES:  # of an answer's ID, and the like: as many steps as it has places are fewer
+            places = range(len(data) - _PART_SIZE + 1)
+            return [place for place in places if data[place : place + _PART_SIZE] in self._parts]
         found, looked_at = [], 0
         for at in range(0, len(data), _BLOCK_SIZE):
             block = data[at : at + _BLOCK_SIZE + _PART_SIZE - 1]
-            places = {at + place for table in self._tables for place in self._places(block.translate(table))}
-            looked_at += len(places)
+            likely = {at + place for table in self._tables for place in self._places(block.translate(table))}
+            looked_at += len(likely)
             if looked_at > _MAX_PLACES:
                 return None
-            found += [place for place in sorted(places) if data[place : place + _PART_SIZE] in self._parts]
+            found += [place for place in sorted(likely) if data[place : place + _PART_SIZE] in self._parts]
         return found
 
     def _places(self, block: bytes) -> Iterator[int]:
@@ -2317,9 +2321,19 @@ def _listing(pattern: str, allowed: str, convert: Callable[[str], Any] = str) ->
 _read_members = _listing(r"(?!(?:prompt|messages|stream)$)\w+", "NAME, other than prompt, messages and stream")
 _read_models = _listing(".+", "NAME, or * for any")
 _read_paths = _listing(r"/v1(/(?!\.+(/|$))[A-Za-z0-9._~-]+)+", "a path such as /v1/images/generations")
-_read_origins = _listing(r"https?://[^/\s,]+", "SCHEME://HOST or SCHEME://HOST:PORT")
-_read_hosts = _listing(r"[A-Za-z0-9._:\[\]-]+", "a host name, without a port")
-_read_networks = _listing(r"[0-9A-Fa-f.:]+(/[0-9]{1,3})?", "an address or a network", ipaddress.ip_network)
+# As browsers send them: in lower case, and without the port that their scheme has anyway; those of apps have others.
+_read_origins = _listing(
+    r"[A-Za-z][A-Za-z0-9+.-]*://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?",
+    "SCHEME://HOST or SCHEME://HOST:PORT",
+    lambda text: re.sub("^(http://.*):80$|^(https://.*):443$", r"\1\2", text.lower()),
+)
+_read_hosts = _listing(
+    r"[A-Za-z0-9._-]+|\[?([0-9A-Fa-f]*:){2,}[0-9A-Fa-f.]*\]?", "a host name, without a port",
+    lambda text: text.strip("[]").lower(),
+)
+_read_networks = _listing(
+    r"[0-9A-Fa-f.:]+(/[0-9]{1,3})?", "an address, or a network such as 10.0.0.0/8", ipaddress.ip_network
+)
 
 
 def _read_bind(text: str) -> str:
@@ -3319,7 +3333,7 @@ class Access:
         self._tokens = Tokens(settings.token_file) if settings.token_file else None
         # A unix socket has "", and no name by itself: a proxy in front of it passes on those that it is asked under.
         hosts = [parse_address(address)[1] for address in settings.addresses.values()]
-        self._names = {name.lower().strip("[]") for name in (*hosts, *settings.allow_host)}
+        self._names = {*map(str.lower, hosts), *settings.allow_host}
 
     @property
     def file(self) -> WatchedFile | None:

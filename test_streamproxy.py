@@ -3053,10 +3053,40 @@ def test_settings_show_no_key() -> None:
     check_no_key(repr(settings))
 
 
+@pytest.mark.parametrize(("name", "given", "taken"), [
+    ("allow_origin", "HTTPS://App.Example:443", "https://app.example"),
+    ("allow_origin", "http://app.example:80", "http://app.example"),
+    ("allow_origin", "http://app.example:443", "http://app.example:443"),
+    ("allow_origin", "https://app.example:80", "https://app.example:80"),
+    ("allow_origin", "https://app.example:4430", "https://app.example:4430"),
+    ("allow_origin", "http://[::1]:3000", "http://[::1]:3000"),
+    ("allow_origin", "capacitor://localhost", "capacitor://localhost"),
+    ("allow_host", "Chat.Example", "chat.example"),
+    ("allow_host", "[FD00::1]", "fd00::1"),
+    ("allow_host", "fd00::1", "fd00::1"),
+])
+def test_setting_that_names_who_may_ask_is_taken_as_requests_have_it(name: str, given: str, taken: str) -> None:
+    assert getattr(streamproxy.Settings(demo=True, **{name: given}), name) == (taken,)
+
+
+@pytest.mark.parametrize(("name", "given", "allowed"), [
+    ("allow_origin", "https://*.example.com", "SCHEME://HOST or SCHEME://HOST:PORT"),
+    ("allow_origin", "https://app.example/", "SCHEME://HOST or SCHEME://HOST:PORT"),
+    ("allow_origin", "https://m\xfcnchen.example", "SCHEME://HOST or SCHEME://HOST:PORT"),
+    ("allow_origin", "null", "SCHEME://HOST or SCHEME://HOST:PORT"),
+    ("allow_host", "chat.example:8000", "a host name, without a port"),
+    ("allow_host", "[fd00::1]:8000", "a host name, without a port"),
+    ("allow_host", "*.example", "a host name, without a port"),
+])
+def test_setting_that_no_request_can_match_is_refused(name: str, given: str, allowed: str) -> None:
+    with pytest.raises(streamproxy.SettingsError, match=re.escape(allowed)):
+        streamproxy.Settings(demo=True, **{name: given})
+
+
 def test_settings_given_as_texts_in_a_tuple_are_read() -> None:
     settings = streamproxy.Settings(demo=True, trusted_proxy=("192.0.2.0/24",))
     assert streamproxy.Access(settings).address_of("192.0.2.1", "198.51.100.1") == "198.51.100.1"
-    with pytest.raises(streamproxy.SettingsError, match="an address or a network"):
+    with pytest.raises(streamproxy.SettingsError, match="or a network such as"):
         streamproxy.Settings(demo=True, trusted_proxy=("192.0.2.1/24",))
     with pytest.raises(TypeError, match="no such setting: modle"):
         streamproxy.Settings(demo=True, modle="x")
