@@ -1319,7 +1319,6 @@ def inflate(data: bytes, coding: str) -> bytes:
 class Refusal(Answer):
     """An answer whose status is no success: a failure, told once its document is whole or too large."""
 
-    status = 200  # of what may have been begun
     eager = False
 
     def __init__(self, asked: Answer, head: Head) -> None:
@@ -1329,9 +1328,8 @@ class Refusal(Answer):
         self.asked, self.head, self.refused = asked, head, head.status
         self.document = b""  # once it is whole
 
-    @property
-    def content_type(self) -> str:
-        return self.asked.content_type
+    def client_head(self) -> tuple[int, dict[str, str]]:
+        return self.asked.client_head()
 
     @property
     def pings(self) -> bool:
@@ -1663,22 +1661,25 @@ class PassedAnswer(Answer):
         self._stream = stream
         self._parser = EventParser(sys.maxsize, strict=False)  # of the events that are looked at
         self._cutter = EventCutter()
-        self._is_open = False  # the client has a head of ours for a stream, and nothing of upstream's
-        self._has_begun = False  # the client has a head
+        self._begun_with: Head | None = None  # the head with which the client's answer began
         self._is_under_way = False  # a stream whose model is known, or is not told
 
     def client_head(self) -> tuple[int, dict[str, str]]:
-        self._has_begun = True
+        self._begun_with = self.head
         return super().client_head()
+
+    @property
+    def _is_promised(self) -> bool:
+        """Whether the client's answer began as a stream before upstream's head had come."""
+        return self._begun_with is _STREAM_HEAD
 
     def ping(self) -> bytes:
         if self._cutter.passed:
             return b""
-        self._is_open = self._is_open or self.head is _STREAM_HEAD
         return encode_event('{"type": "ping"}', "ping") if self._api == "/v1/messages" else PING
 
     def encode(self, type: str, **payload: Any) -> bytes:
-        if type != "error" or not self._is_open or self._form == _EVENTS:
+        if type != "error" or not self._is_promised or self._form == _EVENTS:
             return b""
         data = encode_error(UpstreamError(payload["error"]), self._api).decode().strip()
         return encode_event(data, "error" if self._api == "/v1/messages" else "")
@@ -1700,7 +1701,7 @@ class PassedAnswer(Answer):
 
     def _check_form(self) -> None:
         """Raise UpstreamError where the client was promised a stream, and this is none."""
-        if self._is_open:
+        if self._is_promised:
             raise UpstreamError("Upstream sent a document where a stream was asked for.")
 
     def skim(self, body: bytes) -> bool:
@@ -1723,7 +1724,7 @@ class PassedAnswer(Answer):
 
     def _take_events(self, body: bytes, out: list[bytes]) -> None:
         cutter = self._cutter
-        if self._is_open and not (self.notes.events or cutter.rest):
+        if self._is_promised and not (self.notes.events or cutter.rest):
             body = body.removeprefix(codecs.BOM_UTF8)  # which stands at the begin of a stream alone
         if body[-2:] == b"\n\n" and not cutter.rest:  # mostly, whole events come, which skim has seen
             self._pass(self._look_through(body, 0), out)
@@ -1802,7 +1803,7 @@ class PassedAnswer(Answer):
         if self._form == _EVENTS:
             self._finish_events(out)
         elif self._form == _UNTOLD and self.head.label == _EVENTS:
-            if not self._is_open:  # else an event says what is wrong, which has to begin a line
+            if not self._is_promised:  # else an event says what is wrong, which has to begin a line
                 self._pass(bytes(self._held), out)
         elif cut:
             raise cut
@@ -1855,7 +1856,7 @@ class PassedAnswer(Answer):
             pass
         except UpstreamError as error:
             document = redact_bytes(document, self._redact)
-            if self.head.label == _EVENTS and self._has_begun and not self._is_open:
+            if self.head.label == _EVENTS and self._begun_with not in (None, _STREAM_HEAD):
                 self._pass(document, out)
             elif self._stream:
                 error.document = document

@@ -2129,7 +2129,7 @@ def test_stream_that_was_asked_for_may_be_open_before_upstream_s_head_and_its_re
     for messages in (False, True):
         asked = streamproxy.PassedAnswer(messages=messages, stream=True)
         assert asked.pings and asked.content_type == "text/event-stream" and asked.encode("error", error="x") == b""
-        assert asked.ping()
+        assert asked.ping() and asked.client_head()
         answer = asked.start(429, {"retry-after": "7"})
         answer.feed(b'{"error": {"message": "Slow down"}}')
         answer.close(None)
@@ -2138,13 +2138,13 @@ def test_stream_that_was_asked_for_may_be_open_before_upstream_s_head_and_its_re
         assert [event.type for event in told] == ["error" if messages else "message"]
         assert json.loads(told[0].data)["error"]["message"] == "Slow down"
         asked = streamproxy.PassedAnswer(stream=True)
-        asked.ping()
+        assert asked.ping() and asked.client_head()
         asked.start(200, {"content-type": "text/event-stream"})
         asked.feed(ROLE)
         assert asked.encode("error", error="x") == b""  # upstream's events have begun: a cut tells
     for document, words in ((JSON_ANSWER, "document"), (b'{"error": "Sorry"}', "Sorry")):
         asked = streamproxy.PassedAnswer(stream=True)
-        asked.ping()
+        assert asked.ping() and asked.client_head()
         asked.start(200, {"content-type": "application/json"})
         assert asked.feed(document) + asked.close(None) == b"" and asked.failure and words in asked.failure.message
         assert asked.encode("error", error=asked.failure.message)
@@ -2209,6 +2209,7 @@ def test_comment_without_an_end_is_not_looked_at_again_with_each_piece() -> None
 def test_byte_order_mark_behind_a_ping_costs_no_event() -> None:
     answer = streamproxy.PassedAnswer(stream=True)
     sent = answer.ping()
+    answer.client_head()  # with which that leaves
     answer.start(200, {"content-type": "text/event-stream"})
     sent += answer.feed(b"\xef\xbb\xbf" + C) + answer.feed(C + DONE)
     assert len(streamproxy.EventParser().feed(sent)) == 3
@@ -2266,6 +2267,7 @@ def test_comment_that_comes_in_pieces_and_ends_up_in_an_event() -> None:
 def test_what_is_no_stream_is_never_whole_where_one_was_begun(label: str, document: bytes) -> None:
     answer = streamproxy.PassedAnswer(stream=True)
     sent = answer.ping()
+    answer.client_head()  # with which that leaves
     answer.start(200, {"content-type": label, "content-length": str(len(document))})
     sent += answer.feed(document) + answer.close(None)
     assert answer.failure
