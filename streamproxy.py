@@ -2465,12 +2465,17 @@ def own_variables(environ: Mapping[str, str], known: Mapping[str, str]) -> dict[
     own = {name: text for name, text in environ.items() if not _KUBERNETES.match(f"{name}={text}")}
     for name in sorted(own):
         if name.startswith("STREAMPROXY_") and name not in known.values():
-            import difflib  # which takes memory
-
-            near = difflib.get_close_matches(name[len("STREAMPROXY_") :], known, 1)
-            hint = f"{known[near[0]]} is the nearest, and " if near else ""
-            raise SettingsError(f"{name}: there is no such variable; {hint}--help lists them all")
+            near = nearest(name[len("STREAMPROXY_") :], known)
+            raise SettingsError(f"{name}: there is no such variable; {near}--help lists them all")
     return own
+
+
+def nearest(name: str, known: Mapping[str, str]) -> str:
+    """Return words for what is known under the nearest name; "" where none is near."""
+    import difflib  # which takes memory
+
+    near = difflib.get_close_matches(name, known, 1)
+    return f"{known[near[0]]} is the nearest, and " if near else ""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -2592,7 +2597,7 @@ class Settings(_Rows):
             path, host, _ = parse_address(address)
             if path and not hasattr(socket, "AF_UNIX"):
                 raise SettingsError(f"{name}: this system has no unix sockets; allowed: HOST:PORT")
-            if not (path or is_loopback(host) or self.token_file or self.allow_anonymous):
+            if not (path or is_loopback(host) or self.token_file or self.allow_anonymous or self.check):
                 raise SettingsError(
                     f"{name}: {address!r} lets others spend your money; allowed: a loopback address, a unix socket, or"
                     " any with --token-file or --allow-anonymous"
@@ -8033,8 +8038,9 @@ HOPS = (
     ("request-context", "appid=", "Azure API Management"), ("x-varnish", "", "Varnish"), ("via", "varnish", "Varnish"),
     ("via", "squid", "Squid"), ("server", "envoy", "Envoy"), ("x-envoy-upstream-service-time", "", "Envoy"),
     ("x-powered-by", "next.js", "Next.js"), ("x-powered-by", "express", "Express"), ("x-powered-by", "arr", "IIS"),
+    ("server", "caddy", "Caddy"),  # which adds its own; nginx, behind it then, would have left none
     ("server", "microsoft-iis", "IIS"), ("server", "nginx", "nginx"), ("server", "openresty", "nginx"),
-    ("server", "apache", "Apache"), ("server", "caddy", "Caddy"), ("via", "caddy", "Caddy"),
+    ("server", "apache", "Apache"), ("via", "caddy", "Caddy"),
     ("server", "lighttpd", "lighttpd"),
     ("issuer", "kaspersky", "antivirus"), ("issuer", "avast", "antivirus"), ("issuer", "eset ssl", "antivirus"),
     ("issuer", "bitdefender", "antivirus"), ("issuer", "zscaler", "antivirus"),
@@ -8045,7 +8051,7 @@ PIECES, BEHIND, BURSTS, HELD, CUT = "piece by piece", "always one behind", "in b
 TEXT_HELD, GET_HELD, COMPRESSED, CACHED = "text held", "GET held", "compressed", "cached"
 NO_PINGS, IDLE, WHOLE, ENDLESS, STAYS = "no pings", "silence", "cut as whole", "never ends", "goes on"
 REFUSED, GUARDED, ABSENT, UNREACHED = "refused", "guarded", "not streamproxy", "not reached"
-UNSERVED, HTTP10 = "out of reach", "HTTP/1.0"
+UNSERVED, SILENT, HTTP10 = "out of reach", "no answer", "HTTP/1.0"
 UNSEEN = "not seen: what was asked for did not come"
 
 # What to change, by who was met and what was found: where, and what.  "" is whoever leaves no trace.
@@ -8107,7 +8113,8 @@ CURES = {
         HELD: "`proxy_buffering off;`, or take X-Accel-Buffering out of proxy_ignore_headers.",
         COMPRESSED: "`gzip off;`, and `proxy_buffering off;`.",
         CACHED: "`proxy_cache off;`, or take Cache-Control out of proxy_ignore_headers.",
-        WHOLE: "`proxy_http_version 1.1;`: in HTTP/1.0 an answer that is cut can look whole.",
+        WHOLE: "`proxy_http_version 1.1;`: in HTTP/1.0 an answer that is cut can look whole. If it is there,"
+               " somebody behind nginx ends it so, as Caddy does: ask from there.",
         HTTP10: "`proxy_http_version 1.1;`, and `proxy_set_header Connection \"\";`.",
         IDLE: "`proxy_read_timeout 130s;`: more than the longest silence of the model.",
         STAYS: "`proxy_ignore_client_abort off;`, and `proxy_buffering off;`.",
@@ -8148,6 +8155,8 @@ CURES = {
         UNSERVED: "Whoever answers does not reach streamproxy: does it run, and may they write to its socket? Their log"
                   " says why.",
         UNREACHED: "See that name, port and certificate (--ca-file) are right, and that something listens.",
+        SILENT: "Something listens there: see that it is streamproxy or a proxy before it, that it does not hang, and"
+                " whether it is http:// or https://.",
         NO_PINGS: "Somebody drops the comments of event streams: a silence looks dead then (see --check-idle).",
         IDLE: "Somebody ends silent answers: after 30 s Google's balancer, 60 s AWS' or nginx (`proxy_read_timeout"
               " 130s;`), else maybe HAProxy (`timeout server 130s`).",
@@ -8175,7 +8184,8 @@ def cure_of(hops: Sequence[str], found: str) -> str:
     known = [(hop, kind) for hop in hops for kind in kinds if hop in CURES and kind in CURES[hop][1]]
     hop, kind = known[0] if known else ("", found)
     place, cures = CURES[hop]
-    return f"{place}, {cures[kind]}" if place else cures[kind]
+    cure = f"{place}, {cures[kind]}" if place else cures[kind]
+    return f"{cure} If it is so already: {CURES[''][1][BURSTS]}" if found == BURSTS and hop else cure
 
 
 class Reply:
@@ -8188,6 +8198,7 @@ class Reply:
         self.ended_at = 0.0
         self.whole = False  # it ended as a body does that is whole
         self.error = ""  # why it did not
+        self.reached = False  # somebody has taken the connection
 
     @property
     def body(self) -> bytes:
@@ -8282,12 +8293,18 @@ def found_in(looks: Iterable[Look]) -> list[str]:
         of_kind = [(look.form, look.coding) for look in forms if look.form and look.found == kind]
         if all(coding and (form.method, form.sse) in good for form, coding in of_kind):
             kind = COMPRESSED  # since the same passes that is not
-        elif kind == HELD and not any(form.sse for form, _ in of_kind):
+        elif kind == HELD and not any(form.sse for form, _ in of_kind) and any(sse for _, sse in good):
             kind = TEXT_HELD
-        elif kind == HELD and all(form.method == "GET" for form, _ in of_kind):
+        elif kind == HELD and all(form.method == "GET" for form, _ in of_kind) and "POST" in dict(good):
             kind = GET_HELD
         found[kind] = None
-    return [*found, *others]
+    return list(dict.fromkeys([*found, *others]))
+
+
+def unseen(name: str, *replies: Reply) -> Look:
+    """Return the look of what did not come: somebody has refused it, or who knows."""
+    status = next((reply.status for reply in replies if reply.status not in (0, 200)), 0)
+    return Look(name, f"refused with status {status}", REFUSED) if status else Look(name, UNSEEN)
 
 
 class Visitor:
@@ -8315,6 +8332,7 @@ class Visitor:
         try:
             deadline = Deadline(lifeline, timeout)
             connection = way.open(deadline)
+            reply.reached = True
             lifeline.hold(connection, functools.partial(connection.sock.shutdown, socket.SHUT_RDWR))
             if isinstance(connection, TlsConnection):
                 reply.fields["issuer"] = connection.issuer
@@ -8328,6 +8346,8 @@ class Visitor:
                     break  # it is none
         except (OSError, ValueError, zlib.error) as error:
             reply.error = getattr(error, "verify_message", "") or reason_of(error)
+            if reply.reached and isinstance(error, ValueError):
+                reply.error = "what it says is not HTTP/1"
         finally:
             reply.ended_at = time.monotonic() - began_at
             if connection:
@@ -8446,7 +8466,8 @@ class Check:
         lines += [f"  {look.name:28}{look.words}" for look in self.looks]
         lines += ["", *self.notes] if self.notes else []
         lines += ["", *(f"{found[:1].upper()}{found[1:]}: {cure_of(self.hops, found)}" for found in self.found)]
-        return "\n".join(lines if self.found else [*lines, "Nothing holds the text back."])
+        seen = "" if all(look.words != UNSEEN for look in self.looks) else " that was seen"
+        return "\n".join(lines if self.found else [*lines, f"Nothing{seen} holds the text back."])
 
     def _enter(self) -> Reply | None:
         """Find the server, and who is on the way to it; None where it is not there."""
@@ -8455,8 +8476,10 @@ class Check:
             self.hops = self._visitor.proxies + hops_in(reply.fields)
             if reply.status == 200 and events_in(reply):
                 return reply
-            if not (300 <= reply.status < 400 and self._follow(reply.fields.get("location", ""))):
+            if not (300 <= reply.status < 400 and self._follow(reply.status, reply.fields.get("location", ""))):
                 break
+        else:
+            self.notes.clear()  # it leads in a circle
         self.looks = [self._look_at_stranger(reply)]
         self.found = [self.looks[0].found]
         return None
@@ -8466,6 +8489,8 @@ class Check:
         status, found, words = reply.status, ABSENT, "is not streamproxy, or one that is too old to be checked"
         if not status:
             found, words = UNREACHED, f"cannot be reached: {reply.error}"
+            if reply.reached:
+                found, words = SILENT, f"takes connections, but does not answer: {reply.error}"
         elif status in (401, 403):
             whose = "this" if self._visitor.has_token else "whoever has no"
             found, words = GUARDED, f"answers {status} to {whose} token"
@@ -8478,7 +8503,7 @@ class Check:
             words = f"answers {status}{words}"
         return Look("the address", words, found)
 
-    def _follow(self, location: str) -> bool:
+    def _follow(self, status: int, location: str) -> bool:
         """Go to where a redirect leads, if a streamproxy can be there; the token goes to no other host or port."""
         try:
             place = urllib.parse.urljoin(self.url + TEST_PATH, location).partition("?")[0]
@@ -8493,7 +8518,8 @@ class Check:
             return False
         if is_ours:
             self.url = url
-            self.notes.append(f"It redirects to {url}: ask that address, for on the way a POST becomes a GET.")
+            why = "" if status in (307, 308) else ", for on the way a POST becomes a GET"  # RFC 9110 section 15.4
+            self.notes.append(f"It redirects to {url}: ask that address{why}.")
         return is_ours
 
     def _ask(self, form: Form, events: int = TEST_EVENTS, pace: float = 0, size: int = 64, more: str = "") -> Reply:
@@ -8512,24 +8538,30 @@ class Check:
             if found == PIECES:
                 break
         if found == HELD:
-            size = block_size(self._ask(form, BLOCK_EVENTS, self.pace / 10, BLOCK_SIZE), self.pace / 10)
-            words = f"in blocks of {size / 1024:.0f} KiB" if size else "all at the end"
+            reply = self._ask(form, BLOCK_EVENTS, self.pace / 10, BLOCK_SIZE)
+            if reply.whole and len(events_in(reply)) == BLOCK_EVENTS:  # else it was refused
+                size = block_size(reply, self.pace / 10)
+                words = f"in blocks of {size / 1024:.0f} KiB" if size else "all at the end"
         elif found == CUT:
-            words = f"cut off after {reply.ended_at:.1f} s" if not reply.whole else "another answer than was asked for"
+            words = "another answer than was asked for" if reply.whole else f"cut off after {reply.ended_at:.1f} s"
+            words = words if reply.status else f"no answer: {reply.error}"
         words += f", compressed ({coding})" if coding else ""
         return Look(str(form), words, "" if found == PIECES else found, form, coding)
 
     def _look_at_pings(self) -> Look:
         reply = self._ask(Form("POST", sse=True), 2, 5 * self.pace, more=f"&ping={1500 * self.pace:.0f}")
         if len(events_in(reply)) < 2:
-            return Look("pings", UNSEEN)
+            return unseen("pings", reply)
         lost = PING not in reply.body
         return Look("pings", "lost" if lost else "pass", NO_PINGS if lost else "")
 
     def _look_at_cut(self) -> Look:
         reply, name = self._ask(PLAIN, 3, more="&cut=1"), "an answer that is cut"
-        if not events_in(reply):
-            return Look(name, UNSEEN)
+        if reply.status in (502, 504):  # as of who collects an answer, and sees that it breaks off
+            return Look(name, "can be told")
+        is_empty = reply.status == 200 and reply.whole and not reply.body  # all was dropped, and with it the cut
+        if not (events_in(reply) or is_empty):
+            return unseen(name, reply)
         if not reply.whole and reply.ended_at > CHECK_TIMEOUT / 2:
             return Look(name, "never ends", ENDLESS)
         return Look(name, *(("looks whole", WHOLE) if reply.whole else ("can be told",)))
@@ -8537,7 +8569,7 @@ class Check:
     def _look_at_cache(self) -> Look:
         name, replies = "an answer to GET", [self._ask(Form("GET"), 1) for _ in range(2)]
         if not all(map(events_in, replies)):
-            return Look(name, UNSEEN)
+            return unseen(name, *replies)
         cached = replies[0].body == replies[1].body
         return Look(name, *(("comes from a cache", CACHED) if cached else ("is always new",)))
 
@@ -8556,7 +8588,7 @@ class Check:
         leave = [functools.partial(self._visitor.ask, query, PLAIN, CHECK_TIMEOUT, lifeline) for lifeline in lifelines]
         *replies, goes_on = together([*leave, look])
         if goes_on is None or not (goes_on or any(map(events_in, replies))):
-            return Look(name, UNSEEN)
+            return unseen(name, *replies)
         if not goes_on:
             return Look(name, "not seen: another process answers")
         words = {False: "ends its stream", True: "does not end its stream", None: UNSEEN}
@@ -8580,8 +8612,11 @@ class Check:
     def _look_at_silence(self) -> Look:
         seconds = self.settings.check_idle
         reply, name = self._ask(PLAIN, 1, seconds), f"{seconds:g} s of silence"
-        if reply.whole and reply.ended_at > 0.95 * seconds:  # it may have been ended as if it were whole
+        if reply.status == 200 and reply.whole and reply.ended_at > 0.95 * seconds:  # an early end may look whole, too
             return Look(name, "pass")
+        is_refused = reply.status in (429, 503) or reply.ended_at < min(1, seconds / 2)
+        if is_refused and not events_in(reply):  # it has not begun
+            return unseen(name, reply)
         return Look(name, f"cut off after {reply.ended_at:.1f} s", IDLE)
 
 
@@ -8591,6 +8626,11 @@ class Check:
 class _ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"streamproxy: {message}\n")  # one line, without the usage
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write it for whoever may read it: neither a pipe that is closed nor a full disk changes the exit status."""
+        with contextlib.suppress(OSError):
+            write_all((file or sys.stderr).fileno(), message)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -8614,6 +8654,23 @@ def build_parser() -> argparse.ArgumentParser:
             text = f"{setting.help} (default: {setting.shown}) [{setting.variable}]"
             parser.add_argument(setting.flag, dest=setting.name, help=text.replace("%", "%%"), **options)
     return parser
+
+
+def parse_flags(argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the texts of the flags by field name; None for what is not given.  Exits where one is not there."""
+    parser = build_parser()
+    flags, rest = parser.parse_known_args(argv)
+    if rest:
+        name = rest[0].partition("=")[0]  # its value may be a secret, and so may what has no name
+        secrets = {"--" + setting.name.replace("_", "-"): setting for setting in Settings.TABLE if setting.secret}
+        if name in secrets:
+            instead = f"{secrets[name].variable} or {secrets[name].file_variable}"
+            parser.error(f"{name}: a secret has no flag, which others could read; allowed: {instead}")
+        elif name.startswith("-"):
+            near = nearest(name, {setting.flag: setting.flag for setting in Settings.TABLE if setting.flag})
+            parser.error(f"{name}: there is no such flag; {near}--help lists them all")
+        parser.error("an argument belongs to no flag; --help lists them all")
+    return vars(flags)
 
 
 def inherited_socket(environ: MutableMapping[str, str]) -> socket.socket | None:
@@ -8830,7 +8887,7 @@ def _serve(server: Server, signals: Signals) -> int:
 def prepare(argv: Sequence[str] | None = None) -> tuple[int, Callable[[], int] | None]:
     """Return the exit status, or what serves until a signal ends it, in any thread.  For the main thread."""
     sys.stdout, sys.stderr = sys.stdout or _open_nothing(), sys.stderr or _open_nothing()
-    flags = vars(build_parser().parse_args(argv))
+    flags = parse_flags(argv)
     try:
         given = inherited_socket(os.environ)
         found = find_settings(os.environ, flags, given)

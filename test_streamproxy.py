@@ -12399,7 +12399,19 @@ for flags in {cases}:
     status, out, err = run(code=code, OPENAI_API_KEY=KEY)
     assert (status, out) == (0, "")
     assert re.fullmatch(r"(streamproxy: [^\n]+\nend 2\n)*", err) and err.count("end 2") == len(cases)
-    assert run("--nonsense") == (2, "", "streamproxy: unrecognized arguments: --nonsense\n")
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--modle", "x"], "--modle: there is no such flag; --model is the nearest, and --help lists them all"),
+    (["--nonsense-1=x"], "--nonsense-1: there is no such flag; --help lists them all"),
+    (["--api-key", KEY],
+     "--api-key: a secret has no flag, which others could read; allowed: OPENAI_API_KEY or OPENAI_API_KEY_FILE"),
+    ([f"--check-token={KEY}"], "--check-token: a secret has no flag, which others could read;"
+     " allowed: STREAMPROXY_CHECK_TOKEN or STREAMPROXY_CHECK_TOKEN_FILE"),
+    (["--demo", KEY], "an argument belongs to no flag; --help lists them all"),
+])
+def test_flag_that_is_not_there_is_told_without_its_value(arguments: list[str], words: str) -> None:
+    assert run(*arguments) == (2, "", f"streamproxy: {words}\n")
 
 
 def test_command_line_address_taken_is_one_line_and_status_1() -> None:
@@ -12535,12 +12547,16 @@ def test_output_that_is_stuck_does_not_keep_a_second_signal_from_ending_all(prov
 
 
 @pytest.mark.skipif(not shutil.which("sh"), reason="needs a shell")
-@pytest.mark.parametrize("to", ["2>/dev/full", "2>&-"])
-def test_complaint_that_cannot_be_written_does_not_change_the_status(to: str) -> None:
+@pytest.mark.parametrize(("flags", "to", "status"), [
+    (["--idle-timeout", "x"], "2>/dev/full", 2), (["--idle-timeout", "x"], "2>&-", 2), (["--modle"], "2>/dev/full", 2),
+    (["--version"], ">/dev/full", 0), (["--help"], ">/dev/full", 0), (["--help"], ">&-", 0),
+])
+def test_words_that_cannot_be_written_do_not_change_the_status(flags: list[str], to: str, status: int) -> None:
     if not os.path.exists("/dev/full"):
         missing("there is no /dev/full")
-    command = ["sh", "-c", f'exec "$@" {to}', "sh", sys.executable, "-c", RUN, "--idle-timeout", "x"]
-    assert subprocess.run(command, check=False, cwd=HERE).returncode == 2
+    command = ["sh", "-c", f'exec "$@" {to}', "sh", sys.executable, "-c", RUN, *flags]
+    ended = subprocess.run(command, check=False, cwd=HERE, stderr=subprocess.PIPE)
+    assert ended.returncode == status and b"Traceback" not in ended.stderr
 
 
 # ---------------------------------------------------------------- other systems, and forks
@@ -16579,6 +16595,34 @@ def test_check_says_who_is_there_instead_and_follows_redirects(tmp_path: Path, c
         assert guarded.looks[0].words == "answers 401 to this token"
 
 
+class Stranger:
+    """A server that says the same to all."""
+
+    answer: bytes | None = b""  # None: nothing, and the connection stays
+
+    def __enter__(self) -> Self:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._kept: list[socket.socket] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in (self._listener, *self._kept):
+            sock.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock = self._listener.accept()[0]
+                if self.answer is None:
+                    self._kept.append(sock)
+                    continue
+                with sock:
+                    sock.recv(65536)
+                    sock.sendall(self.answer)
+
+
 @pytest.mark.parametrize(("url", "location", "keeps"), [
     ("http://a.example:8000", "http://a.example:8000/b", True), ("http://a.example", "http://a.example:80/b", True),
     ("http://a.example", "https://a.example/b", True), ("http://a.example:8000", "http://a.example:8001", False),
@@ -16588,9 +16632,41 @@ def test_check_says_who_is_there_instead_and_follows_redirects(tmp_path: Path, c
 def test_check_takes_its_token_to_no_other_host_or_port(url: str, location: str, keeps: bool) -> None:
     check = streamproxy.Check(streamproxy.Settings(check=url, check_token="letmein"))
     with unittest.mock.patch.object(streamproxy, "Visitor") as visitor:
-        assert check._follow(location + streamproxy.TEST_PATH)
+        assert check._follow(302, location + streamproxy.TEST_PATH)
     settings, led_to = visitor.call_args.args
     assert (led_to, settings.check_token) == (location, "letmein" * keeps)
+
+
+@pytest.mark.parametrize(("status", "words"), [
+    (301, ", for on the way a POST becomes a GET."), (308, "."), (307, "."),
+])
+def test_check_says_of_a_redirect_that_it_changes_the_method_where_it_does(status: int, words: str) -> None:
+    check = streamproxy.Check(streamproxy.Settings(check="http://a.example"))
+    assert check._follow(status, "https://a.example" + streamproxy.TEST_PATH)
+    assert check.notes == [f"It redirects to https://a.example: ask that address{words}"]
+
+
+def test_check_gives_no_advice_where_a_redirect_leads_in_a_circle() -> None:
+    with Stranger() as there:
+        there.answer = f"HTTP/1.1 301 No\r\nLocation: {there.url}/healthz/stream\r\nContent-Length: 0\r\n\r\n".encode()
+        check = checked(there.url, [streamproxy.ABSENT])
+    assert (check.found, check.notes) == ([streamproxy.ABSENT], [])
+    assert check.looks[0].words.startswith("answers 301 with ")
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    (b"", "connection reset by peer"), (b"SSH-2.0-OpenSSH\r\n\r\n", "what it says is not HTTP/1"),
+    (None, "it took too long"),
+])
+def test_check_tells_who_is_there_and_does_not_answer_from_nobody(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes | None, words: str
+) -> None:
+    monkeypatch.setattr(streamproxy, "CHECK_TIMEOUT", 1.0)
+    with Stranger() as there:
+        there.answer = answer
+        check = checked(there.url, [streamproxy.SILENT])
+    assert [look.words for look in check.looks] == [f"takes connections, but does not answer: {words}"]
+    assert "Something listens there" in check.text()
 
 
 def test_check_tells_of_the_environment_s_proxy(environment: Callable[..., None]) -> None:
@@ -16748,14 +16824,15 @@ def refused_post(head: bytes) -> Callable[[bytes | None], bytes]:
     return lambda data: (words if head.startswith(b"POST") else data or b"") if data else b""
 
 
+TOO_MANY = b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n\r\nno"
+
+
 def refused_streams(head: bytes) -> Callable[[bytes | None], bytes]:
-    words = b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n\r\nno"
-    return lambda data: (words if b"events=" in head and b"every=" in head else data or b"") if data else b""
+    return lambda data: (TOO_MANY if b"events=" in head and b"every=" in head else data or b"") if data else b""
 
 
 def refused_counts(head: bytes) -> Callable[[bytes | None], bytes]:
-    words = b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n\r\nno"
-    return lambda data: (words if b"count=" in head else data or b"") if data else b""
+    return lambda data: (TOO_MANY if b"count=" in head else data or b"") if data else b""
 
 
 def ended_in_silence(head: bytes) -> Callable[[bytes | None], bytes]:
@@ -16791,15 +16868,71 @@ def test_check_tells_what_each_kind_of_hop_does() -> None:
 
 @pytest.mark.usefixtures("many_checks")
 def test_check_says_what_it_has_not_seen() -> None:
-    unseen = {
-        refused_counts: ["a client that leaves"],
-        refused_streams: ["pings", "an answer that is cut", "an answer to GET"],
-    }  # fmt: skip
-    with running(None) as server:
-        for change, names in unseen.items():
-            with Hop(server, change) as hop:
-                words = {look.name: look.words for look in checked(hop.url, paces=[PACE]).looks}
-            assert [words[name] for name in names] == [streamproxy.UNSEEN] * len(names)
+    with running(None) as server, Hop(server, refused_counts) as hop:
+        check = checked(hop.url)
+    assert {look.name: look.words for look in check.looks}["a client that leaves"] == streamproxy.UNSEEN
+    assert check.found == [] and check.text().endswith("\nNothing that was seen holds the text back.")
+
+
+FURTHER = ["pings", "an answer that is cut", "an answer to GET", "2 s of silence"]
+EMPTY = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+BAD_GATEWAY = b"HTTP/1.1 502 No\r\nContent-Length: 0\r\n\r\n"
+# What is put in place of answers, to requests whose head has one of these, what is found, and what is seen of what.
+SINGLE_FINDINGS: list[tuple[bytes, tuple[bytes, ...], list[str], str, list[str]]] = [
+    (TOO_MANY, (b"ping=", b"cut=1", b"events=1&every"), [streamproxy.REFUSED], "refused with status 429", FURTHER),
+    (EMPTY, (b"cut=1",), [streamproxy.WHOLE], "looks whole", FURTHER[1:2]),
+    (BAD_GATEWAY, (b"cut=1",), [], "can be told", FURTHER[1:2]),
+    (b"", (b"GET /healthz/stream?events=10&",), [streamproxy.CUT], "no answer: connection reset by peer", ["GET text"]),
+]
+
+
+@pytest.mark.usefixtures("many_checks")
+def test_check_tells_what_a_hop_does_to_some_streams_alone() -> None:
+    def putting(answer: bytes, parts: Sequence[bytes]) -> Callable[[bytes], Callable[[bytes | None], bytes]]:
+        def change(head: bytes) -> Callable[[bytes | None], bytes]:
+            if not any(part in head for part in parts):
+                return lambda data: data or b""
+            return lambda data: answer if data else b""
+
+        return change
+
+    with running(None) as server, contextlib.ExitStack() as stack:
+        hops = [stack.enter_context(Hop(server, putting(answer, parts))) for answer, parts, *_ in SINGLE_FINDINGS]
+        expected = [found for _, _, found, *_ in SINGLE_FINDINGS]
+        looks = [functools.partial(checked, hop.url, found, check_idle=2) for hop, found in zip(hops, expected)]
+        for check, (answer, _, found, words, names) in zip(streamproxy.together(looks), SINGLE_FINDINGS):
+            seen = {look.name: look.words for look in check.looks}
+            assert check.found == found, answer
+            assert [seen[name] for name in names] == [words] * len(names), answer
+
+
+@pytest.mark.usefixtures("many_checks")
+def test_check_recommends_nothing_that_was_refused() -> None:
+    def holding(*refused: bytes) -> Callable[[bytes], Callable[[bytes | None], bytes]]:
+        def change(head: bytes) -> Callable[[bytes | None], bytes]:
+            refuses = all(part in head for part in refused)
+            return (lambda data: TOO_MANY if data else b"") if refuses else until_the_end(head)
+
+        return change
+
+    changes = [
+        (holding(b"events=10&", b"sse=1"), [HELD, streamproxy.REFUSED, streamproxy.STAYS], "all at the end"),
+        (holding(b"events=10&", b"POST"), [streamproxy.REFUSED, HELD, streamproxy.STAYS], "all at the end"),
+        (holding(b"size=512"), [HELD, streamproxy.STAYS], "held back"),
+    ]
+    with running(None) as server, contextlib.ExitStack() as stack:
+        hops = [stack.enter_context(Hop(server, change)) for change, *_ in changes]
+        looks = [functools.partial(checked, hop.url, found) for hop, (_, found, _) in zip(hops, changes)]
+        for check, (_, found, words) in zip(streamproxy.together(looks), changes):
+            assert check.found == found
+            assert words in {look.words for look in check.looks if look.form}
+
+
+def test_check_names_the_hop_that_is_outermost_and_a_second_cause_of_bursts() -> None:
+    hops = streamproxy.hops_in({"server": "Caddy, nginx/1.22.1"})
+    assert hops == ["Caddy", "nginx"] and streamproxy.cure_of(hops, streamproxy.WHOLE).startswith("In the Caddyfile")
+    cure = streamproxy.cure_of(["nginx"], streamproxy.BURSTS)
+    assert "`proxy_buffering off;`" in cure and "`option http-no-delay`" in cure
 
 
 @pytest.mark.usefixtures("many_checks")
@@ -16859,7 +16992,7 @@ def test_check_gives_its_token_to_no_other_host_and_believes_no_other_server() -
                         sock.sendall(endless[name])
 
     for name in answers:
-        found = "not reached" if name in ("no HTTP", "interim") else "not streamproxy"
+        found = "no answer" if name in ("no HTTP", "interim") else "not streamproxy"
         found = "refused" if name == "a drain" else found
         with socket.create_server(("0.0.0.0", 0)) as listener:
             threading.Thread(target=serve, args=(name, listener), daemon=True).start()
