@@ -12401,13 +12401,14 @@ for flags in {cases}:
     assert re.fullmatch(r"(streamproxy: [^\n]+\nend 2\n)*", err) and err.count("end 2") == len(cases)
 
 
+NO_FLAG = "a secret has no flag, which others could read; allowed:"
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--modle", "x"], "--modle: there is no such flag; --model is the nearest, and --help lists them all"),
     (["--nonsense-1=x"], "--nonsense-1: there is no such flag; --help lists them all"),
-    (["--api-key", KEY],
-     "--api-key: a secret has no flag, which others could read; allowed: OPENAI_API_KEY or OPENAI_API_KEY_FILE"),
-    ([f"--check-token={KEY}"], "--check-token: a secret has no flag, which others could read;"
-     " allowed: STREAMPROXY_CHECK_TOKEN or STREAMPROXY_CHECK_TOKEN_FILE"),
+    (["--api-key", KEY], f"--api-key: {NO_FLAG} OPENAI_API_KEY or OPENAI_API_KEY_FILE"),
+    ([f"--check-token={KEY}"], f"--check-token: {NO_FLAG} STREAMPROXY_CHECK_TOKEN or STREAMPROXY_CHECK_TOKEN_FILE"),
     (["--demo", KEY], "an argument belongs to no flag; --help lists them all"),
 ])
 def test_flag_that_is_not_there_is_told_without_its_value(arguments: list[str], words: str) -> None:
