@@ -7320,7 +7320,14 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = str(asked["messages"][-1]["content"])
+        if not self.path.endswith("/chat/completions"):
+            self._refuse(404, "The built-in API has chat completions alone.")
+            return
+        try:
+            prompt = words_in(asked["messages"][-1]["content"])
+        except (LookupError, TypeError):
+            self._refuse(400, "The last of the messages has no content.")
+            return
         words = re.findall(r"\s*\S+\s*", DEMO_ANSWER.replace("{prompt}", prompt))
         usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
         usage["total_tokens"] = sum(usage.values())
@@ -7346,9 +7353,12 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         payload = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "choices": choices, **more}
         self.wfile.write(encode_chunk(encode_event(json.dumps(payload))))
 
-    def _answer(self, payload: object) -> None:
+    def _refuse(self, status: int, words: str) -> None:
+        self._answer(json.loads(encode_error(RequestError(words, status), "/v1/")), status)
+
+    def _answer(self, payload: object, status: int = 200) -> None:
         body = json.dumps(payload).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -7802,7 +7812,9 @@ class Server(http.server.ThreadingHTTPServer):
         }
 
     def start(self) -> None:
-        """Serve, in threads of its own."""
+        """Serve, in threads of its own.  Raises RuntimeError for one that was stopped."""
+        if self.draining:
+            raise RuntimeError("a server that was stopped does not serve again")
         for door in self.doors:
             door.open()
         self.hub.log.start()
@@ -7818,9 +7830,12 @@ class Server(http.server.ThreadingHTTPServer):
             return
         self.state = self.LEAVING
         loop = self.hub.loop
-        if loop.started:
-            loop.post(self._say_goodbye)
-            wait = functools.partial(self._shutdown.wait, tell=lambda: tell(self._waited_for()))
+        if not loop.started:
+            self.server_close()
+            return
+        loop.post(self._say_goodbye)
+        wait = functools.partial(self._shutdown.wait, tell=lambda: tell(self._waited_for()))
+        try:
             wait(self.settings.leave_delay)
             self.state = self.DRAINING
             loop.post(self._drain)
@@ -7828,9 +7843,13 @@ class Server(http.server.ThreadingHTTPServer):
                 self._shutdown.hurry(False)
                 loop.post(self._abort)
                 wait(ABORT_GRACE)
+        except BaseException:  # as of Ctrl-C, in a program that goes on: this is not called twice
+            loop.post(self._abort)
+            raise
+        finally:
             for last in (self._close_clients, self.lookout.close, self.front.close, self._say_what_ended):
                 loop.post(last)
-        self.server_close()
+            self.server_close()
 
     def abort(self) -> None:
         """Have stop() wait no longer.  For any thread."""
@@ -7911,8 +7930,8 @@ class Server(http.server.ThreadingHTTPServer):
         for door in self.doors:
             door.listener.close()
         super().server_close()
-        self.state = self.STOPPED
         self._resources.close()
+        self.state = self.STOPPED
 
 
 # 27 ------------------------------------------------------------------ Library
@@ -9149,7 +9168,8 @@ function tableHead(text, {line, end, whole}) {
   const seems = /^ {0,3}\|/.test(line) && /^[\s|:-]*$/.test(next.line);
   const fits = COLUMNS.test(next.line) && columns.length === head.length;
   const sides = columns.map(cell => ["", "left", "right", "center"][/^:/.test(cell) + 2 * /:$/.test(cell)]);
-  return (sure ? fits : seems) ? {head, align: head.map((_, index) => sides[index] || ""), end: next.end, sure} : null;
+  if (head.length > MANY || !(sure ? fits : seems)) return null;
+  return {head, align: head.map((_, index) => sides[index] || ""), end: next.end, sure};
 }
 
 // The lines from a place on, as long as inner(line as read) says what of one is in the block, not null.
@@ -9522,11 +9542,17 @@ function fixColumns(table) {
 
 function drawRow(parent, tag, row, align, open) {
   const element = make(parent, "tr");
-  align.forEach((side, index) => {
+  row.slice(0, align.length).forEach((text, index) => {
     const cell = make(element, tag);
-    cell.style.textAlign = side;
-    drawInline(cell, parseInline(row[index] || "", open));
+    cell.style.textAlign = align[index];
+    drawInline(cell, parseInline(text, open));
   });
+  const missing = align.length - row.length;
+  if (missing > 0) {   // one for all, or a little text would be many elements
+    const cell = make(element, tag);
+    cell.colSpan = missing;
+    cell.style.gridColumn = `span ${missing}`;
+  }
   return element;
 }
 
@@ -9564,7 +9590,7 @@ function growingText(element, depth = 0) {
     return false;
   }
   // from: where the text is another from now on; nothing behind that is whole.
-  const add = (piece, from = text.length) => { text = text.slice(0, from) + piece; };
+  const add = (piece, from = text.length) => { text = text.slice(0, from) + piece.replaceAll("\r", ""); };   // of CRLF
   return {get length() { return text.length; }, add, draw};
 }
 
@@ -9697,7 +9723,8 @@ async function receivePart(turn, measured, take) {
   if (!ok) {
     const told = await response.json().catch(() => null);   // null: by something in front of the server
     turn.error = told?.error?.message || told?.error || turn.error;
-    if (told || status < 500) return status;
+    const later = turn.stream && status === 503;   // it is kept all the same
+    if (!later && (told || status < 500)) return status;
     throw Error(turn.error);
   }
   measured.arrived = true;
@@ -9738,15 +9765,16 @@ async function receive(turn, measured, take) {
   }
 }
 
-function ask(question) {
+// was: the turn in whose place this comes, if there is one.
+function ask(question, was) {
   const turn = {question, answer: "", reasoning: "", note: "", key: newKey(), asked: Date.now()};
   turns.push(turn);
   save();
-  fillIn(turn, drawTurn(turn), performance.now());
+  fillIn(turn, drawTurn(turn), performance.now(), was);
 }
 
 // Have a turn's answer come.  began: when it was asked; 0: on a page that was left since.
-async function fillIn(turn, view, began) {
+async function fillIn(turn, view, began, was) {
   setRunning(true);
   const {signal} = stop, measured = {signal, began, first: 0, pieces: 0, usage: null, arrived: false, settled: false};
   let frame = 0;
@@ -9767,6 +9795,8 @@ async function fillIn(turn, view, began) {
   });
   cancelAnimationFrame(frame);
   endThought();
+  if (was && !measured.first && (turn.error || signal.aborted))   // nothing has come in its place
+    for (const kind of ["reasoning", "answer"]) view[kind].add(turn[kind] = was[kind]);
   while (drawTexts(turn, view, true)) await pause();
   if (!turns.includes(turn)) return;   // there is a new chat
   if (signal.aborted) [turn.error, turn.note] = ["", "Stopped."];
@@ -9784,6 +9814,7 @@ function takeBack(turn, view) {
   turns.splice(turns.indexOf(turn), 1);
   input.value = turn.question;
   setRunning(false);
+  tell("");
   access.querySelector("p").textContent = token.value ? "This token is not known here." : "";
   access.hidden = false;
   token.focus();
@@ -9794,12 +9825,13 @@ function dropLast() {
   log.lastElementChild.remove();
 }
 
-function again() {
+function again(self) {
   if (stop) return;
   leaveEditing();
-  const {question} = turns.at(-1);
+  const was = turns.at(-1), byKey = self.matches(":focus-visible");
   dropLast();
-  ask(question);
+  if (byKey) input.focus();   // for the button has gone; whoever has touched it wants no keyboard
+  ask(was.question, was);
 }
 
 function edit() {
@@ -9836,7 +9868,9 @@ async function copy(self, text) {
     area.select();
     document.execCommand("copy");
     area.remove();
+    self.focus();
   }
+  tell("Copied.");
   self.textContent = "Copied";
   setTimeout(() => { self.textContent = "Copy"; }, 1500);
 }
@@ -9883,7 +9917,7 @@ function fill(text) {
 
 function setRunning(running) {
   stop = running ? new AbortController() : null;
-  if (document.activeElement.matches("button")) input.focus();   // the button is about to go
+  if (document.activeElement.matches("#send, #stop")) input.focus();   // the button is about to go
   $("#send").hidden = running;
   $("#stop").hidden = !running;
   $("#greeting").hidden = turns.length > 0;

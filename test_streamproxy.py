@@ -9924,6 +9924,28 @@ def test_library_demo_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "You asked: “Hi”" in "".join(streamproxy.stream_text("Hi", streamproxy.Settings(demo=True)))
 
 
+@pytest.mark.parametrize(("path", "asked", "status", "words"), [
+    ("/v1/completions", {"prompt": "hi"}, 404, "The built-in API has chat completions alone."),
+    ("/v1/messages", {"messages": [], "max_tokens": 1}, 404, "The built-in API has chat completions alone."),
+    ("/v1/chat/completions", {"messages": []}, 400, "The last of the messages has no content."),
+    ("/v1/chat/completions", {"messages": ["hi"]}, 400, "The last of the messages has no content."),
+])
+def test_demo_says_what_it_is_not_asked_for(path: str, asked: dict[str, Any], status: int, words: str) -> None:
+    with running(None, demo=True) as server, Client(server) as client:
+        client.ask({"model": streamproxy.DEFAULT_MODEL, **asked}, path=path)
+        assert api_error(client)[:2] == (status, words)
+
+
+def test_demo_reads_a_message_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamproxy, "DEMO_PAUSE", 0)
+    parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": " there"}]
+    asked = {"model": streamproxy.DEFAULT_MODEL, "messages": [{"role": "user", "content": parts}]}
+    with running(None, demo=True) as server, Client(server) as client:
+        client.ask(asked, path="/v1/chat/completions")
+        answer = json.loads(client.exactly(int(client.head().fields["Content-Length"])))
+        assert answer["choices"][0]["message"]["content"].startswith("You asked: “Hello there”")
+
+
 # 26 ------------------------------------------------------------------- Server
 
 
@@ -10936,7 +10958,28 @@ def test_stop_twice_or_before_the_start_is_fine(provider: Provider) -> None:
     settings = streamproxy.Settings(bind="127.0.0.1:0", upstream=provider.url)
     with streamproxy.Server(settings) as server:
         server.stop()
-    streamproxy.Server(settings).stop()
+    unused = streamproxy.Server(settings)
+    unused.stop()
+    for stopped in (server, unused):
+        with pytest.raises(RuntimeError, match="a server that was stopped does not serve again"):
+            stopped.start()
+
+
+def test_stop_that_is_interrupted_leaves_nothing(provider: Provider) -> None:
+    def interrupt(words: str) -> None:
+        raise KeyboardInterrupt
+
+    server = streamproxy.Server(streamproxy.Settings(bind="127.0.0.1:0", upstream=provider.url))
+    server.start()
+    with Client(server).ask(PROMPT, Accept="text/event-stream") as client, provider.take() as upstream:
+        upstream.start(A)
+        client.head()
+        with pytest.raises(KeyboardInterrupt):
+            server.stop(interrupt)
+        assert upstream.gone() and b"The server is shutting down." in client.rest()
+    assert (server.state, server.snapshot()["connections"]) == (server.STOPPED, 0)
+    with socket.create_server(server.server_address[:2]):
+        pass
 
 
 def test_drain_says_that_a_connection_ends_with_its_answer(provider: Provider) -> None:
@@ -14514,6 +14557,8 @@ def test_page_copies_an_answer_as_markdown_and_code_alone(page: WebDriver, provi
         page.element(button, "click")
         page.wait("return window.copied === arguments[0]", copied)
         assert page.run("return document.querySelector(arguments[0]).textContent", button) == "Copied"
+        assert page.run("return document.querySelector('#status').textContent") == "Copied."
+        assert page.run("return document.activeElement === document.querySelector(arguments[0])", button)
     assert page.run("return document.querySelectorAll('textarea').length") == 1
 
 
@@ -14583,6 +14628,10 @@ def test_page_remembers_regenerates_and_edits(page: WebDriver, provider: Provide
     answered("one")
     page.element(".assistant .tools button.last", "click")
     answered("one")
+    page.element(".assistant .tools button.last", "click")
+    with provider.take() as upstream:
+        upstream.send(error_answer(429, b'{"error": "Slow down"}'))
+        conversation(page, ("user", "one"), ("assistant", "a"), ("ending error", "Slow down"))  # the old is not lost
     page.element(".user .tools button", "click")
     say(page, "!")
     answered("one!")
@@ -14592,6 +14641,27 @@ def test_page_remembers_regenerates_and_edits(page: WebDriver, provider: Provide
     page.call("POST", "/refresh", {})
     conversation(page)
     assert not page.run("return document.querySelector('#greeting').hidden")
+
+
+def test_page_leaves_the_keyboard_where_it_is_and_takes_it_from_what_goes(page: WebDriver, provider: Provider) -> None:
+    focus = "return document.activeElement.ariaLabel || document.activeElement.id || document.activeElement.tagName"
+    say(page)
+    with provider.take() as upstream:
+        upstream.start(delta("```\na\n```\nb"))
+        page.wait("return document.querySelector('.code button')")
+        page.run("document.querySelector('.code button').focus()")
+        upstream.finish()
+        page.wait("return document.querySelector('#stop').hidden")
+        assert page.run(focus) == "Copy code"
+    page.element(".assistant .tools button.last", "value", text=WebDriver.ENTER)  # Regenerate
+    with provider.take() as upstream:
+        assert page.run(focus) == "Message"
+        upstream.start(A)
+        upstream.finish()
+    page.wait("return document.querySelector('#stop').hidden")
+    page.element(".assistant .tools button.last", "click")
+    with provider.take():
+        assert page.run(focus) == "BODY"  # of a telephone, the keyboard stays away
 
 
 def test_page_remembers_the_last_turns_that_there_is_room_for(page: WebDriver) -> None:
@@ -14896,6 +14966,9 @@ def test_page_markdown_is_commonmark_however_it_arrives(page: WebDriver) -> None
         flat(new DOMParser().parseFromString(html, "text/html").body)])"""
     for (text, _), (whole, grown, expected) in zip(examples, page.run(script, examples)):
         assert whole == grown == expected, text
+    examples = [(text.replace("\n", "\r\n"), html) for text, html in examples]
+    for (text, _), (whole, grown, expected) in zip(examples, page.run(script, examples)):
+        assert whole == grown == expected, text
 
 
 UNFINISHED = {
@@ -14996,6 +15069,7 @@ HOSTILE = {
     "lists in lists": "'- '.repeat(5e5) + 'x'", "openers": "'*a '.repeat(3e5)", "brackets": "'['.repeat(1e6)",
     "half links": "'[a]('.repeat(2e5)", "code": "'```\\n' + 'x'.repeat(1e6)", "blank lines": "'\\n'.repeat(1e6)",
     "backticks": "Array.from({length: 1400}, (_, count) => '`'.repeat(count + 1)).join(' ')",
+    "a wide head": "'|a'.repeat(1e5) + '\\n' + '|-'.repeat(1e5) + '\\n' + '|b\\n'.repeat(1000)",
 }  # fmt: skip
 
 
@@ -15005,6 +15079,16 @@ def test_page_markdown_of_a_hostile_upstream(page: WebDriver) -> None:
         assert page.run(OUTLINE + script) < 10_000, name  # milliseconds
     links = "[a](javascript:alert(1)) [b](data:text/html,x) [c](JaVaScript&colon;x) <javascript:x> [d]( vbscript:x)"
     assert page.run(OUTLINE + "return drawn(arguments[0], 1).querySelectorAll('a').length", links) == 0
+
+
+def test_page_table_is_as_large_as_its_text(page: WebDriver) -> None:
+    script = OUTLINE + """const table = columns => drawn("|a".repeat(columns) + "\\n" + "|-".repeat(columns) + "\\n" +
+            "|b\\n".repeat(1000) + "|c".repeat(columns + 1) + "\\n", 1e5);
+        const wide = table(100), rows = [...wide.querySelectorAll("tbody tr")];
+        return [wide.querySelectorAll("*").length, rows[0].cells.length, rows[0].cells[1].colSpan,
+            rows.at(-1).cells.length, table(101).querySelectorAll("table").length]"""
+    elements, *cells = page.run(script)
+    assert cells == [2, 99, 100, 0] and elements < 4000
 
 
 def cut_clients(server: streamproxy.Server) -> None:
@@ -15062,6 +15146,18 @@ def test_page_stops_an_answer_that_would_go_on(browser: WebDriver, provider: Pro
         assert upstream.gone()
         conversation(browser, ("user", "Hello"), ("assistant", "a"), ("ending", "Stopped."))
         assert browser.run("return document.querySelector('#status').className") == "label"
+    browser.log()
+
+
+def test_page_comes_back_to_a_server_that_was_too_busy_for_it(browser: WebDriver, provider: Provider) -> None:
+    with begun(browser, provider) as (server, upstream):
+        browser.run("""window.real = fetch;
+            const refusal = () => new Response('{"error": "Too many connections."}', {status: 503});
+            fetch = (...asked) => { fetch = real; return refusal(); };""")
+        cut_clients(server)
+        upstream.event(delta("b"))
+        upstream.finish()
+        conversation(browser, ("user", "Hello"), ("assistant", "ab"))
     browser.log()
 
 
