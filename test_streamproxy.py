@@ -2325,6 +2325,17 @@ def test_error_in_a_document_that_is_labelled_a_stream_is_told_by_its_status(cut
         assert (document in stage.seen()) == (cut == 0)  # a head that has left cannot be taken back
 
 
+def test_event_larger_than_is_held_passes_as_it_comes() -> None:
+    large = b"event: x\ndata: " + b"y" * 9000 + b"\n\n"
+    with unittest.mock.patch.object(streamproxy, "MAX_EVENT_SIZE", 2000):
+        for step in (100, 700, 9999):
+            stream = C + large + C + large + DONE
+            answer, out = passed_to(*(stream[at : at + step] for at in range(0, len(stream), step)))
+            assert (out, answer.state, answer.failure) == (stream, answer.DONE, None)
+        answer = streamproxy.PassedAnswer().start(200, {"content-type": "text/event-stream"})
+        assert b"".join(map(answer.feed, (large[:1500], large[1500:3000], large[3000:4000]))) == large[:4000]
+
+
 def test_error_in_a_bare_document_behind_a_ping_is_an_event_of_its_own() -> None:
     answer = streamproxy.PassedAnswer(stream=True)
     sent = answer.ping()
@@ -8965,6 +8976,25 @@ def test_upstream_is_not_read_beyond_what_the_client_takes_while_it_is_still_sen
         upstream.sock.settimeout(DEADLINE)
 
 
+def test_upstream_is_not_read_beyond_what_a_client_takes_of_a_stream_that_just_goes_on() -> None:
+    with Stage(streamproxy.PassedAnswer(stream=True)) as stage:
+        stage.begin()
+        sent = 0
+        while not stage.stream.viewer.blocked:
+            stage.upstream.send(chunk(C))
+            sent += 1
+            stage.turn()
+        held = len(stage.reader.pending)
+        stage.upstream.send(chunk(C) * 100)
+        stage.turn(3)
+        assert len(stage.reader.pending) == held and not stage.stream.record.fresh
+        decoder, body, head = streamproxy.ChunkedDecoder(), b"", len(b"HEAD ")
+        while len(body) < len(C) * (sent + 100):
+            body += decoder.feed(stage.seen()[head:])
+            head = 0
+        assert body == C * (sent + 100)
+
+
 def test_connection_on_which_upstream_changes_the_protocol_is_not_used_again() -> None:
     with Stage() as stage:
         upstream = stage.connect()
@@ -9655,6 +9685,19 @@ def test_kept_answer_asked_for_twice_at_once_takes_one_place_and_is_asked_for_on
             client.sock.sendall(body)
             stage.turn(4)
         assert len(stage.jobs) == stage.server.limits.total == 1
+
+
+def test_kept_answer_s_large_piece_reaches_who_keeps_up_once() -> None:
+    with KeptStage() as stage:
+        client = stage.asks("text")
+        upstream = stage.connect()
+        upstream.send(STREAM_HEAD, chunk(delta("abc")))
+        head, text, _ = unchunked(stage.taken(client))
+        kept = next(iter(stage.server.answers._by_id.values()))
+        assert text == b"abc" and len(kept.keeping_up) == 1
+        large = "x" * (2 * streamproxy.READ_SIZE)
+        upstream.send(chunk(delta(large)), chunk(delta("def", "stop") + DONE), b"0\r\n\r\n")
+        assert unchunked(stage.taken(client))[1:] == (b"abc" + large.encode() + b"def", True)
 
 
 def test_kept_answer_ends_for_one_client_alone_whose_own_part_fails() -> None:
