@@ -556,7 +556,8 @@ class EventParser:
 
     def __init__(self, max_event_size: int = MAX_EVENT_SIZE, strict: bool = True) -> None:
         """strict: what is no field of the standard's is nothing.  Otherwise a field named error is an
-        event of that type, and lines that are no field at all, as of bare JSON, are one of type "".
+        event of that type, lines that are no field at all, as of bare JSON, are one of type "", and an event of JSON
+        ends where another begins, though no blank line came.
         """
         self.idle = 0  # comments and blank lines since somebody looked: no event, but signs of life
         self._max_event_size = max_event_size
@@ -628,7 +629,10 @@ class EventParser:
         held, strays = self._data, self._strays
         for line in lines:
             if line[:5] == b"data:" or line == b"data":
-                held.append(line[6:] if line[5:6] == b" " else line[5:])
+                value = line[6:] if line[5:6] == b" " else line[5:]
+                if held and not self._strict and held[-1][-1:] in (b"}", b"]") and value[:1] in (b"{", b"["):
+                    self._dispatch(events)  # no JSON goes on so: the blank line is missing
+                held.append(value)
                 self._held += len(line)
             elif line:
                 self._take_field(line)
@@ -637,15 +641,20 @@ class EventParser:
                     events.append(Event("", b"\n".join(strays).decode("utf-8", "replace"), self._last_event_id))
                     strays.clear()
                 if held:
-                    data = (held[0] if len(held) == 1 else b"\n".join(held)).decode("utf-8", "replace")
-                    events.append(Event(self._type or "message", data, self._last_event_id))
-                    held.clear()
+                    self._dispatch(events)
                 elif self._type == "error" and not self._strict:
                     events.append(Event("error", "", self._last_event_id))
                 else:
                     self.idle += 1
                 self._held = 0
                 self._type = ""
+
+    def _dispatch(self, events: list[Event]) -> None:
+        held = self._data
+        data = (held[0] if len(held) == 1 else b"\n".join(held)).decode("utf-8", "replace")
+        events.append(Event(self._type or "message", data, self._last_event_id))
+        held.clear()
+        self._held = 0
 
     def _take_field(self, line: bytes) -> None:
         name, _, value = line.partition(b":")
@@ -682,12 +691,12 @@ PING = b": ping\n"
 # 5 ------------------------------------------------------------------- Payloads
 
 
-# What servers send beside JSON, such as NaN, is null.  For what is as short as an event, a decoder that leaves
-# integers to the interpreter is twice as fast.
+# What servers send beside JSON: NaN and the like are null, and control characters in strings are what they are.  For
+# what is as short as an event, a decoder that leaves integers to the interpreter is twice as fast.
 _SHORT_JSON = 4096
-_parse_short_json = json.JSONDecoder(parse_constant=lambda name: None).raw_decode
+_parse_short_json = json.JSONDecoder(parse_constant=lambda name: None, strict=False).raw_decode
 _parse_long_json = json.JSONDecoder(
-    parse_constant=lambda name: None, parse_int=lambda text: int(text) if len(text) < 400 else None
+    parse_constant=lambda name: None, parse_int=lambda text: int(text) if len(text) < 400 else None, strict=False
 ).raw_decode
 
 
@@ -783,7 +792,8 @@ def is_bad_news(payload: dict[str, Any], named: bool) -> bool:
             return not is_nothing(said[code])
     status = str(said.get("status") or said.get("statuscode") or said.get("httpstatus") or "")
     if (
-        not all(is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "errors", "fault"))
+        not all(is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "fault"))
+        or not all(is_nothing(said[name]) for name in filter(_ERROR_NAME.search, said))
         or has_bad_code(payload) or said.get("success") is False or said.get("ok") is False
         or re.fullmatch("[45][0-9][0-9]", status) or (_FAILED.search(status) and "object" not in said)
     ):  # fmt: skip
@@ -823,7 +833,8 @@ def sentence_of(error: object, depth: int = 6) -> str:
         said = fold(error)
         if isinstance(said.get("errors"), dict):  # by the member that is wrong
             said["errors"] = list(said["errors"].values())
-        words = next(filter(None, (sentence_of(said.get(name), depth - 1) for name in _SENTENCES)), "")
+        names = (*_SENTENCES, *filter(_ERROR_NAME.search, said))
+        words = next(filter(None, (sentence_of(said.get(name), depth - 1) for name in names)), "")
         if words and isinstance(said.get("loc"), list):  # FastAPI's way to say the same
             words = f"{'.'.join(map(str, said['loc'][:10]))}: {words}"
     return words[:1000]
@@ -856,6 +867,9 @@ def quoting(words: str, status: int, error: object) -> UpstreamError:
     return failure
 
 
+_BEAT = re.compile(r"\s*:|\W*(?:ping|keep[ _-]?alive|heart[ _-]?beat)\W*\Z", re.IGNORECASE)
+
+
 def load_event(event: Event) -> Any:
     """Return the JSON in an event; {} where it says nothing.
 
@@ -867,8 +881,8 @@ def load_event(event: Event) -> Any:
         named = event.type not in ("message", "")
         if _ERROR_NAME.search(event.type) if named else _ERROR_WORDS.match(event.data):
             raise quoting("Upstream reported an error.", 502, event.data) from None
-        if event.type != "message":
-            return {}  # somebody's own event
+        if event.type != "message" or _BEAT.match(event.data):
+            return {}  # somebody's own event, or a sign of life that should have been a comment
         raise
 
 
@@ -888,13 +902,14 @@ def check_payload(payload: Any, data: str, type: str = "message") -> dict[str, A
         raise quoting("Upstream reported an error.", status, error)
     if isinstance(payload, dict):
         return payload
-    if type != "message":
+    if type != "message" or payload is None:
         return {}
     raise Garbled("Upstream sent JSON that is not an object.")
 
 
 # Refusals: answers whose status is no success.
 
+_FRACTION = re.compile(r"[0-9]{1,9}\.[0-9]{1,20}")
 _WAIT = re.compile("[0-9]{1,9}|[A-Z][a-z]{2}, [0-9A-Za-z :]{20,26}")  # RFC 9110 section 10.2.3
 
 
@@ -921,7 +936,8 @@ def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
     if not passes:
         failure.message = failure.logged if status == 403 else words
     if status in (429, 503, 529):
-        failure.fields["Retry-After"] = retry_after if _WAIT.fullmatch(retry_after) else "1"
+        told = str(math.ceil(float(retry_after))) if _FRACTION.fullmatch(retry_after) else retry_after
+        failure.fields["Retry-After"] = told if _WAIT.fullmatch(told) else "1"
     return failure
 
 
@@ -941,6 +957,8 @@ def words_in(part: object, depth: int = 4) -> str:
     """Return the text of a part of a message: a string, parts within it, or an object that has either."""
     if isinstance(part, str):
         return part
+    if type(part) in (int, float):  # Workers AI sends digits so
+        return json.dumps(part)
     if isinstance(part, list) and depth:
         return "".join([words_in(item, depth - 1) for item in part])
     if isinstance(part, dict) and depth:
@@ -951,7 +969,9 @@ def words_in(part: object, depth: int = 4) -> str:
 
 def parse_part(part: dict[str, Any]) -> tuple[str, str]:
     """Return (text, reasoning) of a delta or a message.  Raises AttributeError and TypeError for what is none."""
-    text, reasoning = part.get("content") or "", ""
+    text, reasoning = part.get("content"), ""
+    if text is None or type(text) in (int, float):
+        text = words_in(text)
     if not isinstance(text, str):  # typed parts: [{"type": "text", "text": "..."}, ...]
         parts = [text] if isinstance(text, dict) else text
         items = [item if isinstance(item, dict) else {"text": item} for item in parts]
@@ -1375,6 +1395,7 @@ class TextAnswer(Answer):
         self._joiners: dict[str, codecs.IncrementalDecoder] = {}
         # What stood around the text of the last event that was parsed, if that told nothing else.
         self._around: tuple[str, ...] = ()
+        self._goes_on = False  # text came behind a finish_reason, so that the next one need not be the last either
         self._messages: str | None = ""  # what messages have told; None: deltas tell, and a message would repeat it
 
     def encode(self, type: str, **payload: Any) -> bytes:
@@ -1462,7 +1483,9 @@ class TextAnswer(Answer):
             self.notes.finish_reason = self._redact(reason)
             # Beside a role or reasoning, before any text, it came early: then nothing is hurried.
             early = not self.notes.pieces and any(part[name] for name in part if name != "content")
-            self.state = self.SETTLED if early else self.ENDING
+            # A gateway that runs tools by itself goes on when they have run.
+            hurried = not (early or self._goes_on or reason in ("tool_calls", "function_call"))
+            self.state = self.ENDING if hurried else self.SETTLED
 
     def _take_text(self, text: str, out: list[bytes]) -> None:
         text = text and self._joined("message", text)
@@ -1470,7 +1493,8 @@ class TextAnswer(Answer):
             self.notes.pieces += 1
             self.notes.size += len(text.encode())
             out.append(self.encode("message", text=text))
-            self.state = min(self.state, self.SETTLED)  # a finish_reason before it came early
+            if self.state > self.SETTLED:  # a finish_reason before it came early
+                self.state, self._goes_on = self.SETTLED, True
 
     def _joined(self, type: str, text: str) -> str:
         """Return text with the surrogate pairs whole that upstream split over two events.
@@ -1700,8 +1724,8 @@ class PassedAnswer(Answer):
         self._pass(body, out)
 
     def _check_form(self) -> None:
-        """Raise UpstreamError where the client was promised a stream, and this is none."""
-        if self._is_promised:
+        """Raise UpstreamError where a stream was promised, and this is none; or asked for, and this is a page."""
+        if self._is_promised or (self._stream and self.head.media in ("text/html", "application/xhtml+xml")):
             raise UpstreamError("Upstream sent a document where a stream was asked for.")
 
     def skim(self, body: bytes) -> bool:
@@ -1977,10 +2001,27 @@ def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
         minor, status = status_line
         if minor == "0":
             fields["connection"] = "close"  # as good as said
+        coding = fields.get("transfer-encoding", "")
+        if "content-length" in fields and (coding or "," in fields["content-length"]) or "," in coding:
+            _unify_framing(fields)
         if status >= 200 or status == 101:
             return status, fields, rest
         data = rest
     raise ValueError("not an answer")
+
+
+def _unify_framing(fields: dict[str, str]) -> None:
+    """Let count once what an answer's head says twice, and a coding over a length (RFC 9112 section 6.3).
+
+    Nobody hides a request behind an answer; but whoever sends that may not know where it ends, so it is the last.
+    """
+    for name in ("transfer-encoding", "content-length"):
+        values = {value.strip().lower() for value in fields.get(name, "").split(",")}
+        if name in fields and len(values) == 1:
+            fields[name] = values.pop()
+    if "transfer-encoding" in fields:
+        fields.pop("content-length", None)
+    fields["connection"] = "close"
 
 
 class BodyDecoder:
@@ -2842,6 +2883,9 @@ def refused_parameter(document: bytes, names: Iterable[str]) -> str | None:
     return next((name for name in names if any(_refuses(name, *statement) for statement in said)), None)
 
 
+_NOWHERE = ("None", "null", "validation_error")  # what LiteLLM and Cerebras say of no parameter
+
+
 def _statements(payload: object, depth: int = 0) -> Iterator[tuple[str, str, str]]:
     """Yield what an error says: (the parameter's name or "", codes, words)."""
     if isinstance(payload, str):
@@ -2853,6 +2897,7 @@ def _statements(payload: object, depth: int = 0) -> Iterator[tuple[str, str, str
         names = ("param", "loc", "parameter", "field", "path")
         named = next((payload[name] for name in names if payload.get(name)), "")
         place = ".".join(map(str, named)) if isinstance(named, list) else str(named)
+        place = "" if place in _NOWHERE else place
         said = [payload.get(name) for name in ("message", "msg", "detail", "error")]
         words = " ".join(text for text in said if isinstance(text, str))
         yield place, f"{payload.get('code')} {payload.get('type')}", words
@@ -2872,8 +2917,8 @@ _REFUSED_BEFORE = (
 _REFUSED_BEHIND = (
     r"""(?<!\w){name}(?:\.\w+)?[\]"'`)\\]*(?: (?:parameter|argument|field|property|option|value))?:?\s*"""
     r"(?:(?:is|are|was|were|has been) )?(?:currently |no longer )?"
-    r"(?:not (?:yet )?(?:support|permitted|allowed(?! to)|recogni|available|enabled|accepted|a )"
-    r"|un(?:support|known|recogni|expected)|does(?: not|n't) (?:support|accept|exist)|cannot be (?:used|set)"
+    r"(?:not (?:yet )?(?:enabled|support|permitted|allowed(?! to)|recogni|available|accepted|a )"
+    r"|un(?:support|known|recogni|expected)|does(?: not|n't) (?:support|accept|exist)|cannot be (?:used|set|disabled)"
     r"|extra inputs|deprecated|removed|forbidden|only (?:supports|\S+ (?:is|are) (?:allowed|supported))"
     r"""|must be one of|input should be ["'])"""
 )
@@ -2894,10 +2939,19 @@ def _refuses(name: str, place: str, codes: str, words: str) -> bool:
     return bool(before.search(words) or behind.search(words))
 
 
+# What else some are called in words: by Gemini and OpenRouter.
+_PENALTY = "(?<!frequency )(?<!presence )penalty(?= is not)"
+_CALLED = {
+    "frequency_penalty": _PENALTY, "presence_penalty": _PENALTY,
+    "reasoning_effort": "reasoning is mandatory[^.]{0,60}? and",
+}  # fmt: skip
+
+
 @functools.lru_cache(maxsize=64)
 def _refusal_patterns(name: str) -> list[re.Pattern[str]]:
     """Return what finds name at the start of a place, and what finds it refused; "presencePenalty" is one, too."""
     spelt = "[_ .-]?".join(map(re.escape, name.split("_"))) + r"(?!\w)"
+    spelt = f"(?:{spelt}|{_CALLED[name]})" if name in _CALLED else spelt
     texts = (r"\W*(?:body\W+)?{name}", _REFUSED_BEFORE, _REFUSED_BEHIND)
     return [re.compile(text.replace("{name}", spelt), re.IGNORECASE) for text in texts]
 

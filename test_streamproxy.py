@@ -1143,7 +1143,7 @@ def test_answer_takes_what_servers_in_wide_use_send(name: str) -> None:
 
 GARBAGE = [
     b"{", b"not json", b"[]", b"3", b'"text"', b'{"choices": 1}', b'{"choices": [1]}', b'{"choices": [{"delta": 1}]}',
-    b'{"choices": [{"delta": {"content": 1}}]}', b"[" * 100000,
+    b'{"choices": [{"delta": {"content": true}}]}', b"[" * 100000,
 ]
 
 
@@ -1235,7 +1235,7 @@ TWO_EVENTS: dict[str, tuple[dict[str, Any], bytes, str, str]] = {
     "a quote": (piece("a"), as_sent(piece('"')), 'a"', ""),
     "an escape": (piece("a"), as_sent(piece("b\n")), "ab\n", ""),
     "an escape in the noise": (piece("a"), as_sent(piece(noise="\n")), "ab", ""),
-    "a tab that is not escaped": (piece("a"), as_sent(piece("\t")).replace(b"\\t", b"\t"), "a", "not JSON"),
+    "a tab that is not escaped": (piece("a"), as_sent(piece("\t")).replace(b"\\t", b"\t"), "a\t", ""),
     "a line separator": (piece("a"), as_sent(piece("\u2028")), "a\u2028", ""),
     "cut off": (piece("a"), as_sent(piece())[:-1], "a", "not JSON"),
     "cut off behind the noise": (piece("a"), as_sent(piece())[:-2], "a", "not JSON"),
@@ -1574,9 +1574,45 @@ def test_finish_reason_may_come_early_or_in_every_chunk_and_what_follows_counts(
     life = answer.life
     assert answer.feed(b": ping\n\n") == b"" and answer.life == life  # only an event starts the moment anew
     assert answer.feed(delta("b", "stop")) == b"b" and answer.life > life
+    assert answer.state == answer.SETTLED  # nor is it now: another may follow that as well
     empty = streamproxy.TextAnswer()
     assert empty.feed(ROLE + STOP) == b"" and empty.state == empty.ENDING  # an answer may have no text
     assert answer.close(None) == b"" and answer.state == answer.DONE
+
+
+def test_answer_goes_on_behind_tools_that_a_gateway_runs() -> None:
+    for reason in ("tool_calls", "function_call"):
+        answer = streamproxy.TextAnswer()
+        assert answer.feed(one_choice(delta={"tool_calls": [{"index": 0}]}) + delta("", reason)) == b""
+        assert answer.state == answer.SETTLED
+        assert answer.feed(A + STOP) == b"a" and answer.state == answer.ENDING
+        assert answer.close(None) == b"" and answer.state == answer.DONE
+
+
+@pytest.mark.parametrize("data", [
+    b": OPENROUTER PROCESSING", b"null", b"ping", b"[PING]", b"keep-alive", b"heartbeat", b"",
+])
+def test_sign_of_life_that_is_data_is_no_text_and_no_fault(data: bytes) -> None:
+    answer, out = answer_to(event(data) + A + event(data) + delta("b") + STOP, DONE)
+    assert (out, answer.failure, answer.state) == (b"ab", None, answer.DONE)
+    answer = streamproxy.TextAnswer().start(200, {"content-type": "text/event-stream"})
+    assert answer.feed(event(data)) == b"" and answer.life
+
+
+def test_events_without_blank_lines_between_them_are_events() -> None:
+    lines = b"".join(each[:-1] for each in (ROLE, A, delta("b"), STOP, DONE))
+    for end in (b"", b"\n"):
+        answer, out = answer_to(lines + end)
+        assert (out, answer.failure, answer.state) == (b"ab", None, answer.DONE)
+        answer, out = passed_to(lines + end)
+        assert (out, answer.failure, answer.state) == (lines + end, None, answer.DONE)
+    error = event({"error": {"message": f"Wrong key {KEY}"}})
+    redact = streamproxy.redactor(KEY)
+    answer, out = passed_to(A[:-1] + error, DONE, redact=redact)
+    assert answer.failure and KEY.encode() not in out and out.startswith(A[:-1])
+    pretty = b'data: {"choices": [\ndata: {"delta":\ndata: {"content": "a"}\ndata: }\ndata: ]}\n\n'
+    assert answer_to(pretty + STOP + DONE)[1] == b"a"
+    assert [each.data for each in streamproxy.EventParser().feed(b"data: {}\ndata: {}\n\n")] == ["{}\n{}"]
 
 
 DETAIL = typed_part("reasoning.text", "r")
@@ -1596,6 +1632,7 @@ TEXT_ELSEWHERE = {
     "message of bare text": ([one_choice(message="a", finish_reason="stop")], "a", ""),
     "completion": ([one_choice(text="a", finish_reason=None), one_choice(text="a", finish_reason="stop")], "aa", ""),
     "output_text": ([delta([{"type": "output_text", "text": "a"}])], "a", ""),
+    "numbers": ([delta(6), delta(0), delta(-1.5), delta([7, {"type": "text", "text": 8}])], "60-1.578", ""),
     "one part": ([delta(typed_part("text", "a"))], "a", ""),
     "parts of text": ([delta(["a", {"text": "b"}])], "ab", ""),
     "part of a refusal": ([delta([typed_part("refusal", "a")])], "a", ""),
@@ -1995,6 +2032,8 @@ def test_refusal_between_upstream_and_us_is_502_and_says_of_what_kind_it_is(
         (503, "9", "9"),
         (529, "", "1"),
         (503, "soon", "1"),
+        (429, "299.997", "300"),
+        (429, "0.5", "1"),
         (400, "", None),
         (429, "Sun, 22 Nov 2026 10:00:00 GMT", "Sun, 22 Nov 2026 10:00:00 GMT"),
     ],
@@ -2336,6 +2375,14 @@ def test_event_larger_than_is_held_passes_as_it_comes() -> None:
         assert b"".join(map(answer.feed, (large[:1500], large[1500:3000], large[3000:4000]))) == large[:4000]
 
 
+def test_page_is_no_answer_to_whoever_asked_for_a_stream() -> None:
+    page = b"<html>blocked</html>"
+    answer, out = passed_to(page, label="text/html; charset=utf-8", stream=True)
+    assert out == b"" and "a document where a stream was asked for" in str(answer.failure)
+    answer, out = passed_to(page, label="text/html; charset=utf-8")
+    assert (out, answer.failure) == (page, None)
+
+
 def test_error_in_a_bare_document_behind_a_ping_is_an_event_of_its_own() -> None:
     answer = streamproxy.PassedAnswer(stream=True)
     sent = answer.ping()
@@ -2664,6 +2711,16 @@ def test_head_of_upstream_may_have_blanks_before_a_colon() -> None:
             streamproxy.parse_answer_head(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % bad)
     with pytest.raises(ValueError, match="grammar"):
         streamproxy.parse_fields(["Host : a"])
+
+
+@pytest.mark.parametrize(("fields", "expected"), [
+    (b"Content-Length: 5\r\nTransfer-Encoding: chunked", {"transfer-encoding": "chunked", "connection": "close"}),
+    (b"Transfer-Encoding: chunked, Chunked", {"transfer-encoding": "chunked", "connection": "close"}),
+    (b"Content-Length: 5\r\nContent-Length: 5", {"content-length": "5", "connection": "close"}),
+    (b"Content-Length: 5\r\nContent-Length: 6", {"content-length": "5, 6", "connection": "close"}),
+])
+def test_head_of_upstream_that_frames_its_body_twice_is_the_last(fields: bytes, expected: dict[str, str]) -> None:
+    assert streamproxy.parse_answer_head(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % fields) == (200, expected, b"")
 
 
 def test_head_of_upstream_with_more_than_100_fields_is_said_to_have_too_many() -> None:
@@ -3627,6 +3684,16 @@ REFUSED_PARAMETERS = [
          b'presencePenalty."}'),
     ),
     ("presence_penalty", b'{"code":"x","error":"Argument not supported on this model: presencePenalty"}'),
+    ("presence_penalty", openai_error("Presence penalty is not enabled for this model")),
+    (
+        "frequency_penalty",
+        openai_error(
+            "litellm.UnsupportedParamsError: vertex_ai does not support parameters: ['frequency_penalty'], for model=x",
+            "None",
+        ),
+    ),
+    ("frequency_penalty", openai_error("property 'frequency_penalty' is unsupported", "validation_error")),
+    ("reasoning_effort", openai_error("Reasoning is mandatory for this endpoint and cannot be disabled.")),
     ("temperature", openai_error("invalid temperature: only 1 is allowed for this model")),
     (
         "frequency_penalty",
@@ -3727,6 +3794,13 @@ SENT = [
 def test_refused_parameter_is_told(name: str, document: bytes) -> None:
     assert streamproxy.refused_parameter(document, SENT) == name
     assert streamproxy.refused_parameter(document, [other for other in SENT if other != name]) is None
+
+
+def test_refused_parameter_is_told_by_another_name() -> None:
+    gemini = b'[{"error":{"code":400,"message":"Penalty is not enabled for models/gemini-2.5-flash"}}]'
+    penalties = [name for name in SENT if "penalty" in name]
+    assert [streamproxy.refused_parameter(gemini, SENT[SENT.index(name) :]) for name in penalties] == penalties
+    assert streamproxy.refused_parameter(gemini, set(SENT) - set(penalties)) is None
 
 
 @pytest.mark.parametrize("document", NOT_REFUSED)
@@ -13147,6 +13221,7 @@ CLOTHES = {
     "a bare line of JSON": b'{"error": {"message": "Words"}}\n\n',
     "error_code": event({"text": "Words", "error_code": 50001}),
     "detail": event({"detail": "Words"}),
+    "a member that is called so": event({"internalServerException": {"message": "Words"}}),
     "finish_reason error": finish("error"),
     "finish_reason abort": finish("abort"),
     "finish_reason of the like": finish("insufficient_system_resource"),
