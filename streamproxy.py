@@ -145,7 +145,7 @@ else:
         return lambda cls: cls
 
 
-__version__ = "0.2.1"
+__version__ = "0.2.2"
 __all__ = ["Event", "EventParser", "ProxyError", "Server", "Settings", "SettingsError", "TextStream", "stream_text"]
 
 log = logging.getLogger("streamproxy")
