@@ -13014,11 +13014,8 @@ def test_readme_table_of_metrics_is_the_code_s() -> None:
         assert ", ".join(f"`{name}`" for name in names) in text
 
 
-def test_readme_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> None:
-    dashboard = json.loads(readme_block('{"title": "streamproxy"'))
-    ids, places = zip(*((panel["id"], tuple(panel["gridPos"].values())) for panel in dashboard["panels"]))
-    assert len(set(ids)) == len(set(places)) == len(ids)
-    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+def series_in(asked: Sequence[str]) -> set[str]:
+    """The metrics that expressions of Prometheus ask for; they are there, and so are their labels."""
     there = {}  # names of series, and their labels
     for family in streamproxy.METRICS:
         labels = {*family.labels, "instance", "job"}
@@ -13033,6 +13030,15 @@ def test_readme_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> Non
         by = {label for labels in re.findall(r"(?:by|on) \(([^)]*)\)", expr) for label in labels.split(", ")}
         by |= set(re.findall(r"[{,](\w+)[!=]", expr))
         assert all(by <= there[name] for name in names), expr
+    return used
+
+
+def test_readme_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> None:
+    dashboard = json.loads(readme_block('{"title": "streamproxy"'))
+    ids, places = zip(*((panel["id"], tuple(panel["gridPos"].values())) for panel in dashboard["panels"]))
+    assert len(set(ids)) == len(set(places)) == len(ids)
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    used = series_in(asked)
     shown = {family.name for family in streamproxy.METRICS if family.name.startswith("streamproxy_")}
     assert shown <= used
     rules = [{"record": f"panel:{n}", "expr": e.replace("$__rate_interval", "1m")} for n, e in enumerate(asked)]
@@ -13040,6 +13046,48 @@ def test_readme_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> Non
     check = [program("promtool"), "check", "rules", str(tmp_path / "rules")]
     told = subprocess.run(check, capture_output=True, text=True, check=False)
     assert told.returncode == 0 and f"SUCCESS: {len(rules)} rules found" in told.stdout, told.stdout + told.stderr
+
+
+# When each of README's rules fires, and when it does not: what of series, and how they grow in a minute.
+ALERTS = {
+    "StreamproxyKeyRefused": [('streamproxy_upstream_failures_total{reason="api_key",', "0+1x20", "0+0x20")],
+    "StreamproxyUpstreamFails": [
+        ('streamproxy_upstream_failures_total{reason="connect",', "0+2x20", "0+1x20"),
+        ('streamproxy_upstream_failures_total{reason="stale",', "0+20x20", "0+20x20"),
+        ('streamproxy_upstream_connections_total{reused="true",', "0+8x20", "0+20x20"),
+        ('streamproxy_upstream_connections_total{reused="false",', "0+8x20", "0+20x20"),
+    ],
+    "StreamproxyFull": [('streamproxy_refusals_total{reason="max_streams",', "0+1x20", "5+0x20")],
+    "StreamproxyShortOfDescriptors": [
+        ("process_open_fds{", "950+0x20", "800+0x20"), ("process_max_fds{", "1000+0x20", "1000+0x20"),
+        ("streamproxy_build_info{", "1+0x20", "1+0x20"),
+    ],
+    "StreamproxyLogStuck": [("streamproxy_log_lines_dropped_total{", "0+1x20", "7+0x20")],
+}  # fmt: skip
+
+
+def test_readme_rules_of_prometheus_tell_of_what_they_are_for(tmp_path: Path) -> None:
+    rules = readme_block("groups:")
+    assert series_in([line for line in rules.splitlines() if re.search("(?:streamproxy|process)_[a-z]", line)])
+    assert re.findall(r"alert: (\w+)", rules) == list(ALERTS)
+    cases = []
+    for name, series in ALERTS.items():
+        for fires in (True, False):
+            told = [{"exp_labels": {"instance": "1"}}] if fires else []
+            if name in ("StreamproxyKeyRefused", "StreamproxyFull") and fires:
+                told[0]["exp_labels"]["reason"] = series[0][0].split('"')[1]
+            cases.append({
+                "interval": "1m", "name": f"{name}, {fires}",
+                "input_series": [
+                    {"series": begin + 'instance="1"}', "values": values[not fires]} for begin, *values in series
+                ],
+                "alert_rule_test": [{"eval_time": "20m", "alertname": name, "exp_alerts": told}],
+            })
+    (tmp_path / "rules").write_text(rules)
+    (tmp_path / "tests").write_text(json.dumps({"rule_files": ["rules"], "tests": cases}))
+    test = [program("promtool"), "test", "rules", str(tmp_path / "tests")]
+    done = subprocess.run(test, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_readme_table_of_what_is_wrong_has_the_words_of_the_program() -> None:
