@@ -11516,10 +11516,15 @@ def test_memory_of_what_is_over_is_given_back_without_a_collector(
     try:
         for _ in range(10):
             once()
-        before, count, most = memory(), *((60, 200_000) if fate == "answered" else (20, 300_000))
-        for _ in range(count):
-            once()
-        assert memory() < before + count * most, f"{(memory() - before) / count:.0f} bytes a request"
+        count, most = (60, 200_000) if fate == "answered" else (20, 300_000)
+        for _ in range(3):  # what is in pieces takes more for once; what is kept does so each time
+            before = memory()
+            for _ in range(count):
+                once()
+            grown = (memory() - before) / count
+            if grown < most:
+                break
+        assert grown < most, f"{grown:.0f} bytes a request"
     finally:
         gc.enable()
 
