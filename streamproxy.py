@@ -792,8 +792,8 @@ def is_bad_news(payload: dict[str, Any], named: bool) -> bool:
             return not is_nothing(said[code])
     status = str(said.get("status") or said.get("statuscode") or said.get("httpstatus") or "")
     if (
-        not all(is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "fault"))
-        or not all(is_nothing(said[name]) for name in filter(_ERROR_NAME.search, said))
+        not all(is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "errors", "fault"))
+        or any(sentence_of(value) for name, value in said.items() if _ERROR_NAME.search(name))
         or has_bad_code(payload) or said.get("success") is False or said.get("ok") is False
         or re.fullmatch("[45][0-9][0-9]", status) or (_FAILED.search(status) and "object" not in said)
     ):  # fmt: skip

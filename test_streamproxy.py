@@ -1496,6 +1496,7 @@ HARMLESS = {
     "tool that failed": event({"type": "response.output_item.done", "item": {"status": "failed", "error": "no"}}),
     "code that ran": event({"type": "response.code_interpreter_call_code.done", "code": "print(1)"}),
     "tool result": event({"type": "content_block_start", "content_block": {"content": {"error_code": "unavailable"}}}),
+    "a measure": event({"train_error": 0.3, "is_error": False, "last_exception": None, "parse_errors": {}}),
     "code of a vendor": event({"choices": [], "x_meta": {"code": "abc", "error": None}, "usage": {"total_tokens": 3}}),
 }  # fmt: skip
 
