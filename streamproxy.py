@@ -566,7 +566,7 @@ class EventParser:
         self._data: list[bytes] = []  # the data lines of the unfinished event
         self._strays: list[bytes] = []  # its lines that are no field
         self._held = 0  # bytes in all three, with a line end for each line
-        self._type = ""
+        self._type = self._late_type = ""  # the latter came behind data, so that it may be that of another event
         self._last_event_id = ""
         self._after_cr = False  # a CR ends its line at once; an LF after it is skipped when it comes
         self._at_start = True
@@ -632,11 +632,13 @@ class EventParser:
                 value = line[6:] if line[5:6] == b" " else line[5:]
                 if held and not self._strict and held[-1][-1:] in (b"}", b"]") and value[:1] in (b"{", b"["):
                     self._dispatch(events)  # no JSON goes on so: the blank line is missing
+                    self._type, self._late_type = self._late_type, ""
                 held.append(value)
                 self._held += len(line)
             elif line:
                 self._take_field(line)
             else:
+                self._type, self._late_type = self._late_type or self._type, ""
                 if strays:  # before what follows: they may say that it counts no more
                     events.append(Event("", b"\n".join(strays).decode("utf-8", "replace"), self._last_event_id))
                     strays.clear()
@@ -660,7 +662,11 @@ class EventParser:
         name, _, value = line.partition(b":")
         value = value[1:] if value.startswith(b" ") else value
         if name == b"event":
-            self._type = value.decode("utf-8", "replace")
+            type = value.decode("utf-8", "replace")
+            if self._data and not self._strict:
+                self._late_type = type
+            else:
+                self._type = type
         elif name == b"id":
             if b"\0" not in value:
                 self._last_event_id = value.decode("utf-8", "replace")
@@ -793,7 +799,7 @@ def is_bad_news(payload: dict[str, Any], named: bool) -> bool:
     status = str(said.get("status") or said.get("statuscode") or said.get("httpstatus") or "")
     if (
         not all(is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "errors", "fault"))
-        or any(sentence_of(value) for name, value in said.items() if _ERROR_NAME.search(name))
+        or any(sentence_of(said[name]) for name in filter(_ERROR_NAME.search, said) if "filter" not in name)
         or has_bad_code(payload) or said.get("success") is False or said.get("ok") is False
         or re.fullmatch("[45][0-9][0-9]", status) or (_FAILED.search(status) and "object" not in said)
     ):  # fmt: skip
@@ -970,7 +976,7 @@ def words_in(part: object, depth: int = 4) -> str:
 def parse_part(part: dict[str, Any]) -> tuple[str, str]:
     """Return (text, reasoning) of a delta or a message.  Raises AttributeError and TypeError for what is none."""
     text, reasoning = part.get("content"), ""
-    if text is None or type(text) in (int, float):
+    if not text or type(text) in (int, float):
         text = words_in(text)
     if not isinstance(text, str):  # typed parts: [{"type": "text", "text": "..."}, ...]
         parts = [text] if isinstance(text, dict) else text
@@ -1725,7 +1731,8 @@ class PassedAnswer(Answer):
 
     def _check_form(self) -> None:
         """Raise UpstreamError where a stream was promised, and this is none; or asked for, and this is a page."""
-        if self._is_promised or (self._stream and self.head.media in ("text/html", "application/xhtml+xml")):
+        is_page = self._form == _OTHER and self.head.media in ("text/html", "application/xhtml+xml")
+        if self._is_promised or (self._stream and is_page):
             raise UpstreamError("Upstream sent a document where a stream was asked for.")
 
     def skim(self, body: bytes) -> bool:
@@ -2940,7 +2947,7 @@ def _refuses(name: str, place: str, codes: str, words: str) -> bool:
 
 
 # What else some are called in words: by Gemini and OpenRouter.
-_PENALTY = "(?<!frequency )(?<!presence )penalty(?= is not)"
+_PENALTY = "(?<!frequency )(?<!presence )penalty(?= is not enabled)"
 _CALLED = {
     "frequency_penalty": _PENALTY, "presence_penalty": _PENALTY,
     "reasoning_effort": "reasoning is mandatory[^.]{0,60}? and",
@@ -8734,12 +8741,12 @@ def parse_flags(argv: Sequence[str] | None) -> dict[str, Any]:
     parser = build_parser()
     flags, rest = parser.parse_known_args(argv)
     if rest:
-        name = rest[0].partition("=")[0]  # its value may be a secret, and so may what has no name
+        name = re.split(r"[=\s]", rest[0])[0]  # its value may be a secret, and so may what has no name
         secrets = {"--" + setting.name.replace("_", "-"): setting for setting in Settings.TABLE if setting.secret}
         if name in secrets:
             instead = f"{secrets[name].variable} or {secrets[name].file_variable}"
             parser.error(f"{name}: a secret has no flag, which others could read; allowed: {instead}")
-        elif name.startswith("-"):
+        elif name.startswith("--"):
             near = nearest(name, {setting.flag: setting.flag for setting in Settings.TABLE if setting.flag})
             parser.error(f"{name}: there is no such flag; {near}--help lists them all")
         parser.error("an argument belongs to no flag; --help lists them all")

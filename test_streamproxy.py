@@ -1496,6 +1496,8 @@ HARMLESS = {
     "tool that failed": event({"type": "response.output_item.done", "item": {"status": "failed", "error": "no"}}),
     "code that ran": event({"type": "response.code_interpreter_call_code.done", "code": "print(1)"}),
     "tool result": event({"type": "content_block_start", "content_block": {"content": {"error_code": "unavailable"}}}),
+    "content that is false": one_choice(delta={"role": "assistant", "content": False}),
+    "a filter's error": event({"x_filter_error": {"message": "it was down"}}),
     "a measure": event({"train_error": 0.3, "is_error": False, "last_exception": None, "parse_errors": {}}),
     "code of a vendor": event({"choices": [], "x_meta": {"code": "abc", "error": None}, "usage": {"total_tokens": 3}}),
 }  # fmt: skip
@@ -1611,6 +1613,9 @@ def test_events_without_blank_lines_between_them_are_events() -> None:
     redact = streamproxy.redactor(KEY)
     answer, out = passed_to(A[:-1] + error, DONE, redact=redact)
     assert answer.failure and KEY.encode() not in out and out.startswith(A[:-1])
+    parser = streamproxy.EventParser(strict=False)
+    typed = parser.feed(b"event: a\ndata: {}\nevent: b\ndata: {}\ndata: {}\nevent: c\n\n")
+    assert [each.type for each in typed] == ["a", "b", "c"]
     pretty = b'data: {"choices": [\ndata: {"delta":\ndata: {"content": "a"}\ndata: }\ndata: ]}\n\n'
     assert answer_to(pretty + STOP + DONE)[1] == b"a"
     assert [each.data for each in streamproxy.EventParser().feed(b"data: {}\ndata: {}\n\n")] == ["{}\n{}"]
@@ -2380,6 +2385,8 @@ def test_page_is_no_answer_to_whoever_asked_for_a_stream() -> None:
     page = b"<html>blocked</html>"
     answer, out = passed_to(page, label="text/html; charset=utf-8", stream=True)
     assert out == b"" and "a document where a stream was asked for" in str(answer.failure)
+    answer, out = passed_to(JSON_ANSWER, label="text/html; charset=utf-8", stream=True)
+    assert (out, answer.failure) == (JSON_ANSWER, None)
     answer, out = passed_to(page, label="text/html; charset=utf-8")
     assert (out, answer.failure) == (page, None)
 
@@ -12575,6 +12582,7 @@ NO_FLAG = "a secret has no flag, which others could read; allowed:"
     (["--nonsense-1=x"], "--nonsense-1: there is no such flag; --help lists them all"),
     (["--api-key", KEY], f"--api-key: {NO_FLAG} OPENAI_API_KEY or OPENAI_API_KEY_FILE"),
     ([f"--check-token={KEY}"], f"--check-token: {NO_FLAG} STREAMPROXY_CHECK_TOKEN or STREAMPROXY_CHECK_TOKEN_FILE"),
+    ([f"--api-key {KEY}"], f"--api-key: {NO_FLAG} OPENAI_API_KEY or OPENAI_API_KEY_FILE"),
     (["--demo", KEY], "an argument belongs to no flag; --help lists them all"),
 ])
 def test_flag_that_is_not_there_is_told_without_its_value(arguments: list[str], words: str) -> None:
