@@ -79,6 +79,7 @@ import hmac
 import html
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -626,7 +627,7 @@ class EventParser:
             self._at_start = False
             if lines[0].startswith(codecs.BOM_UTF8):
                 lines[0] = lines[0][3:]
-        held, strays = self._data, self._strays
+        held = self._data
         for line in lines:
             if line[:5] == b"data:" or line == b"data":
                 value = line[6:] if line[5:6] == b" " else line[5:]
@@ -639,23 +640,24 @@ class EventParser:
                 self._take_field(line)
             else:
                 self._type, self._late_type = self._late_type or self._type, ""
-                if strays:  # before what follows: they may say that it counts no more
-                    events.append(Event("", b"\n".join(strays).decode("utf-8", "replace"), self._last_event_id))
-                    strays.clear()
-                if held:
-                    self._dispatch(events)
-                elif self._type == "error" and not self._strict:
+                is_empty = not held
+                self._dispatch(events)
+                if is_empty and self._type == "error" and not self._strict:
                     events.append(Event("error", "", self._last_event_id))
-                else:
+                elif is_empty:
                     self.idle += 1
-                self._held = 0
                 self._type = ""
 
     def _dispatch(self, events: list[Event]) -> None:
-        held = self._data
-        data = (held[0] if len(held) == 1 else b"\n".join(held)).decode("utf-8", "replace")
-        events.append(Event(self._type or "message", data, self._last_event_id))
-        held.clear()
+        """Add the event that is held to events, if there is one."""
+        held, strays = self._data, self._strays
+        if strays:  # before what follows: they may say that it counts no more
+            events.append(Event("", b"\n".join(strays).decode("utf-8", "replace"), self._last_event_id))
+            strays.clear()
+        if held:
+            data = (held[0] if len(held) == 1 else b"\n".join(held)).decode("utf-8", "replace")
+            events.append(Event(self._type or "message", data, self._last_event_id))
+            held.clear()
         self._held = 0
 
     def _take_field(self, line: bytes) -> None:
@@ -799,7 +801,7 @@ def is_bad_news(payload: dict[str, Any], named: bool) -> bool:
     status = str(said.get("status") or said.get("statuscode") or said.get("httpstatus") or "")
     if (
         not all(is_nothing(said.get(name)) for name in ("errormessage", "errormsg", "errmsg", "errors", "fault"))
-        or any(sentence_of(said[name]) for name in filter(_ERROR_NAME.search, said) if "filter" not in name)
+        or any(is_told_in(name, value) for name, value in said.items())
         or has_bad_code(payload) or said.get("success") is False or said.get("ok") is False
         or re.fullmatch("[45][0-9][0-9]", status) or (_FAILED.search(status) and "object" not in said)
     ):  # fmt: skip
@@ -807,6 +809,12 @@ def is_bad_news(payload: dict[str, Any], named: bool) -> bool:
     about = said.keys() & {"code", "status", "success", "ok", "usage", "model", "role", "content", "delta"}
     words = said.get("detail"), *(said.get(name) for name in ("message", "msg") if not about)
     return not named and any(map(sentence_of, words))
+
+
+def is_told_in(name: str, value: object) -> bool:
+    """Tell of internalServerException and the like whether they are errors; a filter's error ends nothing."""
+    told = isinstance(value, dict) or name == "exception"
+    return told and "filter" not in name and bool(_ERROR_NAME.search(name)) and not is_nothing(value)
 
 
 def has_bad_code(members: dict[str, Any]) -> bool:
@@ -839,7 +847,8 @@ def sentence_of(error: object, depth: int = 6) -> str:
         said = fold(error)
         if isinstance(said.get("errors"), dict):  # by the member that is wrong
             said["errors"] = list(said["errors"].values())
-        names = (*_SENTENCES, *filter(_ERROR_NAME.search, said))
+        others = (name for name in said if name not in _SENTENCES and _ERROR_NAME.search(name))
+        names = (*_SENTENCES, *itertools.islice(others, 10))
         words = next(filter(None, (sentence_of(said.get(name), depth - 1) for name in names)), "")
         if words and isinstance(said.get("loc"), list):  # FastAPI's way to say the same
             words = f"{'.'.join(map(str, said['loc'][:10]))}: {words}"
@@ -2947,7 +2956,7 @@ def _refuses(name: str, place: str, codes: str, words: str) -> bool:
 
 
 # What else some are called in words: by Gemini and OpenRouter.
-_PENALTY = "(?<!frequency )(?<!presence )penalty(?= is not enabled)"
+_PENALTY = r"""(?<![\w`'"][ -])penalty(?= is not enabled)"""
 _CALLED = {
     "frequency_penalty": _PENALTY, "presence_penalty": _PENALTY,
     "reasoning_effort": "reasoning is mandatory[^.]{0,60}? and",
@@ -8709,8 +8718,13 @@ class _ArgumentParser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Write it for whoever may read it: neither a pipe that is closed nor a full disk changes the exit status."""
-        with contextlib.suppress(OSError):
-            write_all((file or sys.stderr).fileno(), message)
+        file = file or sys.stderr
+        try:
+            write_all(file.fileno(), message)
+        except io.UnsupportedOperation:  # of a program that has put something else there
+            file.write(message)
+        except OSError:
+            pass
 
 
 def build_parser() -> argparse.ArgumentParser:

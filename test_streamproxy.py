@@ -1497,6 +1497,7 @@ HARMLESS = {
     "code that ran": event({"type": "response.code_interpreter_call_code.done", "code": "print(1)"}),
     "tool result": event({"type": "content_block_start", "content_block": {"content": {"error_code": "unavailable"}}}),
     "content that is false": one_choice(delta={"role": "assistant", "content": False}),
+    "a tool's result": b'event: tool_result\ndata: {"type": "tool_result", "isError": true, "on_error": "go on"}\n\n',
     "a filter's error": event({"x_filter_error": {"message": "it was down"}}),
     "a measure": event({"train_error": 0.3, "is_error": False, "last_exception": None, "parse_errors": {}}),
     "code of a vendor": event({"choices": [], "x_meta": {"code": "abc", "error": None}, "usage": {"total_tokens": 3}}),
@@ -1619,6 +1620,27 @@ def test_events_without_blank_lines_between_them_are_events() -> None:
     pretty = b'data: {"choices": [\ndata: {"delta":\ndata: {"content": "a"}\ndata: }\ndata: ]}\n\n'
     assert answer_to(pretty + STOP + DONE)[1] == b"a"
     assert [each.data for each in streamproxy.EventParser().feed(b"data: {}\ndata: {}\n\n")] == ["{}\n{}"]
+
+
+def test_lines_that_are_no_fields_count_as_held_though_events_begin_between_them() -> None:
+    parser = streamproxy.EventParser(2000, strict=False)
+    assert [each.type for each in parser.feed(b"junk\ndata: {}\njunk\ndata: {}\n")] == ["", "message"]
+    with pytest.raises(streamproxy.Garbled):
+        for _ in range(100):
+            parser.feed(b"x" * 1000 + b"\n")
+
+
+def test_sentence_of_an_error_is_looked_for_once_in_each_member_and_in_few_of_them() -> None:
+    error: object = {"message": ""}
+    for _ in range(5):
+        error = {"error": error}
+    looked = unittest.mock.Mock(wraps=streamproxy.sentence_of)
+    with unittest.mock.patch.object(streamproxy, "sentence_of", looked):
+        streamproxy.sentence_of(error)
+        once = looked.call_count
+        assert once < 7 * len(streamproxy._SENTENCES)
+        streamproxy.sentence_of({f"{number}error": error for number in range(1000)})
+    assert looked.call_count < 12 * once
 
 
 DETAIL = typed_part("reasoning.text", "r")
