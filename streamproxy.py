@@ -639,7 +639,8 @@ class EventParser:
             elif line:
                 self._take_field(line)
             else:
-                self._type, self._late_type = self._late_type or self._type, ""
+                if self._late_type:
+                    self._type, self._late_type = self._late_type, ""
                 is_empty = not held
                 self._dispatch(events)
                 if is_empty and self._type == "error" and not self._strict:
@@ -882,7 +883,7 @@ def quoting(words: str, status: int, error: object) -> UpstreamError:
     return failure
 
 
-_BEAT = re.compile(r"\s*:|\W*(?:ping|keep[ _-]?alive|heart[ _-]?beat)\W*\Z", re.IGNORECASE)
+_BEAT = re.compile(r"\s*:(?!\s*[\[{])|\W*(?:ping|keep[ _-]?alive|heart[ _-]?beat)\W*\Z", re.IGNORECASE)
 
 
 def load_event(event: Event) -> Any:
@@ -1410,7 +1411,7 @@ class TextAnswer(Answer):
         self._joiners: dict[str, codecs.IncrementalDecoder] = {}
         # What stood around the text of the last event that was parsed, if that told nothing else.
         self._around: tuple[str, ...] = ()
-        self._goes_on = False  # text came behind a finish_reason, so that the next one need not be the last either
+        self._spoke_on = False  # text came behind a finish_reason, so that the next one need not be the last either
         self._messages: str | None = ""  # what messages have told; None: deltas tell, and a message would repeat it
 
     def encode(self, type: str, **payload: Any) -> bytes:
@@ -1499,7 +1500,7 @@ class TextAnswer(Answer):
             # Beside a role or reasoning, before any text, it came early: then nothing is hurried.
             early = not self.notes.pieces and any(part[name] for name in part if name != "content")
             # A gateway that runs tools by itself goes on when they have run.
-            hurried = not (early or self._goes_on or reason in ("tool_calls", "function_call"))
+            hurried = not (early or self._spoke_on or reason in ("tool_calls", "function_call"))
             self.state = self.ENDING if hurried else self.SETTLED
 
     def _take_text(self, text: str, out: list[bytes]) -> None:
@@ -1509,7 +1510,7 @@ class TextAnswer(Answer):
             self.notes.size += len(text.encode())
             out.append(self.encode("message", text=text))
             if self.state > self.SETTLED:  # a finish_reason before it came early
-                self.state, self._goes_on = self.SETTLED, True
+                self.state, self._spoke_on = self.SETTLED, True
 
     def _joined(self, type: str, text: str) -> str:
         """Return text with the surrogate pairs whole that upstream split over two events.
