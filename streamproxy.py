@@ -114,6 +114,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
     from typing import Any, ClassVar, NoReturn, Protocol, Self, TextIO, dataclass_transform
 
+    Step = Callable[["Exchange"], None]  # of a request, on its way to an answer
+
     class Taker(Protocol):
         """Whoever a stream is sent to."""
 
@@ -4448,7 +4450,7 @@ class Client(Peer, Stateful):
             request, rest = parsed
             self._keep(rest)
             exchange = self._exchange_for(request)
-            exchange.step(exchange.dispatch)
+            exchange.step(Exchange.dispatch)
         elif self.state == self.IDLE and self.data.strip(b"\r\n"):  # empty lines are none of a request
             self.state, self.since = self.HEAD, self.loop.now
             self._set_alarm()
@@ -4644,7 +4646,7 @@ class Exchange:
     claim: Claim | None = None  # where answers outlive their clients
     status = 0  # as told to the client
     failure: ProxyError | None = None
-    _then: Callable[[], None] | None = None  # once what it waits for is there: the body, a look, ...
+    _then: Step | None = None  # once what it waits for is there: the body, a look, ...
 
     def __init__(self, client: Client, request: Request) -> None:
         self.client, self.request, self.server = client, request, client.server
@@ -4658,13 +4660,13 @@ class Exchange:
         self.lead = -self.began_at
         self.stream: Stream | Watch | TestStream | None = None
 
-    # What is asked: dispatch, _admit, _look at the token file, _enter, _expect_body, and what asks upstream, mostly
-    # _ask_by.  It waits for one thing at a time, and _then goes on.
+    # Who asks: dispatch calls what the path has for the method.  Mostly that has the request let in, by admit, look at
+    # the token file, _enter and _expect_body.  It waits for one thing at a time, and _then goes on.
 
-    def step(self, step: Callable[[], None]) -> None:
+    def step(self, step: Step) -> None:
         """Make a step; where it fails, the client is told."""
         try:
-            step()
+            step(self)
         except ProxyError as failure:
             self.refuse(failure)
 
@@ -4683,20 +4685,21 @@ class Exchange:
         if request.method != "POST" and not request.body.complete:
             raise RequestError("Only POST takes a body.")
         if resource.name not in _OPEN_PATHS:
-            self._check_surplus()
+            self.check_surplus()
             access.check_host(fields.get("host", "localhost"), self._own_address)
         run(self)
 
-    def _check_surplus(self) -> None:
+    def check_surplus(self) -> None:
+        """Raises RequestError where there are too many connections."""
         if self.client.surplus:
             raise RequestError("Too many connections.", 503, reason="connections")
 
-    def _without_method(self) -> Callable[[Exchange], None]:
+    def _without_method(self) -> Step:
         """Return what answers a method that the path does not have.  Raises RequestError, mostly."""
         method, settings = self.request.method, self.server.settings
         if not self.resource.methods:
             if method == "OPTIONS" and self.request.fields.get("origin") in settings.allow_origin:
-                return Exchange.answer_preflight  # a page is to read that there is nothing
+                return answer_preflight  # a page is to read that there is nothing
             meant = meant_path(self.request.path, settings)
             raise RequestError("There is nothing at this path" + (f": {meant} is meant." if meant else "."), 404)
         known = method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT")
@@ -4706,7 +4709,7 @@ class Exchange:
     def _own_address(self) -> str:
         return "" if self.client.door.listener.path else plain_address(self.client.sock.getsockname()[0])
 
-    def _admit(self, then: Callable[[], None], counts: bool = True) -> None:
+    def admit(self, then: Step, counts: bool = True) -> None:
         """Let in whoever may ask, count an answer that begins as long as it lasts, and go on once the body is there.
 
         counts: among the requests of a minute.
@@ -4715,31 +4718,31 @@ class Exchange:
         server.access.check_origin(self.request.fields)
         if server.state == server.ABORTING:  # it came behind one that was
             raise shutting_down()
-        self._look(server.lookout, self._enter, then, counts)
+        self.look(server.lookout, lambda exchange: exchange._enter(then, counts))
 
-    def _look(self, lookout: Lookout, then: Callable[..., None], *args: object) -> None:
-        """Go on with then(*args) once a file was looked at, if there is one."""
+    def look(self, lookout: Lookout, then: Step) -> None:
+        """Go on once a file was looked at, if there is one."""
         if lookout.file:
-            self._then = functools.partial(then, *args)
+            self._then = then
             lookout.look(self.go_on)
         else:
-            then(*args)
+            then(self)
 
     def _waits(self) -> bool:
         """Tell whether there is still somebody who was neither answered nor refused."""
         return self.client.exchange is self and not (self.client.lost or self.status)
 
-    def _identify(self) -> None:
+    def identify(self) -> None:
         self.name = self.server.access.identify(self.request.fields)
         self.who = self.name or self.who
 
-    def _enter(self, then: Callable[[], None], counts: bool) -> None:
+    def _enter(self, then: Step, counts: bool) -> None:
         if self.server.lookout.file:  # of tokens
-            self._identify()
+            self.identify()
         request, answers, claim = self.request, self.server.answers, None
         place = self.name or network_of(self.who)
         if answers.on:
-            self.claim = claim = Claim(request, place, self.name, self._wants_events(), counts)
+            self.claim = claim = Claim(request, place, self.name, self.wants_events(), counts)
         if not claim or (claim.begins and not answers.find(claim)):
             self._take_place(place, counts)
         if self.server.hub.tells:
@@ -4747,9 +4750,9 @@ class Exchange:
         if request.method == "POST" and not (claim and claim.id):
             self._expect_body(then)
         else:
-            then()
+            then(self)
 
-    def _expect_body(self, then: Callable[[], None]) -> None:
+    def _expect_body(self, then: Step) -> None:
         client, request, limit = self.client, self.request, self.server.settings.max_body
         fields = request.fields
         if "content-length" in fields:
@@ -4761,18 +4764,18 @@ class Exchange:
         if expected and not (client.data or request.body.complete):
             client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if client.expect_body():
-            then()
+            then(self)
         elif self._waits():
             self._then = then
             self.lead += client.loop.clock()
 
     def _take_place(self, name: str, counts: bool) -> None:
         """Count an answer that is about to begin.  Raises RequestError: there are too many, or none begins here."""
-        self._check_begins()
+        self.check_begins()
         self.server.limits.enter(name, counts)
         self.place = name
 
-    def _check_begins(self) -> None:
+    def check_begins(self) -> None:
         """Check that who came in here may begin something, for RFC 9110 section 15.5.20 to have it asked elsewhere."""
         if not self.client.door.begins:
             words = "There is no such answer here, where none is begun (--resume-bind)."
@@ -4794,167 +4797,43 @@ class Exchange:
         if then and self._waits():
             self.step(then)
 
-    def _run(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+    def run(self, work: Callable[[], Any], then: Callable[[Exchange, Any], None]) -> None:
         """Go on with what work returns, once a thread has done it."""
         hub = self.server.hub
         job = Job(hub.loop, work, self.go_on)
 
-        def finish() -> None:
+        def finish(exchange: Exchange) -> None:
             if job.failure:
                 raise job.failure
-            then(job.result)
+            then(exchange, job.result)
 
         self._then = finish
         hub.workers.run(job.run)
 
-    # What is answered.
+    # Whom it asks: upstream, or an answer that is kept.
 
-    def answer_preflight(self) -> None:
-        """Tell a page of an allowed origin what it may send (WHATWG Fetch section 3.2.2)."""
-        methods = ", ".join(self.resource.methods or ("OPTIONS",))
-        fields = self.server.access.preflight_fields(self.request.fields, methods)
-        self._answer(204, b"", fields or {"Allow": methods})
-
-    def get_health(self) -> None:
-        """Say that the process is alive."""
-        self._answer_words(200, "ok")
-
-    def get_ready(self) -> None:
-        """Say whether new requests are welcome."""
-        self._answer_words(*((503, "draining") if self.server.draining else (200, "ok")))
-
-    def get_metrics(self) -> None:
-        """Answer with what Prometheus is to know, to whoever may ask."""
-        self.server.access.check_origin(self.request.fields)
-        self._look(self.server.lookout, self._look_at_process)
-
-    def _look_at_process(self) -> None:
-        self._identify()
-        self._run(process_figures, self._answer_metrics)
-
-    def _answer_metrics(self, figures: Mapping[str, float]) -> None:
-        hub, counts = self.server.hub, self.server.snapshot()
-        self.server.answers.count_into(hub.metrics)
-        for name, value in {**counts, **figures, "log_lines_dropped_total": hub.log.lost}.items():
-            hub.metrics.values[name.replace(" ", "_")][()] = value
-        self._answer(200, hub.metrics.encode(), {"Content-Type": METRICS_TYPE})
-
-    def get_test(self) -> None:
-        """Answer with a test stream, or, for ?count=ID, how many of an id are on their way.
-
-        A body says nothing: its end is not waited for.
-        """
-        tests, query = self.server.hub.tests, self.request.query
-        self._keep_if_small()
-        if query.startswith("count="):
-            self._answer_words(200, str(tests.count(query[len("count=") :])))
-            return
-        self._check_surplus()
-        if self.server.state >= self.server.DRAINING:
-            raise shutting_down()
-        self.stream = stream = tests.enter(network_of(self.who), parse_test(query), self)
-        stream.begin()
-
-    def get_root(self) -> None:
-        """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
-        if not self._wants_events():
-            self._look(self.server.front.lookout, self._answer_page)
-        elif "last-event-id" in self.request.fields and not self.server.answers.on:
-            self._answer(204, b"", {})  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
-        else:
-            self._admit(self._ask_query)
-
-    def _answer_page(self) -> None:
-        self._answer(200, *self.server.front.shown)
-
-    def _ask_query(self) -> None:
-        if self.claim and not self.claim.begins:
-            self._attach()
-            return
-        try:
-            # curl sends bytes that should be escaped as they are.
-            query = urllib.parse.quote(self.request.query, safe=string.printable, encoding="latin-1")
-            prompts = urllib.parse.parse_qs(query, errors="strict").get("prompt", [])
-        except ValueError:
-            raise RequestError("The query is not UTF-8.") from None
-        asked = {"prompt": prompts[0] if len(prompts) == 1 else None}
-        self._ask(*self._adapted(asked, EventAnswer(self.id, self.server.hub.redact, reconnects=True)))
-
-    def post_prompt(self) -> None:
-        """Answer a JSON body with a stream."""
-        check_coding(self.request.fields)
-        self._admit(self._ask_prompt)
-
-    def _ask_prompt(self) -> None:
-        key = self.claim and self.claim.key
-        if self._wants_events() and "last-event-id" in self.request.fields and not key:  # see get_root
-            self._answer(204, b"", {})
-        else:
-            self._ask_by(self._prompted)
-
-    def _prompted(self, body: bytes) -> tuple[Call, Answer]:
-        redact = self.server.hub.redact
-        answer = EventAnswer(self.id, redact) if self._wants_events() else TextAnswer(redact)
-        return self._adapted(parse_request(body), answer)
-
-    def _adapted(self, asked: Mapping[str, Any], answer: Answer) -> tuple[Call, Answer]:
-        adapted = Adapted(asked, self.server.settings, self.server.hub.refusals)
-        answer.choices = adapted.choices
-        return prompt_call(adapted), answer
-
-    def pass_on(self, route: Route) -> None:
-        """Pass a request of the API on, and its answer back."""
-        if self.request.method == "POST":
-            check_media(self.request.fields, self.server.settings)
-        self._admit(functools.partial(self._ask_by, functools.partial(self._passed, route)), route.counts)
-
-    def _passed(self, route: Route, body: bytes) -> tuple[Call, Answer]:
-        request, asked = self.request, {}
-        if request.method == "POST":
-            asked = check_model(body, self.server.settings, route.has_model)
-        messages, streamed = request.path == "/v1/messages", asked.get("stream") is True
-        answer = PassedAnswer(self.server.hub.redact, count_choices(asked), messages, streamed)
-        return self._passed_call(body), answer
-
-    def _passed_call(self, body: bytes = b"") -> Call:
-        request, settings = self.request, self.server.settings
-        fields = passed_fields(request.fields, settings, bool(body))
-        query = request.query
-        if query and "*" not in settings.allow_model:
-            query = harmless_query(query, request.method)
-        return Call(request.path[len("/v1") :], body, fields, request.method, query)
-
-    def get_models(self) -> None:
-        """Answer with the models that may be used, or with one of them."""
-        self._admit(self._answer_models)
-
-    def _answer_models(self) -> None:
-        document = models_document(self.request.path, self.server.settings)
-        if document is None:
-            self._ask(self._passed_call(), PassedAnswer(self.server.hub.redact))
-        else:
-            self._answer(200, document, {"Content-Type": "application/json"})
-
-    def _wants_events(self) -> bool:
+    def wants_events(self) -> bool:
+        """Tell whether the client takes server-sent events, for it says so."""
         accept = self.request.fields.get("accept", "")
         ranges = [part.partition(";")[0].strip().lower() for part in accept.split(",", MAX_ITEMS)]
         return "text/event-stream" in ranges and self.request.method != "HEAD"
 
-    def _ask_by(self, make: Callable[[bytes], tuple[Call, Answer]]) -> None:
+    def ask_by(self, make: Callable[[Exchange, bytes], tuple[Call, Answer]]) -> None:
         """Ask upstream what make makes of the body: in a thread, where that takes its time."""
         body, self.client.body = self.client.body, bytearray()
         if len(body) <= MAX_PARSED:
-            self._ask(*self._prepare(make, body))
+            self.ask(*self._prepare(make, body))
         else:
-            self._run(functools.partial(self._prepare, make, body), lambda made: self._ask(*made))
+            self.run(lambda: self._prepare(make, body), lambda exchange, made: exchange.ask(*made))
 
-    def _prepare(self, make: Callable[[bytes], tuple[Call, Answer]], body: bytearray) -> tuple[Call, Answer]:
+    def _prepare(self, make: Callable[[Exchange, bytes], tuple[Call, Answer]], body: bytearray) -> tuple[Call, Answer]:
         """Return what make makes of body, once the claim, if there is one, knows it.  For any thread."""
         if self.claim and self.claim.key:
             self.claim.take_body(body)
-        return make(bytes(body))
+        return make(self, bytes(body))
 
-    def _ask(self, call: Call, answer: Answer) -> None:
+    def ask(self, call: Call, answer: Answer) -> None:
+        """Ask upstream, unless an answer to the same is kept."""
         if not (self.claim and self._resume(self.claim, call, answer)):
             self.stream = self.server.hub.stream(call, answer, self)
             self.stream.ask()
@@ -4964,7 +4843,7 @@ class Exchange:
         """Go on with an answer that outlives its clients, or begin it; False: it is to be one that does not."""
         answers = self.server.answers
         if not claim.begins or answers.find(claim):
-            self._attach()
+            self.attach()
             return True
         if not self.place:  # the answer that was there when this was let in has gone
             self._take_place(claim.owner, claim.counts)
@@ -4975,11 +4854,7 @@ class Exchange:
             kept.stream.ask()
         return bool(kept)
 
-    def get_answer(self) -> None:
-        """Go on with an answer, by its ID."""
-        self._admit(self._attach)
-
-    def _attach(self) -> None:
+    def attach(self) -> None:
         """Send the rest of an answer, live in the end; 204 tells an EventSource to stop (WHATWG HTML section 9.2.3)."""
         claim, answers = self.claim, self.server.answers
         assert claim
@@ -4987,7 +4862,7 @@ class Exchange:
         if not kept and not claim.reconnects:
             raise RequestError("There is no such answer (any more).", 410 if claim.key else 404)
         if not kept or (claim.reconnects and claim.place and not kept.has_more(claim)):
-            self._answer(204, b"", {})
+            self.answer_with(204, b"", {})
             return
         if claim.key and claim.asked != kept.claim.asked:
             raise RequestError("This Idempotency-Key was used for another request.", 422)
@@ -4996,20 +4871,6 @@ class Exchange:
         self._leave_place()  # it had one where the answer was not there yet when this was let in
         self.stream.advance()
 
-    def stop_answer(self) -> None:
-        """Stop an answer by its ID or its key, or one that is yet to be asked for by its key."""
-        self._admit(self._stop)
-
-    def _stop(self) -> None:
-        assert self.claim
-        if not (self.claim.id or self.claim.key):
-            raise RequestError("DELETE /streams needs an Idempotency-Key.")
-        self._keep_if_small()
-        if not (self.claim.id or self.server.answers.find(self.claim)):
-            self._check_begins()  # that there is one: its stop is remembered where it would be
-        self.server.answers.stop(self.claim)
-        self._answer(204, b"", {})
-
     # How it is answered.
 
     def refuse(self, failure: ProxyError) -> None:
@@ -5017,7 +4878,7 @@ class Exchange:
         self.failure = failure.bare()
         if failure.status in (408, 426) or isinstance(failure, Aborted):
             self.client.keeps_alive = False
-        self._keep_if_small()
+        self.keep_if_small()
         fields = {"Content-Type": "application/json", **failure.fields}
         if self.request.path.startswith("/v1/messages"):
             fields.setdefault("Request-Id", self.id)  # where Anthropic's SDKs look for it
@@ -5026,9 +4887,9 @@ class Exchange:
                 fields["X-Should-Retry"] = "false"  # SDKs heed it: who asks again may pay again
         elif failure.status in (429, 503):
             fields.setdefault("Retry-After", "1")
-        self._answer(failure.status, encode_error(failure, self.request.path), fields)
+        self.answer_with(failure.status, encode_error(failure, self.request.path), fields)
 
-    def _keep_if_small(self) -> None:
+    def keep_if_small(self) -> None:
         """Keep the connection, behind an answer that came before the body, only where little of that is left."""
         body = self.request.body
         small = body.left is not None and body.left <= MAX_DISCARDED and "expect" not in self.request.fields
@@ -5108,7 +4969,7 @@ class Exchange:
             self.client.reset(True)
         return self._begin_answer(status, fields), chunked
 
-    def _answer(self, status: int, body: bytes, fields: Mapping[str, str]) -> None:
+    def answer_with(self, status: int, body: bytes, fields: Mapping[str, str]) -> None:
         length = {"Content-Length": str(len(body))} if body else {}
         head = self._begin_answer(status, {"Cache-Control": "no-store", **length, **fields})
         self.client.state = self.client.ANSWERING
@@ -5116,8 +4977,8 @@ class Exchange:
         if not self.client.pending:
             self._end()
 
-    def _answer_words(self, status: int, words: str) -> None:
-        self._answer(status, f"{words}\n".encode(), {"Content-Type": "text/plain; charset=utf-8"})
+    def answer_words(self, status: int, words: str) -> None:
+        self.answer_with(status, f"{words}\n".encode(), {"Content-Type": "text/plain; charset=utf-8"})
 
     def _leave_place(self) -> None:
         if self.place:
@@ -5191,10 +5052,180 @@ def notes_of(stream: Stream | Watch) -> dict[str, object]:
     }  # fmt: skip
 
 
-_PREFLIGHT = {"OPTIONS": Exchange.answer_preflight}
+# What is answered: a step for each path and method, see resource_at.
 
 
-def _get(function: Callable[[Exchange], None]) -> dict[str, Callable[[Exchange], None]]:
+def answer_preflight(exchange: Exchange) -> None:
+    """Tell a page of an allowed origin what it may send (WHATWG Fetch section 3.2.2)."""
+    methods = ", ".join(exchange.resource.methods or ("OPTIONS",))
+    fields = exchange.server.access.preflight_fields(exchange.request.fields, methods)
+    exchange.answer_with(204, b"", fields or {"Allow": methods})
+
+
+def get_health(exchange: Exchange) -> None:
+    """Say that the process is alive."""
+    exchange.answer_words(200, "ok")
+
+
+def get_ready(exchange: Exchange) -> None:
+    """Say whether new requests are welcome."""
+    exchange.answer_words(*((503, "draining") if exchange.server.draining else (200, "ok")))
+
+
+def get_metrics(exchange: Exchange) -> None:
+    """Answer with what Prometheus is to know, to whoever may ask."""
+    exchange.server.access.check_origin(exchange.request.fields)
+    exchange.look(exchange.server.lookout, _look_at_process)
+
+
+def _look_at_process(exchange: Exchange) -> None:
+    exchange.identify()
+    exchange.run(process_figures, _answer_metrics)
+
+
+def _answer_metrics(exchange: Exchange, figures: Mapping[str, float]) -> None:
+    hub, counts = exchange.server.hub, exchange.server.snapshot()
+    exchange.server.answers.count_into(hub.metrics)
+    for name, value in {**counts, **figures, "log_lines_dropped_total": hub.log.lost}.items():
+        hub.metrics.values[name.replace(" ", "_")][()] = value
+    exchange.answer_with(200, hub.metrics.encode(), {"Content-Type": METRICS_TYPE})
+
+
+def get_test(exchange: Exchange) -> None:
+    """Answer with a test stream, or, for ?count=ID, how many of an id are on their way.
+
+    A body says nothing: its end is not waited for.
+    """
+    tests, query = exchange.server.hub.tests, exchange.request.query
+    exchange.keep_if_small()
+    if query.startswith("count="):
+        exchange.answer_words(200, str(tests.count(query[len("count=") :])))
+        return
+    exchange.check_surplus()
+    if exchange.server.state >= exchange.server.DRAINING:
+        raise shutting_down()
+    exchange.stream = stream = tests.enter(network_of(exchange.who), parse_test(query), exchange)
+    stream.begin()
+
+
+def get_root(exchange: Exchange) -> None:
+    """Answer with the chat page, or an EventSource with the stream for ?prompt=."""
+    if not exchange.wants_events():
+        exchange.look(exchange.server.front.lookout, _answer_page)
+    elif "last-event-id" in exchange.request.fields and not exchange.server.answers.on:
+        exchange.answer_with(204, b"", {})  # it had its answer; 204 stops it (WHATWG HTML section 9.2.3)
+    else:
+        exchange.admit(_ask_query)
+
+
+def _answer_page(exchange: Exchange) -> None:
+    exchange.answer_with(200, *exchange.server.front.shown)
+
+
+def _ask_query(exchange: Exchange) -> None:
+    if exchange.claim and not exchange.claim.begins:
+        exchange.attach()
+        return
+    try:
+        # curl sends bytes that should be escaped as they are.
+        query = urllib.parse.quote(exchange.request.query, safe=string.printable, encoding="latin-1")
+        prompts = urllib.parse.parse_qs(query, errors="strict").get("prompt", [])
+    except ValueError:
+        raise RequestError("The query is not UTF-8.") from None
+    asked = {"prompt": prompts[0] if len(prompts) == 1 else None}
+    answer = EventAnswer(exchange.id, exchange.server.hub.redact, reconnects=True)
+    exchange.ask(*_adapted(exchange, asked, answer))
+
+
+def post_prompt(exchange: Exchange) -> None:
+    """Answer a JSON body with a stream."""
+    check_coding(exchange.request.fields)
+    exchange.admit(_ask_prompt)
+
+
+def _ask_prompt(exchange: Exchange) -> None:
+    key = exchange.claim and exchange.claim.key
+    if exchange.wants_events() and "last-event-id" in exchange.request.fields and not key:  # see get_root
+        exchange.answer_with(204, b"", {})
+    else:
+        exchange.ask_by(_prompted)
+
+
+def _prompted(exchange: Exchange, body: bytes) -> tuple[Call, Answer]:
+    redact = exchange.server.hub.redact
+    answer = EventAnswer(exchange.id, redact) if exchange.wants_events() else TextAnswer(redact)
+    return _adapted(exchange, parse_request(body), answer)
+
+
+def _adapted(exchange: Exchange, asked: Mapping[str, Any], answer: Answer) -> tuple[Call, Answer]:
+    adapted = Adapted(asked, exchange.server.settings, exchange.server.hub.refusals)
+    answer.choices = adapted.choices
+    return prompt_call(adapted), answer
+
+
+def pass_on(exchange: Exchange, route: Route) -> None:
+    """Pass a request of the API on, and its answer back."""
+    if exchange.request.method == "POST":
+        check_media(exchange.request.fields, exchange.server.settings)
+    exchange.admit(functools.partial(Exchange.ask_by, make=functools.partial(_passed, route=route)), route.counts)
+
+
+def _passed(exchange: Exchange, body: bytes, route: Route) -> tuple[Call, Answer]:
+    request, asked = exchange.request, {}
+    if request.method == "POST":
+        asked = check_model(body, exchange.server.settings, route.has_model)
+    messages, streamed = request.path == "/v1/messages", asked.get("stream") is True
+    answer = PassedAnswer(exchange.server.hub.redact, count_choices(asked), messages, streamed)
+    return _passed_call(exchange, body), answer
+
+
+def _passed_call(exchange: Exchange, body: bytes = b"") -> Call:
+    request, settings = exchange.request, exchange.server.settings
+    fields = passed_fields(request.fields, settings, bool(body))
+    query = request.query
+    if query and "*" not in settings.allow_model:
+        query = harmless_query(query, request.method)
+    return Call(request.path[len("/v1") :], body, fields, request.method, query)
+
+
+def get_models(exchange: Exchange) -> None:
+    """Answer with the models that may be used, or with one of them."""
+    exchange.admit(_answer_models)
+
+
+def _answer_models(exchange: Exchange) -> None:
+    document = models_document(exchange.request.path, exchange.server.settings)
+    if document is None:
+        exchange.ask(_passed_call(exchange), PassedAnswer(exchange.server.hub.redact))
+    else:
+        exchange.answer_with(200, document, {"Content-Type": "application/json"})
+
+
+def get_answer(exchange: Exchange) -> None:
+    """Go on with an answer, by its ID."""
+    exchange.admit(Exchange.attach)
+
+
+def stop_answer(exchange: Exchange) -> None:
+    """Stop an answer by its ID or its key, or one that is yet to be asked for by its key."""
+    exchange.admit(_stop)
+
+
+def _stop(exchange: Exchange) -> None:
+    assert exchange.claim
+    if not (exchange.claim.id or exchange.claim.key):
+        raise RequestError("DELETE /streams needs an Idempotency-Key.")
+    exchange.keep_if_small()
+    if not (exchange.claim.id or exchange.server.answers.find(exchange.claim)):
+        exchange.check_begins()  # that there is one: its stop is remembered where it would be
+    exchange.server.answers.stop(exchange.claim)
+    exchange.answer_with(204, b"", {})
+
+
+_PREFLIGHT = {"OPTIONS": answer_preflight}
+
+
+def _get(function: Step) -> dict[str, Step]:
     return {"GET": function, "HEAD": function, **_PREFLIGHT}  # HEAD: the same without the body
 
 
@@ -5202,16 +5233,16 @@ TEST_PATH = "/healthz/stream"
 _OPEN_PATHS = ("/healthz", TEST_PATH, "/readyz")  # those that answer under any name
 
 # What there is of our own, beside the API's: by its name in metrics, then by method.
-_OWN_PATHS: dict[str, dict[str, Callable[[Exchange], None]]] = {
-    "/": {**_get(Exchange.get_root), "POST": Exchange.post_prompt},
-    "/healthz": _get(Exchange.get_health),
-    TEST_PATH: {"GET": Exchange.get_test, "POST": Exchange.get_test, **_PREFLIGHT},
-    "/readyz": _get(Exchange.get_ready),
-    "/metrics": _get(Exchange.get_metrics),
+_OWN_PATHS: dict[str, dict[str, Step]] = {
+    "/": {**_get(get_root), "POST": post_prompt},
+    "/healthz": _get(get_health),
+    TEST_PATH: {"GET": get_test, "POST": get_test, **_PREFLIGHT},
+    "/readyz": _get(get_ready),
+    "/metrics": _get(get_metrics),
     # Where answers are kept:
-    "/streams": {"DELETE": Exchange.stop_answer, **_PREFLIGHT},
-    "/streams/{id}": {"GET": Exchange.get_answer, "DELETE": Exchange.stop_answer, **_PREFLIGHT},
-    "/streams/{id}/stop": {"POST": Exchange.stop_answer, **_PREFLIGHT},
+    "/streams": {"DELETE": stop_answer, **_PREFLIGHT},
+    "/streams/{id}": {"GET": get_answer, "DELETE": stop_answer, **_PREFLIGHT},
+    "/streams/{id}/stop": {"POST": stop_answer, **_PREFLIGHT},
 }
 
 
@@ -5227,11 +5258,11 @@ def resource_at(path: str, is_allowed: bool, resumes: bool) -> Resource:
     """
     routes = api_routes(path, is_allowed)
     if routes:
-        methods: dict[str, Callable[[Exchange], None]] = {
-            name: functools.partial(Exchange.pass_on, route=route) for name, route in routes.items()
+        methods: dict[str, Step] = {
+            name: functools.partial(pass_on, route=route) for name, route in routes.items()
         }
         if path.startswith("/v1/models") and "GET" in methods:
-            methods["GET"] = Exchange.get_models
+            methods["GET"] = get_models
         return Resource(next(iter(routes.values())).name or path, {**methods, **_PREFLIGHT})
     name = re.sub("^/streams/[^/]+", "/streams/{id}", path)
     if name not in _OWN_PATHS or (name.startswith("/streams") and not resumes):
