@@ -1146,12 +1146,15 @@ class Notes:
         for holder in (payload,) if on_top else holders_in(payload):
             model, usage = holder.get("model"), holder.get("usage")
             if self.model is None and model and isinstance(model, str):
-                self.model = self._redact(model[:100])
+                self.name_model(model)
             if usage and isinstance(usage, dict):
                 try:
                     self.usage = {**(self.usage or {}), **self._harmless(usage)}
                 except (RecursionError, ValueError):
                     pass
+
+    def name_model(self, model: str) -> None:
+        self.model = self._redact(model[:100])
 
     def _harmless(self, usage: dict[str, Any]) -> dict[str, Any]:
         """Return usage as the log and the client may see it.  Raises ValueError for a number that JSON has not."""
@@ -1665,6 +1668,7 @@ def is_dull(event: bytes) -> bool:
 
 
 _DONE_EVENT = b"data: [DONE]\n\n"  # as mostly sent
+_MODEL = re.compile(rb'data: ?\{[^{}\\]*"model":"([^"\\]+)"[^{}\\]*"choices":\[')  # no string has such quotes in it
 # What else ends a stream: Anthropic's messages, OpenAI's responses.
 _LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
 # What is whole with this, though more may come: images, OpenAI's, of which there may be several, and speech.
@@ -1792,7 +1796,7 @@ class PassedAnswer(Answer):
         """Take an event as it came; False: it is an error, and may have secrets."""
         notes, parser, counts = self.notes, self._parser, self.state < self.ENDING
         done = piece == _DONE_EVENT
-        if counts and (done or (self._is_under_way and len(piece) < MAX_SKIMMED and is_dull(piece))):
+        if counts and (done or (len(piece) < MAX_SKIMMED and is_dull(piece) and self._names_model(piece))):
             notes.events += 1
             self.life += 1
             self.state = self.ENDING if done else self.state
@@ -1801,6 +1805,14 @@ class PassedAnswer(Answer):
         self.life += counts and len(events) + parser.idle
         parser.idle = 0
         return all([*map(self._take_event, events)])  # each, whatever the one before is
+
+    def _names_model(self, piece: bytes) -> bool:
+        """Tell whether the model is known, or is not told, by now; take it from an event where it can only be that."""
+        match = None if self._is_under_way else _MODEL.match(piece)
+        if match:
+            self.notes.name_model(match[1].decode("utf-8", "replace"))
+            self._is_under_way = True
+        return self._is_under_way
 
     def _take_event(self, event: Event) -> bool:
         """Take event; False: it is an error, and may have secrets."""
@@ -1819,7 +1831,7 @@ class PassedAnswer(Answer):
                 pass
             if ends and self.failure is None:
                 self.state = self.ENDING
-            elif any(type in _WHOLE_TYPES for type in types):
+            elif types[0] in _WHOLE_TYPES or types[-1] in _WHOLE_TYPES:
                 self.notes.finished.add(str(self.notes.events))
             self._take_payload(payload, data)
             self._is_under_way = bool(self.notes.model) or self.notes.events >= MAX_UNNAMED

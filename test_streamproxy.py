@@ -2380,6 +2380,18 @@ def test_usage_and_model_are_noted_wherever_they_stand() -> None:
         assert answer.notes.model == "gpt-x"
 
 
+@pytest.mark.parametrize(("members", "model"), [
+    ('"model":"gpt-x"', "gpt-x"), (r'"model":"gpt-\u0078"', "gpt-x"), ('"model": "gpt-x"', "gpt-x"), ('"a":1', None),
+    ('"provider":{"model":"inner"},"model":"gpt-x"', "gpt-x"), (r'"note":"\"model\":\"no\"","model":"gpt-x"', "gpt-x"),
+    ('"note":"}{","model":"gpt-x"', "gpt-x"), ('"model":""', None), ('"model":null', None), ('"model":"ä"', "ä"),
+    (f'"model":"{"m" * 200}"', "m" * 100), (f'"model":"x{KEY}"', "x[redacted]"),
+])
+def test_model_is_noted_from_the_first_event_that_names_it(members: str, model: str | None) -> None:
+    first = f'data: {{{members},"choices":[{{"delta":{{"content":"model"}},"finish_reason":null}}]}}\n\n'.encode()
+    answer, out = passed_to(first, redact=streamproxy.redactor(KEY))
+    assert (answer.notes.model, answer.notes.events, out) == (model, 1, first)
+
+
 @pytest.mark.parametrize("cut", [0, 1, 9, None])
 def test_error_in_a_document_that_is_labelled_a_stream_is_told_by_its_status(cut: int | None) -> None:
     document = b'{"error":{"message":"slow down","code":429}}'
