@@ -3213,19 +3213,20 @@ class WatchedFile:
         """Take the file for the first time.  Raises SettingsError where it cannot be used."""
         try:
             self._begin(self._read()[1])
-        except ValueError as fault:
-            raise SettingsError(f"{Settings.called(self._setting)}: cannot use {self._path!r}: {fault}") from None
+        except (OSError, ValueError) as error:
+            words = f"cannot use {self._path!r}: {self._why(error)}"
+            raise SettingsError(f"{Settings.called(self._setting)}: {words}") from None
 
     def look(self) -> list[str]:
         """Take the file where it has changed; return what the log must say of it.  Blocks as long as the file does."""
         with self._lock:  # else an older look could end after a newer one
             said, fault = [], ""
             try:
-                mode, data = self._read()
+                mode, data = self._read_again()
                 said += self._take(data)
                 fault = self._fault_of(mode)
-            except ValueError as error:
-                fault = f"the {self.name} was not taken, its last version counts: {error}"
+            except (OSError, ValueError) as error:
+                fault = f"the {self.name} was not taken, its last version counts: {self._why(error)}"
             if fault and (fault != self._fault or self._clock() >= self._complained_at + COMPLAINT_INTERVAL):
                 said.append(fault)
                 self._complained_at = self._clock()
@@ -3245,21 +3246,26 @@ class WatchedFile:
         return ""
 
     def _read(self) -> tuple[int, bytes]:
-        """Return the file's mode and what is in it.  Raises ValueError that says why they cannot be had."""
+        """Return the file's mode and what is in it.  Raises OSError, and ValueError that says what is wrong with it."""
         def open_at_once(path: str, flags: int) -> int:  # a FIFO would keep us until somebody writes to it
             return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
-        try:
-            with open(self._path, "rb", opener=open_at_once) as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise ValueError("it is not a regular file")
-                data = file.read(self._max_size + 1)
-        except OSError as error:
-            raise ValueError(reason_of(error)) from None
+        with open(self._path, "rb", opener=open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is not a regular file")
+            data = file.read(self._max_size + 1)
         if len(data) > self._max_size:
             raise ValueError(f"it is larger than {self._max_size} bytes")
         return status.st_mode, data
+
+    def _read_again(self) -> tuple[int, bytes]:
+        """As _read, for a look at what has counted."""
+        return self._read()
+
+    @staticmethod
+    def _why(error: Exception) -> str:
+        return reason_of(error) if isinstance(error, OSError) else str(error)
 
 
 class Tokens(WatchedFile):
@@ -3293,6 +3299,12 @@ class Tokens(WatchedFile):
     def _take(self, data: bytes) -> list[str]:
         emptied = self._take_text(_text_of(data))
         return ["the token file names no client any more: nobody is let in"] if emptied else []
+
+    def _read_again(self) -> tuple[int, bytes]:
+        try:
+            return self._read()
+        except FileNotFoundError:  # as if it were emptied: who deletes it wants nobody let in by it
+            return 0, b""
 
     def _fault_of(self, mode: int) -> str:
         exposed = mode & 0o007 and os.name == "posix"

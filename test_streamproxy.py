@@ -4048,15 +4048,20 @@ def test_tokens_of_a_broken_file_are_not_taken_which_is_said_once_a_minute(
     assert file.look(f"bob {BOB}\n") == [] and file.known() == [BOB] and len(file.look(text)) == 1
 
 
-@pytest.mark.parametrize("how", ["deleted", "FIFO", "folder", "device"])
+def test_tokens_are_all_revoked_by_a_file_that_is_deleted_which_is_said_once(tmp_path: Path) -> None:
+    file = Watched(tmp_path, f"alice {ALICE}\n")
+    file.path.unlink()
+    assert [("nobody is let in" in line) for line in file.look()] == [True] and file.known() == []
+    assert file.look() == file.look(later=100) == []
+    assert file.look(f"bob {BOB}\n") == [] and file.known() == [BOB]
+
+
+@pytest.mark.parametrize("how", ["FIFO", "folder", "device"])
 def test_tokens_of_what_is_no_file_are_not_taken_and_nobody_waits(tmp_path: Path, how: str) -> None:
     file = Watched(tmp_path, f"alice {ALICE}\n")
     file.path.unlink()
-    make = {
-        "FIFO": os.mkfifo, "folder": os.mkdir, "device": functools.partial(os.symlink, "/dev/zero"), "deleted": str,
-    }[how]
-    make(file.path)
-    words = {"deleted": "no such file", "folder": "directory"}.get(how, "not a regular file")
+    {"FIFO": os.mkfifo, "folder": os.mkdir, "device": functools.partial(os.symlink, "/dev/zero")}[how](file.path)
+    words = {"folder": "directory"}.get(how, "not a regular file")
     assert [words in line for line in file.look()] == [True] and file.look() == [] and len(file.look(later=60)) == 1
     assert file.known() == [ALICE]
 
