@@ -8467,7 +8467,7 @@ class Visitor:
         proxy = self._ways[0].target.proxy
         return [f"the environment's proxy {proxy.address}"] if proxy else []
 
-    def ask(self, query: str, form: Form, timeout: float = CHECK_TIMEOUT, lifeline: Lifeline | None = None) -> Reply:
+    def ask(self, query: str, form: Form, timeout: float, lifeline: Lifeline | None = None) -> Reply:
         """Return what comes of it within so many seconds, in all, and until lifeline is cut."""
         lifeline = lifeline or Lifeline()
         reply, way, connection = Reply(), self._ways[form.packed], None
@@ -8617,7 +8617,7 @@ class Check:
     def _enter(self) -> Reply | None:
         """Find the server, and who is on the way to it; None where it is not there."""
         for _ in range(MAX_REDIRECTS):
-            reply = self._visitor.ask("events=1", FORMS[-1])
+            reply = self._visitor.ask("events=1", FORMS[-1], CHECK_TIMEOUT)
             self.hops = self._visitor.proxies + hops_in(reply.fields)
             if reply.status == 200 and events_in(reply):
                 return reply
