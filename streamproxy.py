@@ -2910,8 +2910,10 @@ def refused_parameter(document: bytes, names: Iterable[str]) -> str | None:
         payload = json.loads(document)
     except (ValueError, RecursionError):
         payload = document.decode("utf-8", "replace")
-    said = list(itertools.islice(_statements(payload), 100))
-    return next((name for name in names if any(_refuses(name, *statement) for statement in said)), None)
+    said, names = list(itertools.islice(_statements(payload), 100)), list(names)
+    refused = (name for name in names if any(_refuses(name, *statement) for statement in said))
+    named = (name for name in names if name in _NAMED and any(_names(name, *statement) for statement in said))
+    return next(itertools.chain(refused, named), None)
 
 
 _NOWHERE = ("None", "null", "validation_error")  # what LiteLLM and Cerebras say of no parameter
@@ -2951,7 +2953,7 @@ _REFUSED_BEHIND = (
     r"(?:not (?:yet )?(?:enabled|support|permitted|allowed(?! to)|recogni|available|accepted|a )"
     r"|un(?:support|known|recogni|expected)|does(?: not|n't) (?:support|accept|exist)|cannot be (?:used|set|disabled)"
     r"|extra inputs|deprecated|removed|forbidden|only (?:supports|\S+ (?:is|are) (?:allowed|supported))"
-    r"""|must be one of|input should be ["'])"""
+    r"""|must be one of|input should be ["']|may only be set)"""
 )
 # The same where the error has a member for the name.
 _REFUSED_CODES = re.compile("unsupported|unknown|unrecogni|unexpected|extra|additional|literal|enum|not_supported")
@@ -2963,19 +2965,34 @@ _QUOTED_INPUT = re.compile(r"""input_value|["']?input["']?\s*[:=]""")
 
 
 def _refuses(name: str, place: str, codes: str, words: str) -> bool:
-    words = _QUOTED_INPUT.split(words[:500], maxsplit=1)[0]
+    words = _unquoted(words)
     at_start, before, behind = _refusal_patterns(name)
     if place:
         return bool(at_start.match(place) and (_REFUSED_CODES.search(codes) or _REFUSED_WORDS.search(words)))
     return bool(before.search(words) or behind.search(words))
 
 
-# What else some are called in words: by Gemini and OpenRouter.
+# Those whose value is a word of ours, and so never too large: where nothing else is refused, it is enough that an error
+# speaks of them.  Gemini and OpenRouter have words of their own for it.
+_NAMED = {
+    "reasoning_effort": re.compile(
+        r"(?<!\w)reasoning[_ .-]?effort(?!\w)|reasoning is mandatory|budget 0 is|thinking_budget to 0", re.IGNORECASE
+    ),
+}
+
+
+def _names(name: str, place: str, codes: str, words: str) -> bool:
+    return bool(_refusal_patterns(name)[0].match(place) if place else _NAMED[name].search(_unquoted(words)))
+
+
+def _unquoted(words: str) -> str:
+    """Return words, but for the request that they quote."""
+    return _QUOTED_INPUT.split(words[:500], maxsplit=1)[0]
+
+
+# What else some are called in words, by Gemini.
 _PENALTY = r"""(?<![\w`'"][ -])penalty(?= is not enabled)"""
-_CALLED = {
-    "frequency_penalty": _PENALTY, "presence_penalty": _PENALTY,
-    "reasoning_effort": "reasoning is mandatory[^.]{0,60}? and",
-}  # fmt: skip
+_CALLED = {"frequency_penalty": _PENALTY, "presence_penalty": _PENALTY}
 
 
 @functools.lru_cache(maxsize=64)

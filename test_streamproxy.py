@@ -3780,6 +3780,45 @@ REFUSED_PARAMETERS = [
             }]
         }).encode(),
     ),
+    # TensorRT-LLM, Xinference, Volcengine Ark, relays that check with zod, Vertex, Bedrock.
+    (
+        "reasoning_effort",
+        vllm_error(
+            "[{'type': 'enum', 'loc': ('body', 'reasoning_effort', 'enum[ReasoningEffort]'), 'msg': \"Input should be "
+            "'High' or 'Low'\", 'input': 'none'}]"
+        ),
+    ),
+    (
+        "reasoning_effort",
+        b'{"detail":"Invalid reasoning_effort for qwen3.8. Supported values are xhigh, medium, and low."}',
+    ),
+    (
+        "reasoning_effort",
+        openai_error(
+            "The parameter `reasoning_effort` specified in the request are not valid: value `none` is invalid. Request "
+            "id: 0217",
+            None, "InvalidParameter",
+        ),
+    ),
+    ("reasoning_effort", openai_error('Invalid option: expected one of "low"|"high"|"max"', "reasoning_effort")),
+    ("reasoning_effort", openai_error("reasoning_effort 'none' unsupported; use minimal|low|medium|high|xhigh")),
+    (
+        "reasoning_effort",
+        (b'[{"error":{"code":400,"message":"Budget 0 is invalid. This model only works in thinking mode.",'
+         b'"status":"INVALID_ARGUMENT"}}]'),
+    ),
+    (
+        "reasoning_effort",
+        openai_error("Unable to submit request because The model does not support setting thinking_budget to 0."),
+    ),
+    (
+        "temperature",
+        openai_error(
+            "litellm.BadRequestError: BedrockException - {\"message\":\"The model returned the following errors: "
+            "temperature may only be set to 1 when thinking is enabled.\"}"
+        ),
+    ),
+    ("temperature", openai_error("unknown field `temperature`, expected one of `reasoning_effort`, `stop`")),
 ]
 # Errors that say nothing of the kind, or only seem to: about other members, about how large a value is, and what a
 # client wrote.
@@ -3834,8 +3873,11 @@ SENT = [
 
 @pytest.mark.parametrize(("name", "document"), REFUSED_PARAMETERS)
 def test_refused_parameter_is_told(name: str, document: bytes) -> None:
+    assert streamproxy.refused_parameter(document, reversed(SENT)) == streamproxy.refused_parameter(document, SENT)
     assert streamproxy.refused_parameter(document, SENT) == name
-    assert streamproxy.refused_parameter(document, [other for other in SENT if other != name]) is None
+    # To speak of what may be refused by its name alone is enough, where nothing is.
+    others = [other for other in SENT if other not in (name, "reasoning_effort")]
+    assert streamproxy.refused_parameter(document, others) is None
 
 
 def test_refused_parameter_is_told_by_another_name() -> None:
