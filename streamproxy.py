@@ -148,7 +148,7 @@ else:
         return lambda cls: cls
 
 
-__version__ = "0.2.2"
+__version__ = "0.2.3"
 __all__ = ["Event", "EventParser", "ProxyError", "Server", "Settings", "SettingsError", "TextStream", "stream_text"]
 
 log = logging.getLogger("streamproxy")
@@ -204,7 +204,8 @@ COMPLAINT_INTERVAL = 60.0  # before a fault that lasts is complained of again
 FOREVER = 86400.0  # where a wait needs a number and there is no limit
 
 # Counts.
-MAX_FIELDS = 100  # of a head; 40 are seen in practice
+MAX_FIELDS = 100  # of a request's head; 40 are seen in practice
+MAX_ANSWER_FIELDS = 400  # of the head of upstream's answer: LiteLLM adds to its own those of each server behind it
 MAX_FIELD_LINES = 1024  # that are remembered as they were read; of other things, their Memo says how many
 MAX_INTERIM = 10  # answers (100, 103) before the one that counts
 MAX_IDLE_CONNECTIONS = 128  # to upstream, between two requests
@@ -933,13 +934,9 @@ _WAIT = re.compile("[0-9]{1,9}|[A-Z][a-z]{2}, [0-9A-Za-z :]{20,26}")  # RFC 9110
 
 def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
     """Return the failure for an upstream answer whose status is no success."""
-    text = document.decode("utf-8", "replace")
-    try:
-        said = load_payload(text)
-    except Garbled:
-        said = text
-        if text.lstrip()[:1] in ("{", "["):  # cut off, perhaps for its length: the first sentence in it
-            said = json.loads(next(iter(_TOLD.findall(text)), '"') + '"', strict=False)
+    said = said_in(document)
+    if isinstance(said, str) and said.lstrip()[:1] in ("{", "["):  # cut off, perhaps for its length
+        said = json.loads(next(iter(_TOLD.findall(said)), '"') + '"', strict=False)  # the first sentence in it
     words = f"Upstream failed with status {status}."
     if status == 401:
         words = "Upstream refused our API key with status 401."
@@ -957,6 +954,20 @@ def refusal(status: int, document: bytes, retry_after: str) -> UpstreamError:
         told = str(math.ceil(float(retry_after))) if _FRACTION.fullmatch(retry_after) else retry_after
         failure.fields["Retry-After"] = told if _WAIT.fullmatch(told) else "1"
     return failure
+
+
+def said_in(document: bytes) -> Any:
+    """Return what the document of an error says: its JSON, that of the first of its events that has some, or its text.
+
+    Who asks for an event stream may be refused with one: DashScope and LiteLLM do.
+    """
+    text, parser = document.decode("utf-8", "replace"), EventParser(sys.maxsize, strict=False)
+    with contextlib.suppress(Garbled):
+        return load_payload(text)
+    for event in parser.feed(document) + parser.close():
+        with contextlib.suppress(Garbled):
+            return load_payload(event.data)
+    return text
 
 
 _REFUSED = {401: "api_key", 403: "api_key", 429: "rate_limit"}  # the reason, where another status has another
@@ -1669,6 +1680,8 @@ def is_dull(event: bytes) -> bool:
 
 _DONE_EVENT = b"data: [DONE]\n\n"  # as mostly sent
 _MODEL = re.compile(rb'data: ?\{[^{}\\]*"model":"([^"\\]+)"[^{}\\]*"choices":\[')  # no string has such quotes in it
+# What begins one that [DONE] does not end: gateways send that behind an answer that was cut, too.
+_FIRST_TYPES = ("message_start", "response.created")
 # What else ends a stream: Anthropic's messages, OpenAI's responses.
 _LAST_TYPES = ("message_stop", *(f"response.{end}" for end in ("completed", "incomplete", "failed", "cancelled")))
 # What is whole with this, though more may come: images, OpenAI's, of which there may be several, and speech.
@@ -1709,6 +1722,7 @@ class PassedAnswer(Answer):
         self._cutter = EventCutter()
         self._begun_with: Head | None = None  # the head with which the client's answer began
         self._is_under_way = False  # a stream whose model is known, or is not told
+        self._is_typed = False  # a stream that an event of a type of its own ends, and [DONE] does not
 
     def client_head(self) -> tuple[int, dict[str, str]]:
         self._begun_with = self.head
@@ -1795,7 +1809,7 @@ class PassedAnswer(Answer):
     def _take_piece(self, piece: bytes) -> bool:
         """Take an event as it came; False: it is an error, and may have secrets."""
         notes, parser, counts = self.notes, self._parser, self.state < self.ENDING
-        done = piece == _DONE_EVENT
+        done = piece == _DONE_EVENT and not self._is_typed
         if counts and (done or (len(piece) < MAX_SKIMMED and is_dull(piece) and self._names_model(piece))):
             notes.events += 1
             self.life += 1
@@ -1820,7 +1834,7 @@ class PassedAnswer(Answer):
         data, payload = event.data, None
         done = data.strip() == "[DONE]"
         types: tuple[object, ...] = (event.type,)
-        ends = done or event.type in _LAST_TYPES
+        ends = (done and not self._is_typed) or event.type in _LAST_TYPES
         try:
             try:
                 payload = None if done else load_event(event)
@@ -1829,6 +1843,7 @@ class PassedAnswer(Answer):
                 payload = payload if ends else check_payload(payload, data, event.type)
             except Garbled:  # what is not as it should be is for the client to see
                 pass
+            self._is_typed = self._is_typed or types[-1] in _FIRST_TYPES
             if ends and self.failure is None:
                 self.state = self.ENDING
             elif types[0] in _WHOLE_TYPES or types[-1] in _WHOLE_TYPES:
@@ -2026,7 +2041,7 @@ def parse_answer_head(data: bytes) -> tuple[int, dict[str, str], bytes] | None:
         status_line = _STATUS_LINES[line]
         if not status_line:
             break
-        if len(lines) > MAX_FIELDS:
+        if len(lines) > MAX_ANSWER_FIELDS:
             raise ValueError("too many header fields")
         fields = parse_fields(lines, _LENIENT_LINES)
         minor, status = status_line
@@ -2906,11 +2921,7 @@ def refused_parameter(document: bytes, names: Iterable[str]) -> str | None:
     The error may be OpenAI's, FastAPI's, or a sentence, in JSON or alone.  What it quotes of the request is not read,
     since a client may have written it.
     """
-    try:
-        payload = json.loads(document)
-    except (ValueError, RecursionError):
-        payload = document.decode("utf-8", "replace")
-    said, names = list(itertools.islice(_statements(payload), 100)), list(names)
+    said, names = list(itertools.islice(_statements(said_in(document)), 100)), list(names)
     refused = (name for name in names if any(_refuses(name, *statement) for statement in said))
     named = (name for name in names if name in _NAMED and any(_names(name, *statement) for statement in said))
     return next(itertools.chain(refused, named), None)

@@ -1794,6 +1794,19 @@ def test_typed_streams_are_cut_after_an_error(wrong: bytes) -> None:
         assert answer.failure and out == typed_payload("response.created") + wrong + after
 
 
+@pytest.mark.parametrize(("first", "last"), [
+    ("response.created", "response.completed"), ("message_start", "message_stop"),
+])
+def test_typed_streams_are_not_ended_by_done(first: str, last: str) -> None:
+    begin, ends = typed_payload(first) + typed_payload("x.delta", delta="a"), typed_payload(last)
+    for parts in ((begin, DONE), (begin + DONE,), (begin, DONE[:9], DONE[9:]), (begin, DONE[:-1])):
+        answer, out = passed_to(*parts)
+        assert answer.failure.ending == "truncated" and out == b"".join(parts)
+    for parts in ((begin, ends, DONE), (begin + ends + DONE,), (begin, DONE, ends), (typed_payload("x.delta"), DONE)):
+        answer, out = passed_to(*parts)
+        assert (answer.state, answer.failure, out) == (answer.DONE, None, b"".join(parts))
+
+
 def test_messages_tell_model_usage_and_stop_reason() -> None:
     answer, _ = passed_to(
         b"event: message_start\n"
@@ -2022,6 +2035,9 @@ def test_refusal_is_told_in_upstream_s_words_and_passes_whole_in_v1(name: str) -
     (b"<html>", "Upstream refused the request with status 404 (a page of HTML)."),
     (b"<?xml?><Error><Code>x</Code><Message>Sorry</Message></Error>", "Sorry"),
     (b'{"error": {"message": "So\\u0072ry", "input": "cut', "Sorry"), (b"\xff\xfe", "\ufffd\ufffd"),
+    (b'id:1\nevent:error\n:HTTP_STATUS/400\ndata:{"code":"InvalidParameter","message":"Sorry"}\n\n', "Sorry"),
+    (b'data: {"error": {"message": "Sorry"}}\r\n\r\ndata: [DONE]\r\n\r\n', "Sorry"),
+    (b'data: busy\n\ndata: {"error": {"message": "Sorry"}}', "Sorry"),
 ])  # fmt: skip
 def test_refusal_that_is_no_json_is_told_too(document: bytes, words: str) -> None:
     failure = refused_with(404, document)
@@ -2765,11 +2781,11 @@ def test_head_of_upstream_that_frames_its_body_twice_is_the_last(fields: bytes, 
     assert streamproxy.parse_answer_head(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % fields) == (200, expected, b"")
 
 
-def test_head_of_upstream_with_more_than_100_fields_is_said_to_have_too_many() -> None:
+def test_head_of_upstream_with_more_than_400_fields_is_said_to_have_too_many() -> None:
     head = b"HTTP/1.1 200 OK\r\n%b\r\n"
-    assert streamproxy.parse_answer_head(head % (b"a: b\r\n" * 100)) == (200, {"a": ", ".join(["b"] * 100)}, b"")
+    assert streamproxy.parse_answer_head(head % (b"a: b\r\n" * 400)) == (200, {"a": ", ".join(["b"] * 400)}, b"")
     with pytest.raises(ValueError, match="too many header fields"):
-        streamproxy.parse_answer_head(head % (b"a: b\r\n" * 101))
+        streamproxy.parse_answer_head(head % (b"a: b\r\n" * 401))
 
 
 def test_head_lines_are_remembered_but_not_for_ever_nor_long_ones_nor_secrets() -> None:
@@ -3878,6 +3894,11 @@ def test_refused_parameter_is_told(name: str, document: bytes) -> None:
     # To speak of what may be refused by its name alone is enough, where nothing is.
     others = [other for other in SENT if other not in (name, "reasoning_effort")]
     assert streamproxy.refused_parameter(document, others) is None
+
+
+def test_refused_parameter_is_told_in_an_event() -> None:
+    document = b"event: error\ndata: %b\n\ndata: [DONE]\n\n" % refuse("temperature")
+    assert streamproxy.refused_parameter(document, SENT) == "temperature"
 
 
 def test_refused_parameter_is_told_by_another_name() -> None:
