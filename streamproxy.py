@@ -22,19 +22,20 @@ It terminates no TLS, writes nothing to disk and knows no users: nginx in front 
 
 Life of a request.  The numbers are sections of this file; what is pure knows no socket, thread or clock:
 
-    26  Door      accepts a client's connection
+    27  Door      accepts a client's connection
     13  Loop      tells that its socket can be read
     16  Client    takes the request in                                                       (pure: 8)
-    17  Exchange  checks it, and says what upstream is asked           (pure: 9 and 10; 11 says who may ask)
-    20  Upstream  opens a connection, in a thread of 14, unless the Pool has one that is warm  (18: from a name to
-                  a socket; 19: TLS, and a proxy's tunnel)
-    21  Source    sends the request, and reads the answer
+    17  Exchange  checks it, and lets it in                                             (11 says who may ask)
+    18  Resource  what there is at its path: an answer at once, or what upstream is asked    (pure: 9 and 10)
+    21  Upstream  opens a connection, in a thread of 14, unless the Pool has one that is warm  (19: from a name to
+                  a socket; 20: TLS, and a proxy's tunnel)
+    22  Source    sends the request, and reads the answer
                     BodyDecoder  upstream's framing to the bytes of the body                 (pure: 8)
                     EventParser  bytes to events                                             (pure: 4)
                     Answer       events to what the client asked for                         (pure: 3, 5 to 7)
-    22  Viewer    sends what was made of it: one chunk, one send; what the client does not take yet waits in the Record
-    23  Stream    ends it, or has another try; then Exchange queues a line for 15, the log, and Client reads on
-    24  KeptAnswer  stands between a Stream and the Viewers of its clients, where the answer is to outlive them
+    23  Viewer    sends what was made of it: one chunk, one send; what the client does not take yet waits in the Record
+    24  Stream    ends it, or has another try; then Exchange queues a line for 15, the log, and Client reads on
+    25  KeptAnswer  stands between a Stream and the Viewers of its clients, where the answer is to outlive them
                     Metrics      what is counted on the way, for /metrics                    (pure: 12)
 
 One thread, the loop's, owns all of this and its clocks, and waits for nothing but its selector.  Others have
@@ -3745,6 +3746,34 @@ def _escape(label: str) -> str:
     return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
+@functools.lru_cache(maxsize=1)  # or it would be another at each look
+def booted_at() -> float:
+    """When the system was started, by its clock.  /proc/stat has it, too, but systemd's ProcSubset hides that."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def process_figures() -> dict[str, float]:
+    """Return what the system tells of this process, by the names that Prometheus' own clients have.
+
+    Less where it tells less.  Lists all descriptors, which takes a while where there are many.
+    """
+    figures: dict[str, float] = {"process_cpu_seconds_total": time.process_time()}
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # which Windows has not
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if limit != resource.RLIM_INFINITY:
+            figures["process_max_fds"] = limit
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()  # proc(5), from the third on
+        figures["process_start_time_seconds"] = booted_at() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        figures["process_virtual_memory_bytes"] = int(fields[20])
+        figures["process_resident_memory_bytes"] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+        figures["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # that of the list itself
+    return figures
+
+
 # Where usage tells the number of tokens of a kind: in a member, or in one of a member's.  Of two that tell the same
 # kind, the first here counts.
 _USAGE = (
@@ -5104,7 +5133,28 @@ def notes_of(stream: Stream | Watch) -> dict[str, object]:
     }  # fmt: skip
 
 
-# What is answered: a step for each path and method, see resource_at.
+# RFC 9110 section 15.5.22: what is spoken instead.
+_UPGRADE = {"Upgrade": "HTTP/1.1", "Connection": "Upgrade, close"}
+
+# What keeps nginx, proxies that compress, and whoever knows RFC 10036 from holding text back.
+STREAM_FIELDS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform", "Incremental": "?1"}
+
+
+def http_date(seconds: int) -> str:
+    """A time of the system's clock as RFC 9110 section 5.6.7 has it."""
+    return email.utils.formatdate(seconds, usegmt=True)
+
+
+_DATES: dict[int, str] = Memo(http_date, 1)
+
+
+# 18 ------------------------------------------------------------------ Paths
+
+
+class Resource(collections.namedtuple("Resource", "name methods")):
+    """What there is at a path: its name in metrics, of which there is a bounded number, and a step for each method."""
+
+    __slots__ = ()
 
 
 def answer_preflight(exchange: Exchange) -> None:
@@ -5298,10 +5348,6 @@ _OWN_PATHS: dict[str, dict[str, Step]] = {
 }
 
 
-# What there is at a path: its name in metrics, of which there is a bounded number, and what answers each method.
-Resource = collections.namedtuple("Resource", "name methods")
-
-
 @functools.lru_cache(maxsize=64)
 def resource_at(path: str, is_allowed: bool, resumes: bool) -> Resource:
     """Return what there is at path; where that is nothing, it has no methods.
@@ -5310,9 +5356,7 @@ def resource_at(path: str, is_allowed: bool, resumes: bool) -> Resource:
     """
     routes = api_routes(path, is_allowed)
     if routes:
-        methods: dict[str, Step] = {
-            name: functools.partial(pass_on, route=route) for name, route in routes.items()
-        }
+        methods: dict[str, Step] = {name: functools.partial(pass_on, route=route) for name, route in routes.items()}
         if path.startswith("/v1/models") and "GET" in methods:
             methods["GET"] = get_models
         return Resource(next(iter(routes.values())).name or path, {**methods, **_PREFLIGHT})
@@ -5322,50 +5366,7 @@ def resource_at(path: str, is_allowed: bool, resumes: bool) -> Resource:
     return Resource(name, _OWN_PATHS[name])
 
 
-# RFC 9110 section 15.5.22: what is spoken instead.
-_UPGRADE = {"Upgrade": "HTTP/1.1", "Connection": "Upgrade, close"}
-
-# What keeps nginx, proxies that compress, and whoever knows RFC 10036 from holding text back.
-STREAM_FIELDS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache, no-transform", "Incremental": "?1"}
-
-
-def http_date(seconds: int) -> str:
-    """A time of the system's clock as RFC 9110 section 5.6.7 has it."""
-    return email.utils.formatdate(seconds, usegmt=True)
-
-
-_DATES: dict[int, str] = Memo(http_date, 1)
-
-
-@functools.lru_cache(maxsize=1)  # or it would be another at each look
-def booted_at() -> float:
-    """When the system was started, by its clock.  /proc/stat has it, too, but systemd's ProcSubset hides that."""
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def process_figures() -> dict[str, float]:
-    """Return what the system tells of this process, by the names that Prometheus' own clients have.
-
-    Less where it tells less.  Lists all descriptors, which takes a while where there are many.
-    """
-    figures: dict[str, float] = {"process_cpu_seconds_total": time.process_time()}
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource  # which Windows has not
-
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if limit != resource.RLIM_INFINITY:
-            figures["process_max_fds"] = limit
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        with open("/proc/self/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()  # proc(5), from the third on
-        figures["process_start_time_seconds"] = booted_at() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        figures["process_virtual_memory_bytes"] = int(fields[20])
-        figures["process_resident_memory_bytes"] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-        figures["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # that of the list itself
-    return figures
-
-
-# 18 ------------------------------------------------------------------ Addresses
+# 19 ------------------------------------------------------------------ Addresses
 
 
 class Lifeline:
@@ -5586,7 +5587,7 @@ _TELLING = {
 }
 
 
-# 19 ------------------------------------------------------------------ Connections
+# 20 ------------------------------------------------------------------ Connections
 
 
 class Connection:
@@ -5822,7 +5823,7 @@ def open_tunnel(connection: Connection, address: str, fields: Mapping[str, str],
     return rest
 
 
-# 20 ------------------------------------------------------------------ Upstream
+# 21 ------------------------------------------------------------------ Upstream
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -6119,7 +6120,7 @@ class Pool:
                 self.drop(spare)
 
 
-# 21 ------------------------------------------------------------------ Sources
+# 22 ------------------------------------------------------------------ Sources
 
 
 def _no_answer() -> UpstreamError:
@@ -6400,7 +6401,7 @@ class Source(Stateful):
         self.stream.set_alarm()
 
 
-# 22 ------------------------------------------------------------------ Viewers
+# 23 ------------------------------------------------------------------ Viewers
 
 
 class Record:
@@ -6498,7 +6499,7 @@ class Viewer(Stateful):
         self.state = self.OPEN
 
 
-# 23 ------------------------------------------------------------------ Streams
+# 24 ------------------------------------------------------------------ Streams
 
 
 class Stream:
@@ -6901,7 +6902,7 @@ class Hub:
         self.log.close(CLOSE_TIMEOUT)
 
 
-# 24 ------------------------------------------------------------------ Kept answers
+# 25 ------------------------------------------------------------------ Kept answers
 
 
 class Claim:
@@ -7451,7 +7452,7 @@ class KeptAnswers:
             self.forget(kept)
 
 
-# 25 ------------------------------------------------------------------ Demo upstream
+# 26 ------------------------------------------------------------------ Demo upstream
 
 DEMO_PAUSE = 0.05  # seconds between two words: a human pace
 DEMO_ANSWER = (
@@ -7541,7 +7542,7 @@ def demo_upstream(settings: Settings) -> Iterator[Settings]:
             server.shutdown()
 
 
-# 26 ------------------------------------------------------------------ Server
+# 27 ------------------------------------------------------------------ Server
 
 
 class Lookout(Stateful):
@@ -8088,7 +8089,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.state = self.STOPPED
 
 
-# 27 ------------------------------------------------------------------ Library
+# 28 ------------------------------------------------------------------ Library
 
 
 class _ForLoop(Peer):
@@ -8191,7 +8192,7 @@ def stream_text(asked: str | Iterable[Mapping[str, Any]], settings: Settings) ->
     return TextStream({"prompt": asked} if isinstance(asked, str) else {"messages": list(asked)}, settings)
 
 
-# 28 ------------------------------------------------------------------ Check
+# 29 ------------------------------------------------------------------ Check
 
 TEST_EVENTS, TEST_PACE = 10, 0.1  # of the streams by which the forms are judged: how many, and how many seconds apart
 CHECK_TIMEOUT = 20.0  # of a test stream, in seconds, beyond what it should take
@@ -8793,7 +8794,7 @@ class Check:
         return Look(name, f"cut off after {reply.ended_at:.1f} s", IDLE)
 
 
-# 29 ------------------------------------------------------------------ Command line
+# 30 ------------------------------------------------------------------ Command line
 
 
 class _ArgumentParser(argparse.ArgumentParser):
@@ -9130,7 +9131,7 @@ def run_script() -> None:
         sys.exit(serve())
 
 
-# 30 ------------------------------------------------------------------ Chat page
+# 31 ------------------------------------------------------------------ Chat page
 
 _PAGE = r"""<!doctype html>
 <html lang="en">

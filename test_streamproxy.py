@@ -5021,7 +5021,7 @@ def test_error_is_said_at_once_and_then_once_a_second_with_how_often_it_was(capl
     ]
 
 
-# 16, 17 --------------------------------------------------------------- Clients and their exchanges
+# 16 to 18 ------------------------------------------------------------- Clients, their exchanges, paths
 
 
 # ---------------------------------------------------------------- POST /
@@ -6698,7 +6698,7 @@ def test_log_of_health_checks_and_of_none(provider: Provider, caplog: pytest.Log
 HEALTH = ["/healthz", "/", "/readyz", "/metrics"]
 
 
-# 18 to 20 ------------------------------------------------------------- Addresses, connections, upstream
+# 19 to 21 ------------------------------------------------------------- Addresses, connections, upstream
 
 SLOW: dict[str, Any] = {"connect_timeout": 0.1}
 
@@ -8483,7 +8483,7 @@ def test_tls_connection_is_used_again(provider: Provider, certificate: Path) -> 
     assert provider.nobody_came()
 
 
-# 21 ------------------------------------------------------------------- Sources
+# 22 ------------------------------------------------------------------- Sources
 
 
 # ---------------------------------------------------------------- on a clock of the test's own
@@ -9035,7 +9035,7 @@ def test_refusal_of_upstream_that_reads_no_more_of_a_large_body_is_heard_at_once
             assert server.snapshot()["warm connections"] == 0  # which has half a request on it
 
 
-# 22 ------------------------------------------------------------------- Viewers
+# 23 ------------------------------------------------------------------- Viewers
 
 
 def test_head_leaves_after_one_heartbeat_in_sse_mode_and_errors_come_as_events() -> None:
@@ -9234,7 +9234,7 @@ def test_settled_while_blocked_still_ends_a_moment_after_the_client_reads(end: s
         assert stage.ended and stage.stream.viewer.intact and not stage.stream.failure
 
 
-# 23 ------------------------------------------------------------------- Streams
+# 24 ------------------------------------------------------------------- Streams
 
 
 # ---------------------------------------------------------------- on a clock of the test's own
@@ -9348,7 +9348,7 @@ def test_client_that_sends_without_end_while_its_answer_is_on_its_way_is_cut(
     assert log_entries(caplog, 1)[0]["ending"] == "aborted"
 
 
-# 24 ------------------------------------------------------------------- Kept answers
+# 25 ------------------------------------------------------------------- Kept answers
 
 
 class KeptStage(StillServer):
@@ -10143,7 +10143,7 @@ def play_kept(rng: random.Random) -> None:
         assert not stage.lines.errors and (server._is_empty() or not server.draining)
 
 
-# 25 ------------------------------------------------------------------- Demo upstream
+# 26 ------------------------------------------------------------------- Demo upstream
 
 
 def test_library_demo_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -10173,7 +10173,7 @@ def test_demo_reads_a_message_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert answer["choices"][0]["message"]["content"].startswith("You asked: “Hello there”")
 
 
-# 26 ------------------------------------------------------------------- Server
+# 27 ------------------------------------------------------------------- Server
 
 
 def descriptors() -> int:
@@ -12337,7 +12337,7 @@ def test_orders_of_all_that_may_happen(tmp_path: Path) -> None:
         gc.enable()
 
 
-# 27 ------------------------------------------------------------------- Library
+# 28 ------------------------------------------------------------------- Library
 
 
 @pytest.mark.parametrize(("asked", "messages"), [
@@ -12441,7 +12441,7 @@ def test_library_program_that_ends_within_an_answer_ends_at_once_and_silently(pr
         assert upstream.gone()
 
 
-# 29 ------------------------------------------------------------------- Command line
+# 30 ------------------------------------------------------------------- Command line
 
 
 def test_command_line_demo_end_to_end_and_drain_on_sigterm() -> None:
@@ -12909,7 +12909,7 @@ def test_connections_end_although_a_forked_child_has_copies_of_them(provider: Pr
         wait_for(lambda: refused(front))
 
 
-# 30 ------------------------------------------------------------------- Chat page
+# 31 ------------------------------------------------------------------- Chat page
 
 
 def test_page_has_a_policy_that_lets_in_its_own_script_and_style_only(server: streamproxy.Server) -> None:
