@@ -3846,10 +3846,9 @@ class Alarm:
 
     __slots__ = ("_loop", "at", "call")
 
-    def __init__(self, loop: Loop, call: Callable[[], object]) -> None:
-        self._loop = loop
+    def __init__(self, loop: Loop, call: Callable[[], object] | None = None) -> None:
+        self._loop, self.call = loop, call
         self.at = math.inf
-        self.call: Callable[[], object] | None = call
 
     def by(self, when: float) -> None:
         """Go off at when, by the loop's clock, if not before."""
@@ -3886,7 +3885,8 @@ class Loop:
         self._posts: collections.deque[Callable[[], object]] = collections.deque()
         self._begun: collections.deque[Callable[[], object]] = collections.deque()
         self._full = 0  # turns in which not all could be seen to, since an alarm is due
-        self._alarms: list[tuple[float, Alarm]] = []  # a heap; an entry counts if its alarm has that time
+        # A heap; an entry counts if its alarm has that time.  One that never goes off keeps it from being empty.
+        self._alarms: list[tuple[float, Alarm]] = [(math.inf, Alarm(self))]
         self.stale = 0  # of those, how many do not count, about
         self._bell, self._rope = socket.socketpair()  # pulling the rope rings the bell, which wakes the selector
         self._bell.setblocking(False)
@@ -3969,11 +3969,10 @@ class Loop:
         # What has come by now, this turn sees to, and then alarms that are due by now: a process that was stopped for
         # a while, wherever in a turn, goes on with what came meanwhile, or streams that are well would be too late.
         asked_at = self.clock()
-        if self._alarms:
-            due = self._alarms[0][0] - asked_at
-            timeout = due if 0 < due < timeout else timeout if due > 0 else 0
+        due = self._alarms[0][0] - asked_at
         self._asleep = True  # from here on, a post rings the bell; those before are seen here
-        ready: list[tuple[int, int]] = self._epoll.poll(0 if self._posts or self._begun else timeout, MAX_READY)
+        waits = due > 0 and not (self._posts or self._begun)
+        ready: list[tuple[int, int]] = self._epoll.poll(min(due, timeout) if waits else 0, MAX_READY)
         self._asleep = False
         for fd, events in ready:
             self.now = self.clock()  # for each, since the process may be stopped between two of them, too
@@ -3983,7 +3982,7 @@ class Loop:
                     watched[1](events)
                 except Exception as error:  # noqa: BLE001
                     self._on_fault(watched[1], error)
-        if self._posts or self._begun or (self._alarms and self._alarms[0][0] <= asked_at):
+        if self._posts or self._begun or self._alarms[0][0] <= asked_at:
             self._see_to_others(len(ready), asked_at)
 
     def _see_to_others(self, ready: int, asked_at: float) -> None:
@@ -3993,7 +3992,7 @@ class Loop:
             self._call(self._posts.popleft())
         for _ in range(min(len(self._begun), MAX_BEGINNINGS)):
             self._call(self._begun.popleft())
-        if self._alarms and self._alarms[0][0] <= asked_at:
+        if self._alarms[0][0] <= asked_at:
             self.now = asked_at
             self._full += 1
             if ready < MAX_READY or self._full > len(self._watched) // MAX_READY:  # all had their turn
@@ -4003,7 +4002,7 @@ class Loop:
         """Have alarms go off whose time has come: a few, and the others in the next turns."""
         self._full = 0
         for _ in range(MAX_ALARMS):
-            if not self._alarms or self._alarms[0][0] > self.now:
+            if self._alarms[0][0] > self.now:
                 break
             when, alarm = heapq.heappop(self._alarms)
             if alarm.at != when:
