@@ -2431,13 +2431,14 @@ def test_event_larger_than_is_held_passes_as_it_comes() -> None:
         assert b"".join(map(answer.feed, (large[:1500], large[1500:3000], large[3000:4000]))) == large[:4000]
 
 
-def test_page_is_no_answer_to_whoever_asked_for_a_stream() -> None:
+@pytest.mark.parametrize("media", ["text/html", "application/xhtml+xml"])
+def test_page_is_no_answer_to_whoever_asked_for_a_stream(media: str) -> None:
     page = b"<html>blocked</html>"
-    answer, out = passed_to(page, label="text/html; charset=utf-8", stream=True)
+    answer, out = passed_to(page, label=f"{media}; charset=utf-8", stream=True)
     assert out == b"" and "a document where a stream was asked for" in str(answer.failure)
-    answer, out = passed_to(JSON_ANSWER, label="text/html; charset=utf-8", stream=True)
+    answer, out = passed_to(JSON_ANSWER, label=f"{media}; charset=utf-8", stream=True)
     assert (out, answer.failure) == (JSON_ANSWER, None)
-    answer, out = passed_to(page, label="text/html; charset=utf-8")
+    answer, out = passed_to(page, label=f"{media}; charset=utf-8")
     assert (out, answer.failure) == (page, None)
 
 
@@ -3099,6 +3100,7 @@ def test_settings_others_are_let_in_only_where_that_is_said(name: str, bind: str
     with pytest.raises(streamproxy.SettingsError, match=f"^--{name.replace('_', '-')} .*--allow-anonymous"):
         streamproxy.Settings(api_key=KEY, **{name: bind})
     assert bind in streamproxy.Settings(api_key=KEY, allow_anonymous=True, **{name: bind}).addresses.values()
+    assert bind in streamproxy.Settings(check="http://chat.example", **{name: bind}).addresses.values()  # serves nobody
 
 
 @pytest.mark.parametrize(("name", "near"), [
@@ -4227,6 +4229,13 @@ def test_host_of_a_server_without_tokens(host: str, settings: dict[str, Any], st
         client.send(f"POST / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
         got, message = client.error()
         assert got == status and (status != 403 or "--allow-host" in message)
+
+
+def test_host_that_is_bound_is_one_of_the_server_s_names_in_any_case() -> None:
+    access = streamproxy.Access(streamproxy.Settings(api_key=KEY, bind="Chat.Example:80", allow_anonymous=True))
+    access.check_host("chat.EXAMPLE:80", str)
+    with pytest.raises(streamproxy.RequestError, match="--allow-host"):
+        access.check_host("x.chat.example", str)
 
 
 def test_host_does_not_matter_with_tokens(tmp_path: Path) -> None:
