@@ -965,7 +965,7 @@ def said_in(document: bytes) -> Any:
     text, parser = document.decode("utf-8", "replace"), EventParser(sys.maxsize, strict=False)
     with contextlib.suppress(Garbled):
         return load_payload(text)
-    for event in parser.feed(document) + parser.close():
+    for event in [*parser.feed(document), *parser.close()][:10]:
         with contextlib.suppress(Garbled):
             return load_payload(event.data)
     return text
@@ -1680,7 +1680,9 @@ def is_dull(event: bytes) -> bool:
 
 
 _DONE_EVENT = b"data: [DONE]\n\n"  # as mostly sent
-_MODEL = re.compile(rb'data: ?\{[^{}\\]*"model":"([^"\\]+)"[^{}\\]*"choices":\[')  # no string has such quotes in it
+_MODEL = re.compile(  # no string has such quotes in it, and no other object stands before the choices
+    rb'data: ?\{[^{}\\]{0,400}"model":"([^"\\]{1,400})"[^{}\\]{0,400}"choices":\['
+)
 # What begins one that [DONE] does not end: gateways send that behind an answer that was cut, too.
 _FIRST_TYPES = ("message_start", "response.created")
 # What else ends a stream: Anthropic's messages, OpenAI's responses.
