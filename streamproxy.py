@@ -159,6 +159,8 @@ log = logging.getLogger("streamproxy")
 
 # Bytes.
 READ_SIZE = 64 * 1024  # asked of a socket at a time; it leaves at once, so this bounds what waits for a slow client
+MAX_UNSENT = 128 * 1024  # that the system holds for a client: with megabytes, one that reads slowly looks like one that
+# does not read, for minutes; what is under way to it, or in its own buffer, is more
 TAKE_SIZE = 16 * 1024  # the same of a client: of a body in chunks of one byte, as much holds up the rest for 3 ms
 MAX_HEAD_SIZE = 64 * 1024  # of a head, of a request or an answer
 MAX_PARSED = 32 * 1024  # of a request's body that the loop looks at by itself: in the worst case, that takes 2 ms
@@ -1307,11 +1309,12 @@ class Answer:
         return b""
 
     def encode(self, type: str, **payload: Any) -> bytes:
-        """Return what the client is to see of an event: message, reasoning, done, or the error that ends it.
-
-        b"" for an error: nothing tells of it but a body that does not end.
-        """
+        """Return what the client is to see of an event: message, reasoning, done, or the error that ends it."""
         return b""
+
+    def encode_failure(self, failure: ProxyError) -> bytes:
+        """Return the event that ends the answer; b"": nothing tells of a failure but a body that does not end."""
+        return self.encode("error", error=failure.message)
 
     def _take_bytes(self, body: bytes, out: list[bytes]) -> None:
         """Take what is no event stream, or not yet known to be one."""
@@ -1391,8 +1394,8 @@ class Refusal(Answer):
     def ping(self) -> bytes:
         return self.asked.ping()
 
-    def encode(self, type: str, **payload: Any) -> bytes:
-        return self.asked.encode(type, **payload)
+    def encode_failure(self, failure: ProxyError) -> bytes:
+        return self.asked.encode_failure(failure)
 
     def _take_bytes(self, body: bytes, out: list[bytes]) -> None:
         self.life += 1
@@ -1400,11 +1403,23 @@ class Refusal(Answer):
         self._held += body
         if len(self._held) > MAX_ERROR_SIZE:
             self._finish(None, out)
+        elif self._is_whole():
+            self.state = self.ENDING
+
+    def _is_whole(self) -> bool:
+        """Tell whether what has come is JSON, though the body may not end: some leave the connection open."""
+        if not self._held.rstrip().endswith((b"}", b"]")):
+            return False
+        with contextlib.suppress(Garbled):
+            return bool(load_payload(self._held.decode("utf-8", "replace")))
+        return False
 
     def _finish(self, cut: UpstreamError | None, out: list[bytes]) -> None:
         self.document = document = inflate(bytes(self._held), self.head.compression)
         failure = refusal(self.refused, document, self.head.fields.get("retry-after", ""))
-        if self.passes and failure.status != 502 and document.strip() and len(document) <= MAX_ERROR_SIZE:
+        is_cut = cut and document.lstrip()[:1] in (b"{", b"[") and not self._is_whole()
+        is_told = document.strip() and len(document) <= MAX_ERROR_SIZE and not is_cut
+        if self.passes and failure.status != 502 and is_told:
             failure.document = document
             if document.lstrip()[:1] not in (b"{", b"[", b'"'):
                 failure.fields["Content-Type"] = "text/plain; charset=utf-8"
@@ -1679,6 +1694,7 @@ def is_dull(event: bytes) -> bool:
     return not ('"error' in text or _REASON.search(text) or text.count("\r") != text.count("\r\n"))
 
 
+_WORDS = re.compile("text/|application/xhtml|$")  # the media types of a page, or of words
 _DONE_EVENT = b"data: [DONE]\n\n"  # as mostly sent
 _MODEL = re.compile(  # no string has such quotes in it, and no other object stands before the choices
     rb'data: ?\{[^{}\\]{0,400}"model":"([^"\\]{1,400})"[^{}\\]{0,400}"choices":\['
@@ -1741,11 +1757,13 @@ class PassedAnswer(Answer):
             return b""
         return encode_event('{"type": "ping"}', "ping") if self._api == "/v1/messages" else PING
 
-    def encode(self, type: str, **payload: Any) -> bytes:
-        if type != "error" or not self._is_promised or self._form == _EVENTS:
+    def encode_failure(self, failure: ProxyError) -> bytes:
+        if not self._is_promised or self._form == _EVENTS:
             return b""
-        data = encode_error(UpstreamError(payload["error"]), self._api).decode().strip()
-        return encode_event(data, "error" if self._api == "/v1/messages" else "")
+        said = said_in(failure.document)
+        if not (isinstance(said, dict) and isinstance(said.get("error"), dict)):  # which SDKs read; else ours of a kind
+            said = json.loads(encode_error(ProxyError(failure.message, failure.status, code=failure.code), self._api))
+        return encode_event(json.dumps(said), "error" if self._api == "/v1/messages" else "")
 
     def _on_form(self) -> None:
         if self._form == _OTHER and "content-length" in self.head.fields:
@@ -1763,10 +1781,13 @@ class PassedAnswer(Answer):
         self._pass(body, out)
 
     def _check_form(self) -> None:
-        """Raise UpstreamError where a stream was promised, and this is none; or asked for, and this is a page."""
-        is_page = self._form == _OTHER and self.head.media in ("text/html", "application/xhtml+xml")
-        if self._is_promised or (self._stream and is_page):
-            raise UpstreamError("Upstream sent a document where a stream was asked for.")
+        """Raise UpstreamError where a stream was promised, and this is none; or asked for, and this is a page, words or
+        nothing: to whoever asks for a stream, speech may come instead.
+        """
+        is_answer = self._form == _DOCUMENT or (self._form == _OTHER and not _WORDS.match(self.head.media))
+        if self._is_promised or (self._stream and not is_answer):
+            what = "nothing" if self._form == _UNTOLD and not self._held.strip() else "a document"
+            raise UpstreamError(f"Upstream sent {what} where a stream was asked for.")
 
     def skim(self, body: bytes) -> bool:
         if body[-2:] != b"\n\n" or self._cutter.rest or not self._goes_on(body):
@@ -1918,9 +1939,11 @@ class PassedAnswer(Answer):
         try:
             payload = load_payload(text)
         except Garbled:
-            if self.head.framed:
+            if self.head.framed and not self._stream:
                 return document
             raise UpstreamError("Upstream ended before the end of its answer.", ending="truncated") from None
+        if self._stream and not isinstance(payload, (dict, list)):
+            raise UpstreamError("Upstream sent nothing where a stream was asked for.")
         with contextlib.suppress(UpstreamError):  # which the document tells
             self._take_payload(payload, text)
         try:
@@ -4964,7 +4987,7 @@ class Exchange:
         fields = {"Content-Type": "application/json", **failure.fields}
         if self.request.path.startswith("/v1/messages"):
             fields.setdefault("Request-Id", self.id)  # where Anthropic's SDKs look for it
-        if self.stream and self.stream.paid and failure.status >= 500:
+        if self.stream and self.stream.paid and (failure.status >= 500 or failure.status == 408):
             if isinstance(failure, Aborted) or not {"Retry-After", "X-Should-Retry"} & fields.keys():
                 fields["X-Should-Retry"] = "false"  # SDKs heed it: who asks again may pay again
         elif failure.status in (429, 503):
@@ -6559,7 +6582,7 @@ class Stream:
         if self.viewer.state == Viewer.SILENT:
             self._cut()  # the exchange says why
             return
-        told = self.answer.encode("error", error=self.failure.message)
+        told = self.answer.encode_failure(self.failure)
         self.record.append(told)
         self._finish(intact=bool(told))
 
@@ -6575,8 +6598,8 @@ class Stream:
     def paid(self) -> bool:
         """Whether what was asked may have been paid for: not where upstream refused it, or had no room for it."""
         refusal = self.answer
-        refused = isinstance(refusal, Refusal) and (refusal.refused < 500 or refusal.refused in PASSED_STATUSES)
-        return self.asked and not refused
+        status = refusal.refused if isinstance(refusal, Refusal) else 408  # which may be the model's own time-out
+        return self.asked and (status == 408 or (status >= 500 and status not in PASSED_STATUSES))
 
     def head(self) -> tuple[int, dict[str, str]]:
         """Return the status and the fields of the client's answer."""
@@ -6639,8 +6662,8 @@ class Stream:
             words = "Upstream took too long to end its answer."
             self.fail(UpstreamError(words, 504, "aborted", reason="total_timeout"))
         elif source and not self.viewer.blocked:
-            if source.due() <= now and source.state == Source.ENDING:
-                source.conclude()
+            if source.due() <= now and (source.state == Source.ENDING or isinstance(self.answer, Refusal)):
+                source.conclude()  # of a refusal, its status tells enough
             elif source.due() <= now:
                 self.fail(source.late())
             elif self._ping_due() <= now:
@@ -6754,7 +6777,7 @@ class TestStream:
         """End so that the client can tell that the answer is not complete."""
         if self.viewer.state < Viewer.LAST:
             self.failure = failure
-            self._finish(self.answer.encode("error", error=failure.message))
+            self._finish(self.answer.encode_failure(failure))
 
     def drop(self, failure: ProxyError) -> None:
         """End at once: nobody is there, or able, to take what is left."""
@@ -7678,8 +7701,10 @@ class Listener:
             try:
                 self.sock = given or self._open(port)
                 stack.callback(self.sock.close)
-                if not self.path:
-                    tune(self.sock)  # which what it accepts inherits
+                if not self.path:  # what it accepts inherits these
+                    tune(self.sock)
+                    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+                        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT)
                 if self.is_ours:
                     self._bind(port, reuse_port)
             except OSError as error:

@@ -1948,7 +1948,7 @@ def refused_with(status: int, document: bytes, api: bool = False, redact: Any = 
     assert (
         answer is not asked and [answer.feed(document[:9]), answer.feed(document[9:]), answer.close(None)] == [b""] * 3
     )
-    assert answer.failure and answer.encode("message", text="x") == asked.encode("message", text="x")
+    assert answer.failure and answer.encode_failure(answer.failure) == asked.encode_failure(answer.failure)
     return answer.failure
 
 
@@ -2211,26 +2211,93 @@ def test_heartbeats_stand_between_events_alone() -> None:
 def test_stream_that_was_asked_for_may_be_open_before_upstream_s_head_and_its_refusal_is_an_event() -> None:
     for messages in (False, True):
         asked = streamproxy.PassedAnswer(messages=messages, stream=True)
-        assert asked.pings and asked.content_type == "text/event-stream" and asked.encode("error", error="x") == b""
+        assert asked.pings and asked.content_type == "text/event-stream"
+        assert asked.encode_failure(streamproxy.UpstreamError("x")) == b""
         assert asked.ping() and asked.client_head()
         answer = asked.start(429, {"retry-after": "7"})
         answer.feed(b'{"error": {"message": "Slow down"}}')
         answer.close(None)
         assert answer.failure
-        told = streamproxy.EventParser().feed(answer.encode("error", error=answer.failure.message))
+        told = streamproxy.EventParser().feed(answer.encode_failure(answer.failure))
         assert [event.type for event in told] == ["error" if messages else "message"]
         assert json.loads(told[0].data)["error"]["message"] == "Slow down"
         asked = streamproxy.PassedAnswer(stream=True)
         assert asked.ping() and asked.client_head()
         asked.start(200, {"content-type": "text/event-stream"})
         asked.feed(ROLE)
-        assert asked.encode("error", error="x") == b""  # upstream's events have begun: a cut tells
+        assert asked.encode_failure(streamproxy.UpstreamError("x")) == b""  # upstream's events have begun: a cut tells
     for document, words in ((JSON_ANSWER, "document"), (b'{"error": "Sorry"}', "Sorry")):
         asked = streamproxy.PassedAnswer(stream=True)
         assert asked.ping() and asked.client_head()
         asked.start(200, {"content-type": "application/json"})
         assert asked.feed(document) + asked.close(None) == b"" and asked.failure and words in asked.failure.message
-        assert asked.encode("error", error=asked.failure.message)
+        assert asked.encode_failure(asked.failure)
+
+
+@pytest.mark.parametrize(("status", "document", "type", "code"), [
+    (400, b'{"error": {"message": "m",\n"type": "t", "code": "too_long"}}', "t", "too_long"),
+    (429, b"Slow down", "rate_limit_error", "rate_limit_exceeded"), (500, b"{}", "api_error", "bad_gateway"),
+    (429, b"", "rate_limit_error", "rate_limit_exceeded"),
+    (529, b'{"error": "m"}', "overloaded_error", "overloaded"),
+])
+def test_failure_behind_a_ping_is_of_the_same_kind_as_before_one(
+    status: int, document: bytes, type: str, code: str
+) -> None:
+    asked = streamproxy.PassedAnswer(stream=True)
+    assert asked.ping() and asked.client_head()
+    answer = asked.start(status, {})
+    assert answer.feed(document) + answer.close(None) == b""
+    (event,) = streamproxy.EventParser().feed(answer.encode_failure(answer.failure))
+    error = json.loads(event.data)["error"]
+    assert (error["type"], error["code"]) == (type, code)
+
+
+def test_time_out_behind_a_ping_is_told_as_one() -> None:
+    with Stage(streamproxy.PassedAnswer(stream=True), heartbeat=1, first_byte_timeout=3) as stage:
+        stage.upstream = stage.connect()
+        assert b": ping" in stage.seen(1.5)
+        data = re.findall(rb"(?m)^data: (.+)$", stage.seen(9) + stage.seen(9))
+        assert [json.loads(text)["error"]["code"] for text in data] == ["timeout"]
+
+
+@pytest.mark.parametrize(("label", "body", "status"), [
+    ("application/json", b"", 200), ("", b"", 200), ("text/plain", b"", 200), ("application/json", b"", 204),
+    ("", b"", 205), ("text/plain", b"words", 200), ("", b"words", 200), ("application/json", b"null", 200),
+    ("application/json", JSON_ANSWER[:-9], 200),
+])
+def test_what_is_no_answer_fails_where_a_stream_was_asked_for(label: str, body: bytes, status: int) -> None:
+    answer, out = passed_to(body, label=label, status=status, stream=True)
+    assert out == b"" and answer.failure.status == 502
+    answer, out = passed_to(body, label=label, status=status)
+    assert (out, answer.failure) == (body, None)
+    for media in ("audio/mpeg", "application/octet-stream"):
+        answer, out = passed_to(b"ID3", label=media, stream=True)
+        assert (out, answer.failure) == (b"ID3", None)
+
+
+def test_refusal_whose_body_does_not_end_is_told_once_its_document_is_whole() -> None:
+    head = b"HTTP/1.1 429 No\r\nRetry-After: 7\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    for document in (b'{"error": {"message": "Slow down"}}', b"Slow down", b""):
+        with Stage(head=head, idle_timeout=5, first_byte_timeout=5) as stage:
+            stage.begin()
+            stage.upstream.send(document)
+            stage.turn(2)
+            assert not stage.ended
+            stage.seen(streamproxy.END_GRACE + 0.1)
+            assert stage.ended == document.startswith(b"{")
+            stage.seen(6)
+            failure = stage.stream.failure
+            assert stage.ended and failure.status == 429 and failure.fields["Retry-After"] == "7"
+            assert failure.message == ("Slow down" if document else "Upstream refused the request with status 429.")
+
+
+def test_refusal_whose_document_was_cut_is_told_in_our_words() -> None:
+    cut = streamproxy.UpstreamError("cut")
+    for document, passes in ((b'{"error":{"mess', False), (b'{"error":{"message":"x"}}', True), (b"words", True)):
+        answer = streamproxy.PassedAnswer().start(429, {})
+        answer.feed(document)
+        answer.close(cut)
+        assert answer.failure and answer.failure.status == 429 and bool(answer.failure.document) == passes
 
 
 def compact(text: str = "a", reason: str | None = None, **more: object) -> bytes:
@@ -2354,7 +2421,7 @@ def test_what_is_no_stream_is_never_whole_where_one_was_begun(label: str, docume
     answer.start(200, {"content-type": label, "content-length": str(len(document))})
     sent += answer.feed(document) + answer.close(None)
     assert answer.failure
-    told = answer.encode("error", error=answer.failure.message)
+    told = answer.encode_failure(answer.failure)
     events = streamproxy.EventParser().feed(sent + told)
     words = [json.loads(event.data)["error"]["message"] for event in events]
     assert words == [answer.failure.message] * bool(told) and bool(told) == (document != b"dat")  # else a cut tells
@@ -2449,7 +2516,7 @@ def test_error_in_a_bare_document_behind_a_ping_is_an_event_of_its_own() -> None
     answer.start(200, {"content-type": "text/event-stream"})
     sent += answer.feed(b'{"error": {"message": "busy"}}') + answer.close(None)
     assert answer.failure
-    sent += answer.encode("error", error=answer.failure.message)
+    sent += answer.encode_failure(answer.failure)
     assert [json.loads(event.data)["error"]["message"] for event in streamproxy.EventParser().feed(sent)] == ["busy"]
 
 
@@ -4229,6 +4296,15 @@ def test_host_of_a_server_without_tokens(host: str, settings: dict[str, Any], st
         client.send(f"POST / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
         got, message = client.error()
         assert got == status and (status != 403 or "--allow-host" in message)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="of Linux and macOS")
+def test_little_waits_in_the_system_for_a_client_that_reads_slowly(server: streamproxy.Server) -> None:
+    with Client(server) as client:
+        client.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.head().status == 200
+        (accepted,) = server.clients
+        assert accepted.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == streamproxy.MAX_UNSENT
 
 
 def test_host_that_is_bound_is_one_of_the_server_s_names_in_any_case() -> None:
@@ -13342,7 +13418,7 @@ def test_readme_status_of_upstream(
     on_root, in_api, sentence = UPSTREAM_SAYS[status]
     seen = on_root if path == "/" else in_api
     assert head.status == seen and (said if path == "/" else said["message"]) == sentence
-    assert ("X-Should-Retry" in head.fields) == (seen == 502 and status >= 500)  # else nobody was paid
+    assert ("X-Should-Retry" in head.fields) == (status == 408 or (seen == 502 and status >= 500))  # else: unpaid
     assert head.fields.get("Retry-After") == ("1" if seen in (429, 503, 529) else None)
     assert path == "/" or seen == 502 or json.dumps({"error": said}).encode() == SAYS
     assert "(kind, tag)" in str(log_entries(caplog, 1)[0]["error"]) and "Words" not in caplog.text
