@@ -8780,7 +8780,7 @@ class Check:
         lifelines = [Lifeline() for _ in range(4)]  # so that each of a few processes has one
 
         def look() -> bool | None:
-            goes_on = self._goes_on(id, 1, wanted=True)
+            goes_on = self._goes_on(id, len(lifelines), wanted=True)
             for lifeline in lifelines:
                 lifeline.cut()
             return goes_on
