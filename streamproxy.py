@@ -5274,7 +5274,15 @@ def _ask_prompt(exchange: Exchange) -> None:
     if exchange.wants_events() and "last-event-id" in exchange.request.fields and not key:  # see get_root
         exchange.answer_with(204, b"", {})
     else:
+        _check_new(exchange)
         exchange.ask_by(_prompted)
+
+
+def _check_new(exchange: Exchange) -> None:
+    """Raises RequestError for who comes back for the rest of an answer, where none is kept: it would be paid again."""
+    claim = exchange.claim
+    if exchange.request.fields.get("last-event-id") and not (claim and claim.key):
+        raise RequestError("What follows this Last-Event-ID is not there (any more).", 410)
 
 
 def _prompted(exchange: Exchange, body: bytes) -> tuple[Call, Answer]:
@@ -5299,6 +5307,7 @@ def pass_on(exchange: Exchange, route: Route) -> None:
 def _passed(exchange: Exchange, body: bytes, route: Route) -> tuple[Call, Answer]:
     request, asked = exchange.request, {}
     if request.method == "POST":
+        _check_new(exchange)
         asked = check_model(body, exchange.server.settings, route.has_model)
     messages, streamed = request.path == "/v1/messages", asked.get("stream") is True
     answer = PassedAnswer(exchange.server.hub.redact, count_choices(asked), messages, streamed)
@@ -7232,6 +7241,7 @@ class KeptAnswer:
 
     def on_stream_over(self) -> None:
         self.over, self.pending = True, False
+        del self.stream.call  # whose body may be larger than the answer
         self.settle()
         self.answers.on_over(self)
         metrics = self.answers.hub.metrics

@@ -4298,6 +4298,19 @@ def test_host_of_a_server_without_tokens(host: str, settings: dict[str, Any], st
         assert got == status and (status != 403 or "--allow-host" in message)
 
 
+@pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
+@pytest.mark.parametrize(("settings", "fields"), [({}, {}), ({}, {"Idempotency_Key": "k"}), ({"resume": 30}, {})])
+def test_who_comes_back_where_nothing_is_kept_is_no_new_prompt(
+    provider: Provider, path: str, settings: dict[str, Any], fields: dict[str, str]
+) -> None:
+    asked = PROMPT if path == "/" else ASKED
+    with running(provider, **settings) as server:
+        with Client(server).ask(asked, path=path, Last_Event_ID="x.3", **fields) as client:
+            head = client.head()
+            assert head.status == 410 and b"Last-Event-ID" in client.exactly(int(head.fields["Content-Length"]))
+        assert provider.nobody_came()
+
+
 @pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="of Linux and macOS")
 def test_little_waits_in_the_system_for_a_client_that_reads_slowly(server: streamproxy.Server) -> None:
     with Client(server) as client:
